@@ -1,0 +1,4 @@
+"""CoAtNet for timm: `import coatnet_zoo` registers the models, `timm.create_model` builds them."""
+from . import models
+
+__all__ = ['models']

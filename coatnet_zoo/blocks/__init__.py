@@ -1,0 +1,6 @@
+"""The token mixers, one file a letter, and what they share."""
+from .mbconv import MBConv
+from .stem import ConvStem, PatchStem
+from .transformer import TransformerBlock
+
+__all__ = ['ConvStem', 'MBConv', 'PatchStem', 'TransformerBlock']

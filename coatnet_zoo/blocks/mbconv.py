@@ -1,0 +1,112 @@
+"""Letter C: MBConv with squeeze-excite, CoAtNet section 2.1 and appendix A.1.
+
+    x <- Proj(Pool(x)) + Project(SE(DepthConv(Expand(Norm(x)))))
+
+with the stride of a stage's first block in the 1x1 `expand` (the paper's default) or in the 3x3 `depthwise` (its
+"stride-2 DConv" rows). Order, widths, biases and the shortcut follow the authors' shared code
+(google-research/maxvit, MBConvBlock): pre-norm without activation, expansion and squeeze from the *output* width,
+SE with swish after the depthwise activation, a bias but no norm on `project`.
+"""
+from collections import OrderedDict
+
+import torch
+from timm.layers import DropPath, LayerNorm2d
+from torch import nn
+
+from .activation import GELU
+from .folding import fold_norm_into_next, fold_norm_into_previous
+
+__all__ = ['MBConv', 'create_conv_norm', 'downsample']
+
+
+def create_conv_norm(dim: int, norm: str, eps: float, momentum: float, ln_eps: float, **dd) -> nn.Module:
+    """The norm of the convolutional part: 'batch' (eps, momentum) or 'layer' (ln_eps), over the channels of NCHW."""
+    if norm == 'batch':
+        return nn.BatchNorm2d(dim, eps=eps, momentum=momentum, **dd)
+    return LayerNorm2d(dim, eps=ln_eps, **dd)
+
+
+def downsample(stride: int) -> nn.Module:
+    """Pool(x): 2x2 average pooling; ceil mode keeps its odd sizes those of a stride-2 convolution."""
+    if stride == 1:
+        return nn.Identity()
+    return nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck (B, dim, H, W) -> (B, dim_out, ceil(H / stride), ceil(W / stride)).
+
+    Args:
+        dim: Input channels.
+        dim_out: Output channels.
+        stride: 1, or 2 in the first block of a stage.
+        drop_path: Probability of dropping the branch of a sample in training.
+        expand_ratio: Hidden channels as a multiple of `dim_out`.
+        se_ratio: Squeeze channels as a fraction of `dim_out`.
+        conv_stride: Where the stride sits: 'expand' or 'depthwise'.
+        act: 'gelu_tanh' or 'gelu'.
+        norm: 'batch' or 'layer'.
+        norm_eps: Epsilon of BatchNorm.
+        norm_momentum: Momentum of BatchNorm in torch's convention (share of the new batch).
+        ln_eps: Epsilon of LayerNorm.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            dim_out: int,
+            stride: int = 1,
+            drop_path: float = 0.,
+            expand_ratio: float = 4.,
+            se_ratio: float = 0.25,
+            conv_stride: str = 'expand',
+            act: str = 'gelu_tanh',
+            norm: str = 'batch',
+            norm_eps: float = 1e-3,
+            norm_momentum: float = 0.01,
+            ln_eps: float = 1e-5,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        hidden, squeezed = int(dim_out * expand_ratio), max(1, int(dim_out * se_ratio))
+        norm_args = (norm, norm_eps, norm_momentum, ln_eps)
+        stride_expand, stride_depthwise = (stride, 1) if conv_stride == 'expand' else (1, stride)
+        self.inplace = False
+
+        self.shortcut = nn.Sequential(OrderedDict(
+            pool=downsample(stride),
+            proj=nn.Conv2d(dim, dim_out, 1, **dd) if dim != dim_out else nn.Identity(),
+        ))
+        self.pre_norm = create_conv_norm(dim, *norm_args, **dd)
+        self.expand = nn.Conv2d(dim, hidden, 1, stride_expand, bias=False, **dd)
+        self.norm1 = create_conv_norm(hidden, *norm_args, **dd)
+        self.act1 = GELU(act)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, stride_depthwise, 1, groups=hidden, bias=False, **dd)
+        self.norm2 = create_conv_norm(hidden, *norm_args, **dd)
+        self.act2 = GELU(act)
+        self.se = nn.Sequential(OrderedDict(
+            reduce=nn.Conv2d(hidden, squeezed, 1, **dd),
+            act=nn.SiLU(),
+            expand=nn.Conv2d(squeezed, hidden, 1, **dd),
+            gate=nn.Sigmoid(),
+        ))
+        self.project = nn.Conv2d(hidden, dim_out, 1, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = self.shortcut(x)
+        x = self.act1(self.norm1(self.expand(self.pre_norm(x))))
+        x = self.act2(self.norm2(self.depthwise(x)))
+        gate = self.se(x.mean((2, 3), keepdim=True))
+        x = x.mul_(gate) if self.inplace else x * gate
+        return shortcut + self.drop_path(self.project(x))
+
+    def fuse(self) -> 'MBConv':
+        """Fold the three BatchNorms, in place; afterwards the block is for inference."""
+        self.pre_norm = fold_norm_into_next(self.pre_norm, self.expand)
+        self.norm1 = fold_norm_into_previous(self.expand, self.norm1)
+        self.norm2 = fold_norm_into_previous(self.depthwise, self.norm2)
+        self.inplace = True  # the gate scales the depthwise output where it lies
+        return self

@@ -1,0 +1,128 @@
+"""What comes before the stages: the check of the image, and the two stems of the paper (sections 2.2 and 4.3)."""
+import torch
+from timm.models import register_notrace_function
+from torch import nn
+
+from .activation import GELU
+from .folding import fold_norm_into_previous
+from .mbconv import create_conv_norm
+
+__all__ = ['ConvStem', 'ImageCheck', 'PatchStem', 'check_size']
+
+
+def check_size(height: int, width: int, total_stride: int, divisible: bool) -> None:
+    """Raise ValueError unless a word can take an image of this size (pixels).
+
+    Args:
+        height: Image height.
+        width: Image width.
+        total_stride: Reduction of the last stage.
+        divisible: The word holds attention, whose bias table needs sizes that are multiples of the stride.
+    """
+    if height < total_stride or width < total_stride:
+        raise ValueError(
+            f'img_size must be at least the total stride of the model ({total_stride}), got {height} x {width}.')
+    if divisible and (height % total_stride or width % total_stride):
+        down = (height // total_stride * total_stride, width // total_stride * total_stride)
+        raise ValueError(
+            f'img_size must be a multiple of the total stride of the model ({total_stride}) in both directions, '
+            f'got {height} x {width}; the next smaller size that works is {down[0]} x {down[1]}.')
+
+
+@register_notrace_function
+def check_image(x: torch.Tensor, in_chans: int, height: int, width: int, stride: int, rule: str) -> torch.Tensor:
+    """Return `x` if the model can take it, else raise a ValueError (a jit.Error once scripted) that says what it takes.
+
+    Args:
+        x: Images, to be (B, in_chans, H, W) in floating point.
+        in_chans: Channels the stem was made for.
+        height: Height the model was made for, in pixels.
+        width: Width the model was made for.
+        stride: Total stride of the model.
+        rule: 'fixed' that size alone, 'multiple' any multiple of `stride`, 'free' any size from `stride` up.
+    """
+    if x.dim() != 4:
+        raise ValueError(f'images must be a batch (B, C, H, W), got {x.dim()} dimensions.')
+    if not x.is_floating_point():
+        raise ValueError('images must be floating point (scaled to 0..1 and normalised), got an integer or bool dtype.')
+    C, H, W = x.shape[1], x.shape[2], x.shape[3]
+    if C != in_chans:
+        raise ValueError(f'images must have in_chans={in_chans} channels, got {C}; create the model with in_chans={C}.')
+    if H < stride or W < stride:
+        raise ValueError(f'images must be at least {stride} x {stride}, the total stride of the model, got {H} x {W}.')
+    if rule != 'free' and (H % stride != 0 or W % stride != 0):
+        raise ValueError(
+            f'image sizes must be multiples of {stride}, the total stride of the model, got {H} x {W}; '
+            f'the next smaller size that works is {H // stride * stride} x {W // stride * stride}.')
+    if rule == 'fixed' and (H != height or W != width):
+        raise ValueError(
+            f'images must be {height} x {width}, the img_size of the model, got {H} x {W}; call '
+            f'set_input_size(({H}, {W})) or create the model with img_size=({H}, {W}) or dynamic_img_size=True.')
+    return x
+
+
+class ImageCheck(nn.Module):
+    """The door: refuses what the model cannot take and lays the rest out in channels_last."""
+
+    def __init__(self, in_chans: int, img_size: tuple[int, int], stride: int, rule: str):
+        super().__init__()
+        self.in_chans = in_chans
+        self.img_size = img_size
+        self.stride = stride
+        self.rule = rule
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = check_image(x, self.in_chans, self.img_size[0], self.img_size[1], self.stride, self.rule)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def extra_repr(self) -> str:
+        return f'in_chans={self.in_chans}, img_size={self.img_size}, stride={self.stride}, rule={self.rule!r}'
+
+
+class ConvStem(nn.Module):
+    """S0: 3x3 convolution (stride 2 in the paper) -> norm -> GELU -> 3x3 convolution, no norm or GELU after it.
+
+    (B, in_chans, H, W) -> (B, width, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(
+            self,
+            check: ImageCheck,
+            width: int,
+            stride: int = 2,
+            bias: bool = True,
+            act: str = 'gelu_tanh',
+            norm: str = 'batch',
+            norm_eps: float = 1e-3,
+            norm_momentum: float = 0.01,
+            ln_eps: float = 1e-5,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.check = check
+        self.conv1 = nn.Conv2d(check.in_chans, width, 3, stride, 1, bias=bias, **dd)
+        self.norm1 = create_conv_norm(width, norm, norm_eps, norm_momentum, ln_eps, **dd)
+        self.act1 = GELU(act)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=bias, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(self.act1(self.norm1(self.conv1(self.check(x)))))
+
+    def fuse(self) -> 'ConvStem':
+        """Fold the BatchNorm, in place."""
+        self.norm1 = fold_norm_into_previous(self.conv1, self.norm1)
+        return self
+
+
+class PatchStem(nn.Module):
+    """The stem of ViT_REL: one patch x patch convolution of that stride."""
+
+    def __init__(self, check: ImageCheck, width: int, patch_size: int = 16, device=None, dtype=None):
+        super().__init__()
+        self.check = check
+        self.conv1 = nn.Conv2d(check.in_chans, width, patch_size, patch_size, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv1(self.check(x))

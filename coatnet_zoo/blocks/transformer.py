@@ -1,0 +1,215 @@
+"""Letter T: the Transformer block with relative attention, CoAtNet section 2.1 (eq. 3) and appendix A.1.
+
+    x <- Proj(Pool(x)) + Attention(Pool(Norm(x)));   x <- x + FFN(Norm(x))
+
+    y_i = sum_j softmax_j(x_i . x_j / sqrt(d) + w_{i-j}) x_j      rel_bias='pre', the paper's choice
+    y_i = sum_j (softmax_j(x_i . x_j / sqrt(d)) + w_{i-j}) x_j    rel_bias='post', its other variant
+
+with w learned per block and head, independent of the input. The widths change in q, k, v directly, and the shortcut
+is projected only if the width changes, as in the authors' shared code (google-research/maxvit, TransformerBlock).
+"""
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, use_fused_attn
+from timm.models import register_notrace_module
+from torch import nn
+from torch.jit import Final
+
+from .activation import GELU
+from .mbconv import downsample
+
+__all__ = ['RelativeAttention2d', 'RelativeBias', 'TransformerBlock', 'resize_bias_table']
+
+
+def resize_bias_table(table: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
+    """A bias table (heads, ., .) made (heads, 2H - 1, 2W - 1) for a map (H, W), bilinearly as in the official code."""
+    size = [2 * feat_size[0] - 1, 2 * feat_size[1] - 1]
+    if size[0] == table.shape[1] and size[1] == table.shape[2]:
+        return table
+    return F.interpolate(table[None], size=size, mode='bilinear', align_corners=False)[0]
+
+
+@register_notrace_module
+class RelativeBias(nn.Module):
+    """w_{i-j} for all pairs of positions of a map, from one learned table (heads, 2H - 1, 2W - 1).
+
+    `table[:, a, b]` belongs to the offset (a - H + 1, b - W + 1) of the query from the key.
+
+    Args:
+        num_heads: Attention heads.
+        feat_size: (H, W) of the map that the table is made for.
+        dynamic: Resize the table, bilinearly and at each call, for maps of other sizes.
+    """
+
+    dynamic: Final[bool]
+
+    def __init__(self, num_heads: int, feat_size: tuple[int, int], dynamic: bool = False, device=None, dtype=None):
+        super().__init__()
+        self.feat_size = feat_size
+        self.dynamic = dynamic
+        height, width = feat_size
+        self.table = nn.Parameter(torch.empty(num_heads, 2 * height - 1, 2 * width - 1, device=device, dtype=dtype))
+        nn.init.normal_(self.table, std=.02)
+
+    def forward(self, height: int, width: int) -> torch.Tensor:
+        """Bias (1, heads, N, N) with N = height * width, queries in rows, keys in columns, row-major positions."""
+        table = self.table
+        if self.dynamic:
+            table = resize_bias_table(table, (height, width))
+        # windows[:, a, b, u, v] = table[:, H-1+a-u, W-1+b-v]: no index tensor to keep, move or go stale
+        windows = table.flip(1, 2).unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)
+        return windows.reshape(1, table.shape[0], height * width, height * width)
+
+    @torch.no_grad()
+    def set_feat_size(self, feat_size: tuple[int, int]) -> None:
+        """Resize the learned table itself."""
+        resized = resize_bias_table(self.table, feat_size).contiguous()
+        self.table = nn.Parameter(resized, requires_grad=self.table.requires_grad)
+        self.feat_size = feat_size
+
+    def fuse(self) -> nn.Module:
+        """The bias laid out once, for maps of one size; a dynamic bias stays as it is."""
+        return self if self.dynamic else FixedBias(self(*self.feat_size).detach())
+
+    def extra_repr(self) -> str:
+        return f'num_heads={self.table.shape[0]}, feat_size={self.feat_size}, dynamic={self.dynamic}'
+
+
+@register_notrace_module
+class FixedBias(nn.Module):
+    """Inference form of `RelativeBias`: the laid-out (1, heads, N, N)."""
+
+    def __init__(self, bias: torch.Tensor):
+        super().__init__()
+        self.register_buffer('bias', bias.contiguous())
+
+    def forward(self, height: int, width: int) -> torch.Tensor:
+        return self.bias
+
+
+class RelativeAttention2d(nn.Module):
+    """Multi-head self-attention over the positions of a map: (B, H, W, dim) -> (B, H, W, dim_out).
+
+    Args:
+        dim: Input channels.
+        dim_out: Output channels; also the summed width of the heads.
+        feat_size: (H, W) of the map.
+        head_dim: Channels of one head; divides `dim_out`.
+        rel_bias: 'pre', 'post' or 'none', see the head of this file.
+        softmax: 'float32' takes the softmax of half-precision logits in float32, 'input' leaves it to their dtype.
+            (torch's fused attention, used where it can be, always takes it in float32.)
+        dynamic: Accept maps of other sizes.
+    """
+
+    fused_attn: Final[bool]
+
+    def __init__(
+            self,
+            dim: int,
+            dim_out: int,
+            feat_size: tuple[int, int],
+            head_dim: int = 32,
+            rel_bias: str = 'pre',
+            softmax: str = 'float32',
+            dynamic: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if dim_out % head_dim:
+            raise ValueError(f'head_dim must divide the width of its stage, got head_dim={head_dim}, width {dim_out}.')
+        self.num_heads = dim_out // head_dim
+        self.head_dim = head_dim
+        self.scale = head_dim ** -0.5
+        self.bias_after = rel_bias == 'post'
+        self.upcast = softmax == 'float32'
+        self.fused_attn = use_fused_attn()
+
+        self.qkv = nn.Linear(dim, 3 * dim_out, **dd)
+        self.rel_bias = RelativeBias(self.num_heads, feat_size, dynamic, **dd) if rel_bias != 'none' else None
+        self.proj = nn.Linear(dim_out, dim_out, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, H, W, _ = x.shape
+        qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, head_dim) each, views
+        bias = self.rel_bias(H, W) if self.rel_bias is not None else None
+        before = None if self.bias_after else bias
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=before, scale=self.scale)
+        else:
+            logits = (q * self.scale) @ k.transpose(-2, -1)
+            if before is not None:
+                logits = logits + before
+            half = logits.dtype == torch.float16 or logits.dtype == torch.bfloat16
+            weights = logits.float().softmax(-1).to(v.dtype) if self.upcast and half else logits.softmax(-1)
+            x = weights @ v
+        if self.bias_after and bias is not None:
+            x = x + bias.to(v.dtype) @ v
+        return self.proj(x.transpose(1, 2).reshape(B, H, W, self.num_heads * self.head_dim))
+
+
+class TransformerBlock(nn.Module):
+    """Relative attention and FFN: (B, dim, H, W) -> (B, dim_out, H / stride, W / stride), channels_last in memory.
+
+    Args:
+        dim: Input channels.
+        dim_out: Output channels.
+        stride: 1, or 2 in the first block of a stage.
+        drop_path: Probability of dropping each of the two branches of a sample in training.
+        feat_size: (H, W) of the *output* map.
+        mlp_ratio: Hidden channels of the FFN as a multiple of `dim_out`.
+        head_dim: Channels of an attention head.
+        rel_bias: 'pre', 'post' or 'none'.
+        softmax: 'float32' or 'input'.
+        dynamic: Accept maps of other sizes.
+        act: 'gelu_tanh' or 'gelu'.
+        ln_eps: Epsilon of LayerNorm.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            dim_out: int,
+            stride: int = 1,
+            drop_path: float = 0.,
+            *,
+            feat_size: tuple[int, int],
+            mlp_ratio: float = 4.,
+            head_dim: int = 32,
+            rel_bias: str = 'pre',
+            softmax: str = 'float32',
+            dynamic: bool = False,
+            act: str = 'gelu_tanh',
+            ln_eps: float = 1e-5,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.pool = downsample(stride)
+        self.shortcut = nn.Linear(dim, dim_out, **dd) if dim != dim_out else nn.Identity()
+        self.norm1 = nn.LayerNorm(dim, eps=ln_eps, **dd)
+        self.attn = RelativeAttention2d(dim, dim_out, feat_size, head_dim, rel_bias, softmax, dynamic, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim_out, eps=ln_eps, **dd)
+        self.mlp = Mlp(dim_out, int(dim_out * mlp_ratio), act_layer=lambda: GELU(act), **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def set_feat_size(self, feat_size: tuple[int, int]) -> None:
+        """Resize the bias table for an output map (H, W)."""
+        if isinstance(self.attn.rel_bias, FixedBias):
+            raise RuntimeError(
+                'set_input_size cannot resize a folded model: its relative bias is laid out for one size. '
+                'Resize first, then call reparameterize_model.')
+        if self.attn.rel_bias is not None:
+            self.attn.rel_bias.set_feat_size(feat_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = self.shortcut(self.pool(x).permute(0, 2, 3, 1))  # (B, C, H, W) -> (B, H, W, C), a view
+        x = self.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.pool(x).permute(0, 2, 3, 1)
+        x = shortcut + self.drop_path1(self.attn(x))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2)

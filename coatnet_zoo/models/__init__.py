@@ -1,0 +1,5 @@
+"""The families; importing them registers their names with timm."""
+from . import coatnet
+from .backbone import FLAVORS, Backbone, BackboneCfg
+
+__all__ = ['FLAVORS', 'Backbone', 'BackboneCfg', 'coatnet']

@@ -1,0 +1,117 @@
+"""From a registered name and keywords to a model, with pretrained sources checked before timm reads them."""
+import dataclasses
+import difflib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint
+from torch import nn
+
+from .backbone import Backbone, BackboneCfg
+from .checkpoint import checkpoint_filter_fn
+
+__all__ = ['build_backbone']
+
+_CFG_FIELDS = ('flavor', *(field.name for field in dataclasses.fields(BackboneCfg)))
+_MODEL_ARGS = tuple(inspect.signature(Backbone).parameters)[1:]
+_BUILDER_ARGS = (  # what timm's factory and builder take out before the class is called
+    'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'cache_dir',
+    'features_only', 'out_indices', 'feature_cls')
+_SOURCES = ('state_dict', 'file', 'url', 'hf_hub_id')
+
+
+def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a registered variant through timm, with any field of `BackboneCfg` or `flavor` as a keyword.
+
+    Args:
+        variant: Name in timm's registry.
+        cfg: Its configuration.
+        pretrained: Load weights; refused for a name that has none.
+        **kwargs: Fields of `BackboneCfg`, `flavor`, arguments of `Backbone`, and what timm's factory passes.
+
+    Returns:
+        A `Backbone`, or timm's feature wrapper around one with `features_only=True`.
+
+    Raises:
+        ValueError: A value that no model can have, an unknown tag, or `output_stride`.
+        TypeError: An unknown keyword.
+        FileNotFoundError: The checkpoint file named in `pretrained_cfg_overlay` does not exist.
+        RuntimeError: No weights exist, or the checkpoint is damaged or does not fit.
+    """
+    _check_keywords(variant, cfg, kwargs)
+    source = _check_source(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'), pretrained)
+    options = {key: kwargs.pop(key) for key in tuple(kwargs) if key in _CFG_FIELDS}
+    reading = False
+
+    def construct(**model_args: Any) -> Backbone:
+        nonlocal reading
+        model = Backbone(**model_args)
+        reading = True
+        return model
+
+    def convert(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        nonlocal reading
+        reading = False
+        return checkpoint_filter_fn(state_dict, model)
+
+    try:
+        return build_model_with_cfg(
+            construct,
+            variant,
+            pretrained,
+            model_cfg=cfg.with_options(**options),
+            pretrained_filter_fn=convert,
+            # the getter keeps the whole model, and with it the check at its door
+            feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter', flatten_sequential=True),
+            **kwargs)
+    except Exception as error:
+        if pretrained and reading and source:  # torch's readers raise about ten kinds of error on damaged files
+            raise RuntimeError(
+                f'{source} could not be read as weights of {variant}: it is truncated or no checkpoint at all '
+                f'({type(error).__name__}: {error}).') from error
+        raise
+
+
+def _check_keywords(variant: str, cfg: BackboneCfg, kwargs: dict[str, Any]) -> None:
+    if 'output_stride' in kwargs:
+        raise ValueError(
+            f'output_stride is not supported, got {kwargs["output_stride"]!r}: the strides of {variant} are '
+            f'{list(cfg.reductions)} by its word. Take an earlier level through out_indices instead.')
+    known = (*_MODEL_ARGS, *_CFG_FIELDS, *_BUILDER_ARGS)
+    for key in kwargs:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise TypeError(
+                f'{variant} has no keyword {key!r}{f"; did you mean {close[0]!r}?" if close else "."} '
+                f'Known: {", ".join((*_MODEL_ARGS, *_CFG_FIELDS))}.')
+
+
+def _check_source(variant: str, cfg: Any, overlay: dict[str, Any] | None, pretrained: bool) -> str:
+    """The file or folder that timm will read, '' if it reads none; refuses unknown tags, missing files and names."""
+    tags = get_arch_pretrained_cfgs(variant)
+    if isinstance(cfg, str):
+        if f'{variant}.{cfg}' not in tags:
+            raise ValueError(
+                f'{variant} has no pretrained tag {cfg!r}; known tags: '
+                f'{", ".join(name.partition(".")[2] for name in tags)}.')
+        cfg = tags[f'{variant}.{cfg}']
+    if not pretrained:
+        return ''
+    cfg = cfg or next(iter(tags.values()))
+    cfg = cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg
+    cfg = {**cfg, **(overlay or {})}
+    if not any(cfg.get(key) for key in _SOURCES):
+        zoo = __package__.partition('.')[0]
+        released = [name for name in timm.list_pretrained() if model_entrypoint(name).__module__.startswith(zoo)]
+        raise RuntimeError(
+            f'pretrained=True: {variant} has no released weights. Names of this zoo that have some: '
+            f'{", ".join(released) or "none yet"}. Pass pretrained=False, or weights of your own by '
+            f'pretrained_cfg_overlay=dict(file=...).')
+    file = cfg.get('file')
+    if not file or cfg.get('state_dict'):
+        return ''
+    if not Path(file).exists():
+        raise FileNotFoundError(f'pretrained=True: there is no checkpoint at {str(file)!r} (pretrained_cfg file).')
+    return str(file)

@@ -1,0 +1,115 @@
+"""CoAtNet-0..5, and smaller ones in the same manner.
+
+CoAtNet: Marrying Convolution and Attention for All Data Sizes
+    Zihang Dai, Hanxiao Liu, Quoc V. Le, Mingxing Tan, https://arxiv.org/abs/2106.04803
+
+@article{DBLP:journals/corr/abs-2106-04803,
+  author  = {Zihang Dai and Hanxiao Liu and Quoc V. Le and Mingxing Tan},
+  title   = {CoAtNet: Marrying Convolution and Attention for All Data Sizes},
+  journal = {CoRR},
+  volume  = {abs/2106.04803},
+  year    = {2021}
+}
+
+The authors published no CoAtNet code or weights; what the paper leaves open follows their MaxViT code, which holds
+the same blocks (google-research/maxvit). Differs from timm's maxxvit.py in the stride (in the first 1x1, the paper's
+default) and in the fields of `backbone.FLAVORS`; `flavor='timm'` sets timm's choices.
+"""
+from typing import Any
+
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import generate_default_cfgs, register_model
+
+from .backbone import Backbone, BackboneCfg
+from .build import build_backbone
+
+__all__ = []  # register_model appends the names
+
+# Paper, table 3 (S0 to S4); pico and nano are this zoo's, in widths that take attention in every stage.
+model_cfgs = {
+    'coatnet_pico': BackboneCfg(depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32),
+    'coatnet_nano': BackboneCfg(depths=(2, 3, 6, 3), embed_dim=(64, 128, 256, 512), stem_width=48),
+    'coatnet_0': BackboneCfg(depths=(2, 3, 5, 2), embed_dim=(96, 192, 384, 768), stem_width=64),
+    'coatnet_1': BackboneCfg(depths=(2, 6, 14, 2), embed_dim=(96, 192, 384, 768), stem_width=64),
+    'coatnet_2': BackboneCfg(depths=(2, 6, 14, 2), embed_dim=(128, 256, 512, 1024), stem_width=128),
+    'coatnet_3': BackboneCfg(depths=(2, 6, 14, 2), embed_dim=(192, 384, 768, 1536), stem_width=192),
+    'coatnet_4': BackboneCfg(depths=(2, 12, 28, 2), embed_dim=(192, 384, 768, 1536), stem_width=192),
+    'coatnet_5': BackboneCfg(depths=(2, 12, 28, 2), embed_dim=(256, 512, 1280, 2048), stem_width=192, head_dim=64),
+    'coatnet_pico_64': BackboneCfg(
+        depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32, stem_stride=1),  # images of some 64 pixels
+}
+
+
+def _cfg(size: int = 224, pool: int = 7, **kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, size, size), 'pool_size': (pool, pool), 'fixed_input_size': True,
+        'crop_pct': 0.95, 'interpolation': 'bicubic', 'mean': IMAGENET_INCEPTION_MEAN, 'std': IMAGENET_INCEPTION_STD,
+        'first_conv': 'stem.conv1', 'classifier': 'head.fc', 'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2106.04803', **kwargs}
+
+
+default_cfgs = generate_default_cfgs({
+    'coatnet_pico.untrained': _cfg(),
+    'coatnet_nano.untrained': _cfg(),
+    'coatnet_0.untrained': _cfg(),
+    'coatnet_1.untrained': _cfg(),
+    'coatnet_2.untrained': _cfg(),
+    'coatnet_3.untrained': _cfg(),
+    'coatnet_4.untrained': _cfg(),
+    'coatnet_5.untrained': _cfg(),
+    'coatnet_pico_64.untrained': _cfg(size=64, pool=4, crop_pct=1.0),
+})
+
+
+@register_model
+def coatnet_pico(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """CCTT, 4 M parameters."""
+    return build_backbone('coatnet_pico', model_cfgs['coatnet_pico'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_nano(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """CCTT, 15 M parameters."""
+    return build_backbone('coatnet_nano', model_cfgs['coatnet_nano'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_0(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """CoAtNet-0 of the paper."""
+    return build_backbone('coatnet_0', model_cfgs['coatnet_0'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_1(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """CoAtNet-1 of the paper."""
+    return build_backbone('coatnet_1', model_cfgs['coatnet_1'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_2(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """CoAtNet-2 of the paper."""
+    return build_backbone('coatnet_2', model_cfgs['coatnet_2'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_3(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """CoAtNet-3 of the paper."""
+    return build_backbone('coatnet_3', model_cfgs['coatnet_3'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_4(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """CoAtNet-4 of the paper."""
+    return build_backbone('coatnet_4', model_cfgs['coatnet_4'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_5(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """CoAtNet-5 of the paper."""
+    return build_backbone('coatnet_5', model_cfgs['coatnet_5'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_pico_64(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """coatnet_pico for small images: stem stride 1, total stride 16."""
+    return build_backbone('coatnet_pico_64', model_cfgs['coatnet_pico_64'], pretrained, **kwargs)
