@@ -81,10 +81,11 @@ class FixedBias(nn.Module):
 
     def __init__(self, bias: torch.Tensor):
         super().__init__()
-        self.register_buffer('bias', bias.contiguous())
+        # three dimensions: model.to(memory_format=channels_last) would permute a buffer of four
+        self.register_buffer('bias', bias[0].contiguous())
 
     def forward(self, height: int, width: int) -> torch.Tensor:
-        return self.bias
+        return self.bias[None]
 
 
 class RelativeAttention2d(nn.Module):
@@ -147,7 +148,13 @@ class RelativeAttention2d(nn.Module):
             x = weights @ v
         if self.bias_after and bias is not None:
             x = x + bias.to(v.dtype) @ v
-        return self.proj(x.transpose(1, 2).reshape(B, H, W, self.num_heads * self.head_dim))
+        x = x.transpose(1, 2)  # (B, N, heads, head_dim), contiguous as fused attention leaves it
+        exporting = False
+        if not torch.jit.is_scripting():
+            exporting = torch.compiler.is_exporting()
+        if exporting:
+            x = x.clone(memory_format=torch.contiguous_format)  # decomposed for ONNX, attention has other strides
+        return self.proj(x.reshape(B, H, W, self.num_heads * self.head_dim))
 
 
 class TransformerBlock(nn.Module):

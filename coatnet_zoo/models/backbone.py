@@ -188,7 +188,7 @@ class Backbone(nn.Module):
         rule = ('multiple' if dynamic_img_size else 'fixed') if attention else 'free'
         self._traits = dict(fixed_input_size=rule == 'fixed')  # timm asks here whether img_size must be passed on
         self.img_size = self._checked_size(img_size)
-        feat_sizes = self._feat_sizes()
+        feat_sizes = self._feat_sizes(self.img_size)
 
         norm = dict(norm=cfg.conv_norm, norm_eps=cfg.conv_norm_eps, norm_momentum=cfg.conv_norm_momentum,
                     ln_eps=cfg.norm_eps)
@@ -238,17 +238,18 @@ class Backbone(nn.Module):
         check_size(*size, total_stride=self.cfg.reductions[-1], divisible='T' in self.cfg.layout)
         return size
 
-    def _feat_sizes(self) -> list[tuple[int, int]]:
-        return [(-(-self.img_size[0] // r), -(-self.img_size[1] // r)) for r in self.cfg.reductions]
+    def _feat_sizes(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+        return [(-(-img_size[0] // r), -(-img_size[1] // r)) for r in self.cfg.reductions]
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Make the model one for images of another size (H, W), resizing its relative-bias tables."""
-        self.img_size = self.stem.check.img_size = self._checked_size(img_size)
-        for stage, feat_size in zip(self.stages, self._feat_sizes()[1:], strict=False):  # pruned models have fewer
+        img_size = self._checked_size(img_size)
+        for stage, feat_size in zip(self.stages, self._feat_sizes(img_size)[1:], strict=False):  # fewer once pruned
             for block in stage.blocks:
                 if hasattr(block, 'set_feat_size'):
                     block.set_feat_size(feat_size)
+        self.img_size = self.stem.check.img_size = img_size
         update_model_input_size(self, self.img_size)
 
     @torch.jit.ignore

@@ -1,0 +1,45 @@
+"""Shared by all tests: models with weights that show a mistake."""
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture
+def randomize() -> Callable[[nn.Module], nn.Module]:
+    """Give a model random norms, biases, running statistics and sizeable weights, so that no term hides at zero."""
+
+    @torch.no_grad()
+    def fill(model: nn.Module, seed: int = 0) -> nn.Module:
+        draws = torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        position = 0
+
+        def noise(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal position  # the draws are used in turn, over and over: 275 M parameters fill in a second
+            position = (position + 7919) % 1024
+            part = draws[position:position + tensor.numel()].to(tensor.dtype)
+            return part.repeat(-(-tensor.numel() // len(part)))[:tensor.numel()].view(tensor.shape)
+
+        for name, parameter in model.named_parameters():
+            if name.endswith('table'):
+                parameter.copy_(noise(parameter) * .5)
+            elif parameter.ndim == 1:
+                parameter.copy_(noise(parameter) * .2 + name.endswith('weight'))
+            else:
+                parameter.copy_(noise(parameter) * (parameter[0].numel() ** -.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith('running_mean'):
+                buffer.copy_(noise(buffer) * .3)
+            elif name.endswith('running_var'):
+                buffer.copy_(noise(buffer).abs() + .3)
+        return model
+
+    return fill
+
+
+@pytest.fixture
+def skip_init(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave new parameters as they are allocated, where a test fills or loads all of them anyway."""
+    for name in ('normal_', 'trunc_normal_', 'uniform_', 'kaiming_uniform_', 'xavier_uniform_'):
+        monkeypatch.setattr(f'torch.nn.init.{name}', lambda tensor, *args, **kwargs: tensor)
