@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+torch.set_num_threads(1)  # the models here are tiny: waking a second thread takes longer than their work
+
 
 @pytest.fixture
 def randomize() -> Callable[[nn.Module], nn.Module]:

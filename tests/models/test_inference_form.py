@@ -1,0 +1,172 @@
+"""The folded model, and every way a model leaves eager mode: script, trace, compile, export, ONNX, autocast."""
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from coatnet_zoo.blocks.transformer import FixedBias, RelativeBias
+from timm.utils import ModelEmaV3, reparameterize_model
+from torch import nn
+
+IMAGES = torch.randn(2, 3, 32, 32)
+BATCH = torch.export.Dim('batch', min=1, max=64)
+
+
+def small(**kwargs) -> nn.Module:
+    return timm.create_model(
+        'coatnet_pico_64', img_size=32, num_classes=11, **{'depths': (1, 2, 2, 1), **kwargs})
+
+
+@pytest.fixture(params=['eager', 'folded'])
+def form(request, randomize):
+    model = randomize(small()).eval()
+    with torch.no_grad():
+        expected = model(IMAGES)
+    assert expected.std() > .1
+    return (reparameterize_model(model) if request.param == 'folded' else model), expected
+
+
+@pytest.mark.parametrize('options', [
+    {}, dict(flavor='timm'), dict(layout='CCCC'), dict(layout='TTTT'), dict(rel_bias='post'), dict(rel_bias='none'),
+    dict(conv_norm='layer'), dict(dynamic_img_size=True), dict(stem='vit', layout='CTTT')], ids=str)
+def test_folding_keeps_the_logits_and_leaves_no_batchnorm(options, randomize):
+    model = randomize(small(**options)).eval()
+    folded = reparameterize_model(model)
+    with torch.no_grad():
+        expected = model(IMAGES)
+        torch.testing.assert_close(folded(IMAGES), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(reparameterize_model(folded)(IMAGES), expected, rtol=0, atol=1e-4)
+    assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert bool([m for m in folded.modules() if isinstance(m, RelativeBias)]) == bool(options.get('dynamic_img_size'))
+    torch.testing.assert_close(model(IMAGES), expected)  # the original is untouched
+
+
+def test_folded_coatnet_0_keeps_its_logits(randomize, skip_init):
+    model = randomize(timm.create_model('coatnet_0')).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(reparameterize_model(model)(images), model(images), rtol=0, atol=1e-4)
+
+
+def test_folded_dynamic_model_still_takes_any_size(randomize):
+    model = randomize(small(dynamic_img_size=True)).eval()
+    images = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(reparameterize_model(model)(images), model(images), rtol=0, atol=1e-4)
+
+
+def test_nothing_goes_stale_in_training(randomize):
+    """Train, change the size, step, take an EMA copy, fold: the folded copy is the trained model."""
+    model = randomize(small()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.set_input_size(48)
+    images = torch.randn(2, 3, 48, 48)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ema = ModelEmaV3(model, decay=.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+        ema.update(model)
+    for trained in (model.eval(), ema.module.eval(), copy.deepcopy(model)):
+        with torch.no_grad():
+            torch.testing.assert_close(reparameterize_model(trained)(images), trained(images), rtol=0, atol=1e-4)
+
+
+def test_inference_makes_no_layout_copies(randomize):
+    """channels_last in, channels_last throughout: nothing with an extent is cloned, converted or made contiguous."""
+    model = reparameterize_model(randomize(small()).eval()).to(memory_format=torch.channels_last)
+    images = IMAGES.contiguous(memory_format=torch.channels_last)
+    seen = []
+    for stage in (model.stem, *model.stages):
+        stage.register_forward_hook(lambda _, __, out: seen.append(out))
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        model(images)
+    copies = [
+        (event.name, event.input_shapes) for event in profile.events()
+        if event.name in ('aten::clone', 'aten::contiguous', 'aten::_to_copy') and event.input_shapes[0]]
+    assert copies == []
+    assert any(event.name == 'aten::convolution' for event in profile.events())  # the profiler saw the model
+    assert len(seen) == 5 and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+
+
+def test_layout_copy_count_can_fail(randomize):
+    """A contiguous image is laid out anew, and the test above would see it."""
+    model = reparameterize_model(randomize(small()).eval())
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        model(IMAGES)
+    assert [e for e in profile.events() if e.name == 'aten::clone' and e.input_shapes[0] == [2, 3, 32, 32]]
+
+
+def test_torchscript(form):
+    model, expected = form
+    scripted = torch.jit.script(model)
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(IMAGES), expected, rtol=0, atol=1e-4)
+    with pytest.raises(torch.jit.Error, match='must be multiples of 16'):
+        scripted(torch.randn(1, 3, 30, 32))
+
+
+def test_torch_compile_fullgraph(form):
+    model, expected = form
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IMAGES), expected, rtol=0, atol=1e-4)
+
+
+def test_torch_compile_fullgraph_trains():
+    model = small(drop_path_rate=.1).train()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    compiled(IMAGES).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_torch_compile_with_inductor(randomize):
+    model = reparameterize_model(randomize(small(depths=(1, 1, 1, 1))).eval())
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(IMAGES), model(IMAGES), rtol=0, atol=1e-4)
+
+
+def test_torch_export_with_dynamic_batch(form):
+    model, expected = form
+    exported = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: BATCH},)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(IMAGES), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(exported(IMAGES.repeat(3, 1, 1, 1))[2:4], expected, rtol=0, atol=1e-4)
+
+
+def test_onnx_runtime_agrees(form, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime comes with the test extra')
+    model, expected = form
+    file = str(tmp_path / 'model.onnx')
+    torch.onnx.export(
+        model, (IMAGES,), file, dynamo=True, dynamic_shapes=({0: BATCH},), input_names=['images'],
+        output_names=['logits'], verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    logits = session.run(None, {'images': IMAGES.repeat(2, 1, 1, 1).numpy()})[0]
+    np.testing.assert_allclose(logits[:2], expected.numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_stays_finite_and_close(form, dtype):
+    model, expected = form
+    with torch.no_grad(), torch.autocast('cpu', dtype):
+        logits = model(IMAGES).float()
+    assert logits.isfinite().all()
+    assert (logits - expected).norm() / expected.norm() < (.05 if dtype == torch.bfloat16 else .01)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_trains_without_nan(dtype):
+    model = small().train()
+    with torch.autocast('cpu', dtype):
+        loss = nn.functional.cross_entropy(model(IMAGES), torch.tensor([1, 2]))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_folded_bias_is_laid_out_once(randomize):
+    folded = reparameterize_model(randomize(small()).eval())
+    biases = [m for m in folded.modules() if isinstance(m, FixedBias)]
+    assert len(biases) == 3 and all(m(0, 0).data_ptr() == m.bias.data_ptr() for m in biases)
