@@ -71,7 +71,7 @@ def verify_checksum(sdist: Path, accept_new: bool) -> None:
             sys.exit('add that line once the release is trusted, or pass --accept-new-sdist for this run')
     elif found != expected:
         sys.exit(f'sha256 of {sdist} must be the one in {CHECKSUMS.name}\n  expected {expected}\n  found    {found}\n'
-                 f'delete the file and run again; if the sums still differ, do not run it')
+                 'delete the file and run again; if the sums still differ, do not run it')
 
 
 def extract_tests(sdist: Path, version: str) -> Path:

@@ -22,17 +22,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'scripts'))
 
 import finetune  # noqa: E402
+import run_folder  # noqa: E402
 
 CLASSES = ('blue', 'green', 'red')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Tiny steps gain nothing from threads, and lose a lot on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_pictures(folder: Path, classes=CLASSES, train: int = 12, val: int = 5) -> Path:
@@ -189,7 +181,7 @@ def test_run_killed_at_any_write_resumes_to_the_same_weights(settings, monkeypat
             return replace(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(finetune.os, 'replace', kill)
+            patch.setattr(run_folder.os, 'replace', kill)
             try:
                 run_dir = run(settings, experiment=f'killed{kill_at}', **options)
                 break  # more writes allowed than there are
@@ -207,16 +199,16 @@ def test_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     path.write_text('old')
     for name in ('fsync', 'replace'):
         call = getattr(os, name)
-        monkeypatch.setattr(finetune.os, name, lambda *args, name=name, call=call: (order.append(name), call(*args)))
+        monkeypatch.setattr(run_folder.os, name, lambda *args, name=name, call=call: (order.append(name), call(*args)))
 
     def stop_half_way(temporary: Path) -> None:
         temporary.write_text('ne')
         raise Killed
 
     with pytest.raises(Killed):
-        finetune.write_file(path, stop_half_way)
+        run_folder.write_file(path, stop_half_way)
     assert path.read_text() == 'old' and order == []
-    finetune.write_file(path, lambda temporary: temporary.write_text('new'))
+    run_folder.write_file(path, lambda temporary: temporary.write_text('new'))
     assert path.read_text() == 'new' and order == ['fsync', 'replace']
 
 

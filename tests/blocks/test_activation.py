@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from coatnet_zoo.blocks.activation import GELU
 
 FORMS = {'gelu_tanh': 'tanh', 'gelu': 'none'}

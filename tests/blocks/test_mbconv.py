@@ -2,10 +2,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from coatnet_zoo.blocks import ConvStem, MBConv
 from coatnet_zoo.blocks.folding import fold_norm_into_next, fold_norm_into_previous
 from coatnet_zoo.blocks.stem import ImageCheck
-from torch import nn
 
 
 @pytest.mark.parametrize('conv_stride', ['expand', 'depthwise'])

@@ -1,9 +1,10 @@
 """Relative attention against the paper's formula written out, and against timm's relative bias."""
 import pytest
 import torch
+from timm.layers import RelPosBias, set_fused_attn
+
 from coatnet_zoo.blocks import TransformerBlock
 from coatnet_zoo.blocks.transformer import FixedBias, RelativeAttention2d, RelativeBias, resize_bias_table
-from timm.layers import RelPosBias, set_fused_attn
 
 
 def attention_by_hand(attn: RelativeAttention2d, x: torch.Tensor, rel_bias: str) -> torch.Tensor:

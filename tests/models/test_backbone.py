@@ -5,11 +5,12 @@ import itertools
 import pytest
 import timm
 import torch
-from coatnet_zoo.models import FLAVORS, Backbone, BackboneCfg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from timm.models import get_model_args, group_parameters
 from timm.optim import create_optimizer_v2
+
+from coatnet_zoo.models import FLAVORS, Backbone, BackboneCfg
 
 TINY = BackboneCfg(depths=(1, 2, 1, 1), embed_dim=(8, 16, 16, 24), stem_width=8, stem_stride=1, head_dim=8)
 

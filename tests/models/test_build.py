@@ -6,7 +6,7 @@ import timm
 def test_unknown_keyword_never_passes_silently():
     with pytest.raises(TypeError, match="coatnet_0 has no keyword 'drop_path'; did you mean 'drop_path_rate'"):
         timm.create_model('coatnet_0', drop_path=.1)
-    with pytest.raises(TypeError, match="no keyword 'zzz'. Known: img_size, .*layout.*"):
+    with pytest.raises(TypeError, match=r"no keyword 'zzz'\. Known: img_size, .*layout.*"):
         timm.create_model('coatnet_0', zzz=1)
 
 
@@ -21,13 +21,14 @@ def test_unknown_tag_lists_known_ones():
 
 
 def test_pretrained_without_weights_says_which_names_have_some():
-    with pytest.raises(RuntimeError, match='coatnet_0 has no released weights. Names of this zoo that have some: '):
+    with pytest.raises(RuntimeError, match=r'coatnet_0 has no released weights\. Names of this zoo that have some: '):
         timm.create_model('coatnet_0', pretrained=True)
 
 
 def test_missing_checkpoint_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no checkpoint at .*gone.safetensors'):
-        timm.create_model('coatnet_0', pretrained=True, pretrained_cfg_overlay=dict(file=f'{tmp_path}/gone.safetensors'))
+    with pytest.raises(FileNotFoundError, match=r'no checkpoint at .*gone\.safetensors'):
+        timm.create_model(
+            'coatnet_0', pretrained=True, pretrained_cfg_overlay=dict(file=f'{tmp_path}/gone.safetensors'))
 
 
 def test_readme_keywords_build():

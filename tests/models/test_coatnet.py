@@ -2,8 +2,9 @@
 import pytest
 import timm
 import torch
-from coatnet_zoo.models.coatnet import model_cfgs
 from torch.utils.flop_counter import FlopCounterMode
+
+from coatnet_zoo.models.coatnet import model_cfgs
 
 NAMES = timm.list_models(module='coatnet')
 PARAMETERS = {  # millions; the paper rounds them to 25, 42, 75, 168, 275, 688

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from coatnet_zoo.blocks.transformer import FixedBias, RelativeBias
 from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
+
+from coatnet_zoo.blocks.transformer import FixedBias, RelativeBias
 
 IMAGES = torch.randn(2, 3, 32, 32)
 BATCH = torch.export.Dim('batch', min=1, max=64)
@@ -15,7 +16,7 @@ BATCH = torch.export.Dim('batch', min=1, max=64)
 
 def small(**kwargs) -> nn.Module:
     return timm.create_model(
-        'coatnet_pico_64', img_size=32, num_classes=11, **{'depths': (1, 2, 2, 1), **kwargs})
+        'coatnet_pico_64', num_classes=11, **{'img_size': 32, 'depths': (1, 2, 2, 1), **kwargs})
 
 
 @pytest.fixture(params=['eager', 'folded'])
@@ -123,9 +124,11 @@ def test_torch_compile_fullgraph_trains():
 
 
 def test_torch_compile_with_inductor(randomize):
-    model = reparameterize_model(randomize(small(depths=(1, 1, 1, 1))).eval())
+    # 64 pixels: the kernels that torch 2.8 generates for the head's pooling of a 2x2 map corrupt the heap
+    model = reparameterize_model(randomize(small(depths=(1, 1, 1, 1), img_size=64)).eval())
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(IMAGES), model(IMAGES), rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), model(images), rtol=0, atol=1e-4)
 
 
 def test_torch_export_with_dynamic_batch(form):

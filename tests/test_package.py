@@ -1,0 +1,112 @@
+"""What `import coatnet_zoo` does to a process, the order of the rooms, and the wheel outside the checkout."""
+import ast
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / 'coatnet_zoo'
+
+
+def python(code: str, **kwargs) -> str:
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_leaves_timms_registry_as_it_was_and_is_silent():
+    code = '''
+import contextlib, io, json, warnings
+import timm
+from timm.models import get_arch_pretrained_cfgs, list_modules
+def registry():
+    names = timm.list_models()
+    return {n: {t: repr(c) for t, c in get_arch_pretrained_cfgs(n).items()} for n in names}, list_modules()
+before, modules_before = registry()
+out, err = io.StringIO(), io.StringIO()
+with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    warnings.simplefilter('error')
+    import coatnet_zoo
+after, modules_after = registry()
+print(json.dumps(dict(
+    changed=[n for n in before if after.get(n) != before[n]], added=sorted(set(after) - set(before)),
+    modules=sorted(set(modules_after) - set(modules_before)), said=out.getvalue() + err.getvalue())))
+'''
+    seen = json.loads(python(code, cwd=ROOT))
+    assert seen['changed'] == [] and seen['said'] == ''
+    assert seen['modules'] == ['coatnet'] and 'coatnet_0' in seen['added']
+
+
+def test_import_is_light():
+    """Best of three: under 0.3 s on top of timm, and nothing heavy comes along."""
+    code = '''
+import sys, time
+import timm
+before, start = set(sys.modules), time.perf_counter()
+import coatnet_zoo
+print(time.perf_counter() - start)
+print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}))
+'''
+    outputs = [python(code, cwd=ROOT).splitlines() for _ in range(3)]
+    assert min(float(seconds) for seconds, _ in outputs) < 0.3
+    assert outputs[0][1] == "['coatnet_zoo']"
+
+
+def upward_imports(package: Path) -> list[str]:
+    """Imports that go against ops < blocks < models, or leave the package for scripts, hub or its own name."""
+    above = {'ops': {'blocks', 'models'}, 'blocks': {'models'}}
+    found = []
+    for file in sorted(package.rglob('*.py')):
+        room = file.relative_to(package).parts[0]
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or '']
+            else:
+                continue
+            for top in (name.partition('.')[0] for name in names):
+                relative = isinstance(node, ast.ImportFrom) and node.level > 1
+                if top in (above.get(room, ()) if relative else ('scripts', 'hub', 'coatnet_zoo')):
+                    found.append(f'{file.relative_to(package)}: {ast.unparse(node)}')
+    return found
+
+
+def test_data_flows_one_way(tmp_path):
+    assert upward_imports(PACKAGE) == []
+    (tmp_path / 'blocks').mkdir()
+    (tmp_path / 'blocks' / 'mbconv.py').write_text('from ..models import backbone\nfrom .folding import fold\n')
+    (tmp_path / 'weights.py').write_text('import scripts.finetune\nimport torch\n')
+    assert upward_imports(tmp_path) == [
+        'blocks/mbconv.py: from ..models import backbone', 'weights.py: import scripts.finetune']
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory) -> Path:
+    pytest.importorskip('hatchling', reason='hatchling, the build backend, comes with the test extra')
+    folder = tmp_path_factory.mktemp('wheel')
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'wheel', str(ROOT), '--no-deps', '--no-build-isolation', '-q', '-w', str(folder)],
+        check=True, capture_output=True)
+    return next(folder.glob('*.whl'))
+
+
+def test_wheel_works_outside_the_checkout(wheel, tmp_path):
+    site = tmp_path / 'site'
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(site)
+    assert {n.partition('/')[0] for n in names if '.dist-info/' not in n} == {'coatnet_zoo'}
+    assert any(n.endswith('licenses/LICENSE') for n in names)
+    code = '''
+import coatnet_zoo, timm, torch
+print(coatnet_zoo.__file__)
+print(tuple(timm.create_model('coatnet_pico_64', num_classes=3)(torch.zeros(1, 3, 64, 64)).shape))
+'''
+    where, shape = python(code, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(site)}).splitlines()
+    assert Path(where).is_relative_to(site) and shape == '(1, 3)'
