@@ -9,10 +9,7 @@ where it has nothing to fold), training as forward, backward and a step of SGD. 
 least --window seconds each, and the median window counts, so that a busy machine slows both.
 """
 import multiprocessing
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from finetune import parse_argument
+from provenance import provenance
 from run_folder import write_json
 from timm.utils import reparameterize_model
 from tqdm import tqdm
@@ -112,25 +110,6 @@ def peak_memory(settings: Settings, name: str, kwargs: tuple[str, ...], mode: st
     return (status_field('VmHWM') - before) if settings.device == 'cpu' else torch.cuda.max_memory_allocated() / 2**20
 
 
-def hardware(device: str) -> str:
-    if device != 'cpu':
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        name = next(line.split(': ', 1)[1] for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
-
-
-def commit() -> str:
-    """Short hash of the checkout, marked if it has changes."""
-    done = subprocess.run(
-        ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'], capture_output=True, text=True,
-        cwd=Path(__file__).parent)
-    return done.stdout.strip() or 'not in a checkout'
-
-
 def main(settings: Settings) -> dict:
     """Measure, print and return the results."""
     torch.set_num_threads(settings.threads)
@@ -161,9 +140,7 @@ def main(settings: Settings) -> dict:
                 ratio=round(speed['model'] / speed['against'], 4))
     report = dict(
         settings={key: value for key, value in asdict(settings).items() if key != 'results_file'},
-        results=results, hardware=hardware(settings.device), python=platform.python_version(), torch=torch.__version__,
-        timm=timm.__version__, commit=commit(), command=' '.join(['python', *sys.argv]),
-        date=time.strftime('%Y-%m-%d', time.gmtime()))
+        results=results, **provenance(settings.device))
     for mode, row in results.items():
         print(f'\n{mode}, batch {settings.batch_size} at {settings.img_size}, {report["hardware"]}')
         for side, (name, kwargs) in sides.items():
