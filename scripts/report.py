@@ -70,6 +70,8 @@ def speed() -> str:
             rows.append([
                 mode, *names, f'{row["ratio"]:.2f}', *(f'{pace[side]:.2f}' for side in pace),
                 *(m if isinstance(m, str) else f'{m:.0f}' for m in memory.values())])
+    if not rows:
+        return 'Speed: not measured.'
     rows.sort(key=lambda row: row[0])
     header = ['', 'model', 'against', 'ratio', 'images/s', 'images/s of the other', 'peak MiB', 'peak MiB of the other']
     return table(header, rows) + f'\n\nMeasured on: {"; ".join(origins)}. On a GPU: not measured.'
