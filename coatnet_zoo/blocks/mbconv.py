@@ -14,6 +14,7 @@ from timm.layers import DropPath, LayerNorm2d
 from torch import nn
 
 from .activation import GELU
+from .blocking import CacheBlocked
 from .folding import fold_norm_into_next, fold_norm_into_previous
 
 __all__ = ['MBConv', 'create_conv_norm', 'downsample']
@@ -73,7 +74,7 @@ class MBConv(nn.Module):
         hidden, squeezed = int(dim_out * expand_ratio), max(1, int(dim_out * se_ratio))
         norm_args = (norm, norm_eps, norm_momentum, ln_eps)
         stride_expand, stride_depthwise = (stride, 1) if conv_stride == 'expand' else (1, stride)
-        self.inplace = False
+        self.folded = False
 
         self.shortcut = nn.Sequential(OrderedDict(
             pool=downsample(stride),
@@ -100,13 +101,15 @@ class MBConv(nn.Module):
         x = self.act1(self.norm1(self.expand(self.pre_norm(x))))
         x = self.act2(self.norm2(self.depthwise(x)))
         gate = self.se(x.mean((2, 3), keepdim=True))
-        x = x.mul_(gate) if self.inplace else x * gate
+        x = x.mul_(gate) if self.folded else x * gate  # folded, the depthwise output is nobody else's
         return shortcut + self.drop_path(self.project(x))
 
-    def fuse(self) -> 'MBConv':
+    def fuse(self) -> nn.Module:
         """Fold the three BatchNorms, in place; afterwards the block is for inference."""
+        if self.folded:
+            return self
         self.pre_norm = fold_norm_into_next(self.pre_norm, self.expand)
         self.norm1 = fold_norm_into_previous(self.expand, self.norm1)
         self.norm2 = fold_norm_into_previous(self.depthwise, self.norm2)
-        self.inplace = True  # the gate scales the depthwise output where it lies
-        return self
+        self.folded = True
+        return CacheBlocked(self, self.expand.out_channels / (self.expand.stride[0] * self.expand.stride[1]))

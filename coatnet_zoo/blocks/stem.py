@@ -4,6 +4,7 @@ from timm.models import register_notrace_function
 from torch import nn
 
 from .activation import GELU
+from .blocking import CacheBlocked
 from .folding import fold_norm_into_previous
 from .mbconv import create_conv_norm
 
@@ -101,6 +102,7 @@ class ConvStem(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        self.folded = False
         self.check = check
         self.conv1 = nn.Conv2d(check.in_chans, width, 3, stride, 1, bias=bias, **dd)
         self.norm1 = create_conv_norm(width, norm, norm_eps, norm_momentum, ln_eps, **dd)
@@ -110,10 +112,13 @@ class ConvStem(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv2(self.act1(self.norm1(self.conv1(self.check(x)))))
 
-    def fuse(self) -> 'ConvStem':
+    def fuse(self) -> nn.Module:
         """Fold the BatchNorm, in place."""
+        if self.folded:
+            return self
         self.norm1 = fold_norm_into_previous(self.conv1, self.norm1)
-        return self
+        self.folded = True
+        return CacheBlocked(self, self.conv1.out_channels / (self.conv1.stride[0] * self.conv1.stride[1]))
 
 
 class PatchStem(nn.Module):

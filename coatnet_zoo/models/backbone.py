@@ -249,7 +249,8 @@ class Backbone(nn.Module):
             for block in stage.blocks:
                 if hasattr(block, 'set_feat_size'):
                     block.set_feat_size(feat_size)
-        self.img_size = self.stem.check.img_size = img_size
+        self.img_size = img_size
+        next(m for m in self.stem.modules() if isinstance(m, ImageCheck)).img_size = img_size
         update_model_input_size(self, self.img_size)
 
     @torch.jit.ignore
