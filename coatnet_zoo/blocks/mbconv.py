@@ -8,23 +8,17 @@ with the stride of a stage's first block in the 1x1 `expand` (the paper's defaul
 SE with swish after the depthwise activation, a bias but no norm on `project`.
 """
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import DropPath
 from torch import nn
 
 from .activation import GELU
 from .blocking import CacheBlocked
 from .folding import fold_norm_into_next, fold_norm_into_previous
 
-__all__ = ['MBConv', 'create_conv_norm', 'downsample']
-
-
-def create_conv_norm(dim: int, norm: str, eps: float, momentum: float, ln_eps: float, **dd) -> nn.Module:
-    """The norm of the convolutional part: 'batch' (eps, momentum) or 'layer' (ln_eps), over the channels of NCHW."""
-    if norm == 'batch':
-        return nn.BatchNorm2d(dim, eps=eps, momentum=momentum, **dd)
-    return LayerNorm2d(dim, eps=ln_eps, **dd)
+__all__ = ['MBConv', 'downsample']
 
 
 def downsample(stride: int) -> nn.Module:
@@ -45,11 +39,8 @@ class MBConv(nn.Module):
         expand_ratio: Hidden channels as a multiple of `dim_out`.
         se_ratio: Squeeze channels as a fraction of `dim_out`.
         conv_stride: Where the stride sits: 'expand' or 'depthwise'.
-        act: 'gelu_tanh' or 'gelu'.
-        norm: 'batch' or 'layer'.
-        norm_eps: Epsilon of BatchNorm.
-        norm_momentum: Momentum of BatchNorm in torch's convention (share of the new batch).
-        ln_eps: Epsilon of LayerNorm.
+        norm_layer: Makes a norm over the channels of NCHW; only BatchNorms can be folded.
+        act_layer: Makes an activation.
     """
 
     def __init__(
@@ -61,18 +52,14 @@ class MBConv(nn.Module):
             expand_ratio: float = 4.,
             se_ratio: float = 0.25,
             conv_stride: str = 'expand',
-            act: str = 'gelu_tanh',
-            norm: str = 'batch',
-            norm_eps: float = 1e-3,
-            norm_momentum: float = 0.01,
-            ln_eps: float = 1e-5,
+            norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+            act_layer: Callable[[], nn.Module] = GELU,
             device=None,
             dtype=None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         hidden, squeezed = int(dim_out * expand_ratio), max(1, int(dim_out * se_ratio))
-        norm_args = (norm, norm_eps, norm_momentum, ln_eps)
         stride_expand, stride_depthwise = (stride, 1) if conv_stride == 'expand' else (1, stride)
         self.folded = False
 
@@ -80,13 +67,13 @@ class MBConv(nn.Module):
             pool=downsample(stride),
             proj=nn.Conv2d(dim, dim_out, 1, **dd) if dim != dim_out else nn.Identity(),
         ))
-        self.pre_norm = create_conv_norm(dim, *norm_args, **dd)
+        self.pre_norm = norm_layer(dim, **dd)
         self.expand = nn.Conv2d(dim, hidden, 1, stride_expand, bias=False, **dd)
-        self.norm1 = create_conv_norm(hidden, *norm_args, **dd)
-        self.act1 = GELU(act)
+        self.norm1 = norm_layer(hidden, **dd)
+        self.act1 = act_layer()
         self.depthwise = nn.Conv2d(hidden, hidden, 3, stride_depthwise, 1, groups=hidden, bias=False, **dd)
-        self.norm2 = create_conv_norm(hidden, *norm_args, **dd)
-        self.act2 = GELU(act)
+        self.norm2 = norm_layer(hidden, **dd)
+        self.act2 = act_layer()
         self.se = nn.Sequential(OrderedDict(
             reduce=nn.Conv2d(hidden, squeezed, 1, **dd),
             act=nn.SiLU(),

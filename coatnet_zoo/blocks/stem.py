@@ -1,4 +1,6 @@
 """What comes before the stages: the check of the image, and the two stems of the paper (sections 2.2 and 4.3)."""
+from collections.abc import Callable
+
 import torch
 from timm.models import register_notrace_function
 from torch import nn
@@ -6,7 +8,6 @@ from torch import nn
 from .activation import GELU
 from .blocking import CacheBlocked
 from .folding import fold_norm_into_previous
-from .mbconv import create_conv_norm
 
 __all__ = ['ConvStem', 'ImageCheck', 'PatchStem', 'check_size']
 
@@ -92,11 +93,8 @@ class ConvStem(nn.Module):
             width: int,
             stride: int = 2,
             bias: bool = True,
-            act: str = 'gelu_tanh',
-            norm: str = 'batch',
-            norm_eps: float = 1e-3,
-            norm_momentum: float = 0.01,
-            ln_eps: float = 1e-5,
+            norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+            act_layer: Callable[[], nn.Module] = GELU,
             device=None,
             dtype=None,
     ):
@@ -105,8 +103,8 @@ class ConvStem(nn.Module):
         self.folded = False
         self.check = check
         self.conv1 = nn.Conv2d(check.in_chans, width, 3, stride, 1, bias=bias, **dd)
-        self.norm1 = create_conv_norm(width, norm, norm_eps, norm_momentum, ln_eps, **dd)
-        self.act1 = GELU(act)
+        self.norm1 = norm_layer(width, **dd)
+        self.act1 = act_layer()
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=bias, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

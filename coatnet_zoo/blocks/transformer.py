@@ -8,6 +8,8 @@
 with w learned per block and head, independent of the input. The widths change in q, k, v directly, and the shortcut
 is projected only if the width changes, as in the authors' shared code (google-research/maxvit, TransformerBlock).
 """
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, use_fused_attn
@@ -171,8 +173,8 @@ class TransformerBlock(nn.Module):
         rel_bias: 'pre', 'post' or 'none'.
         softmax: 'float32' or 'input'.
         dynamic: Accept maps of other sizes.
-        act: 'gelu_tanh' or 'gelu'.
-        ln_eps: Epsilon of LayerNorm.
+        norm_layer: Makes a norm over the last dimension.
+        act_layer: Makes an activation.
     """
 
     def __init__(
@@ -188,8 +190,8 @@ class TransformerBlock(nn.Module):
             rel_bias: str = 'pre',
             softmax: str = 'float32',
             dynamic: bool = False,
-            act: str = 'gelu_tanh',
-            ln_eps: float = 1e-5,
+            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+            act_layer: Callable[[], nn.Module] = GELU,
             device=None,
             dtype=None,
     ):
@@ -197,11 +199,11 @@ class TransformerBlock(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.pool = downsample(stride)
         self.shortcut = nn.Linear(dim, dim_out, **dd) if dim != dim_out else nn.Identity()
-        self.norm1 = nn.LayerNorm(dim, eps=ln_eps, **dd)
+        self.norm1 = norm_layer(dim, **dd)
         self.attn = RelativeAttention2d(dim, dim_out, feat_size, head_dim, rel_bias, softmax, dynamic, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim_out, eps=ln_eps, **dd)
-        self.mlp = Mlp(dim_out, int(dim_out * mlp_ratio), act_layer=lambda: GELU(act), **dd)
+        self.norm2 = norm_layer(dim_out, **dd)
+        self.mlp = Mlp(dim_out, int(dim_out * mlp_ratio), act_layer=act_layer, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def set_feat_size(self, feat_size: tuple[int, int]) -> None:

@@ -21,7 +21,7 @@ from timm.models._features import feature_take_indices  # these two are what tim
 from timm.models._input import update_model_input_size  # a public alias
 from torch import nn
 
-from ..blocks import ConvStem, MBConv, PatchStem, TransformerBlock
+from ..blocks import GELU, ConvStem, MBConv, PatchStem, TransformerBlock
 from ..blocks.stem import ImageCheck, check_size
 from .weight_init import init_weights
 
@@ -190,15 +190,17 @@ class Backbone(nn.Module):
         self.img_size = self._checked_size(img_size)
         feat_sizes = self._feat_sizes(self.img_size)
 
-        norm = dict(norm=cfg.conv_norm, norm_eps=cfg.conv_norm_eps, norm_momentum=cfg.conv_norm_momentum,
-                    ln_eps=cfg.norm_eps)
+        act_layer = partial(GELU, cfg.act)
+        layer_norm, layer_norm_2d = partial(nn.LayerNorm, eps=cfg.norm_eps), partial(LayerNorm2d, eps=cfg.norm_eps)
+        conv_norm = layer_norm_2d if cfg.conv_norm == 'layer' else partial(
+            nn.BatchNorm2d, eps=cfg.conv_norm_eps, momentum=cfg.conv_norm_momentum)
         blocks = {
             'C': lambda size: partial(
-                MBConv, expand_ratio=cfg.expand_ratio, se_ratio=cfg.se_ratio, conv_stride=cfg.conv_stride, act=cfg.act,
-                **norm, **dd),
+                MBConv, expand_ratio=cfg.expand_ratio, se_ratio=cfg.se_ratio, conv_stride=cfg.conv_stride,
+                norm_layer=conv_norm, act_layer=act_layer, **dd),
             'T': lambda size: partial(
                 TransformerBlock, feat_size=size, mlp_ratio=cfg.mlp_ratio, head_dim=cfg.head_dim, rel_bias=cfg.rel_bias,
-                softmax=cfg.softmax, dynamic=dynamic_img_size, act=cfg.act, ln_eps=cfg.norm_eps, **dd),
+                softmax=cfg.softmax, dynamic=dynamic_img_size, norm_layer=layer_norm, act_layer=act_layer, **dd),
         }
 
         check = ImageCheck(in_chans, self.img_size, cfg.reductions[-1], rule)
@@ -207,7 +209,7 @@ class Backbone(nn.Module):
             self.stem = PatchStem(check, width, cfg.strides[0], **dd)
         else:
             width = cfg.stem_width
-            self.stem = ConvStem(check, width, cfg.stem_stride, cfg.stem_bias, cfg.act, **norm, **dd)
+            self.stem = ConvStem(check, width, cfg.stem_stride, cfg.stem_bias, conv_norm, act_layer, **dd)
 
         rates = iter(cfg.drop_path_rates(drop_path_rate))
         dims = (width, *cfg.embed_dim)
@@ -223,7 +225,7 @@ class Backbone(nn.Module):
         hidden = self.num_features if cfg.head_hidden_size == -1 else cfg.head_hidden_size
         self.head = NormMlpClassifierHead(
             self.num_features, num_classes, hidden_size=hidden or None, pool_type=global_pool, drop_rate=drop_rate,
-            norm_layer=partial(LayerNorm2d, eps=cfg.norm_eps), **dd)
+            norm_layer=layer_norm_2d, **dd)
         self.head_hidden_size = self.head.num_features
         self.init_weights()
 

@@ -1,4 +1,8 @@
-"""What comes in: state dicts of this zoo at any image size, and those of timm's coatnet_N_224."""
+"""What comes in: state dicts of this zoo at any image size, and those of timm's coatnet_N_224.
+
+Of how a timm model was built a state dict shows the stem bias alone: stride, form of GELU and epsilons leave no trace,
+so a timm model with a stem bias and other choices than the official ones needs the same choices as keywords here.
+"""
 import math
 import re
 

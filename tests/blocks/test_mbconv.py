@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import nn
 
 from coatnet_zoo.blocks import ConvStem, MBConv
@@ -43,11 +44,11 @@ def test_pooling_of_odd_sizes_averages_what_is_there():
     assert torch.equal(pooled, torch.ones(1, 2, 2, 3))
 
 
-@pytest.mark.parametrize('norm', ['batch', 'layer'])
+@pytest.mark.parametrize('norm_layer', [nn.BatchNorm2d, LayerNorm2d])
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('conv_stride', ['expand', 'depthwise'])
-def test_fused_block_is_the_block(norm, stride, conv_stride, randomize):
-    block = randomize(MBConv(8, 12, stride, norm=norm, conv_stride=conv_stride, dtype=torch.float64)).eval()
+def test_fused_block_is_the_block(norm_layer, stride, conv_stride, randomize):
+    block = randomize(MBConv(8, 12, stride, norm_layer=norm_layer, conv_stride=conv_stride, dtype=torch.float64)).eval()
     x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
     with torch.no_grad():
         expected = block(x)
