@@ -10,6 +10,7 @@ least --window seconds each, and the median window counts, so that a busy machin
 """
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ import tyro
 from finetune import parse_argument
 from provenance import provenance
 from run_folder import write_json
+from timm.models import resolve_model_input_args
 from timm.utils import reparameterize_model
 from tqdm import tqdm
 
@@ -56,7 +58,8 @@ def build(settings: Settings, name: str, kwargs: tuple[str, ...], mode: str) -> 
     images = torch.randn(settings.batch_size, 3, settings.img_size, settings.img_size, device=settings.device)
     images = images.contiguous(memory_format=memory_format)
     labels = torch.zeros(settings.batch_size, dtype=torch.long, device=settings.device)
-    model = timm.create_model(name, **dict(map(parse_argument, kwargs))).to(settings.device)
+    sized = resolve_model_input_args(name, {'img_size': settings.img_size}).get('img_size')  # None: any size will do
+    model = timm.create_model(name, img_size=sized, **dict(map(parse_argument, kwargs))).to(settings.device)
     model = model.train() if mode == 'training' else reparameterize_model(model.eval())
     model = model.to(memory_format=memory_format)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
@@ -112,6 +115,16 @@ def peak_memory(settings: Settings, name: str, kwargs: tuple[str, ...], mode: st
 
 def main(settings: Settings) -> dict:
     """Measure, print and return the results."""
+    for name in ('batch_size', 'img_size', 'threads', 'rounds', 'window'):
+        if not getattr(settings, name) > 0:
+            sys.exit(f'benchmark.py: --{name.replace("_", "-")} must be greater than 0, got {getattr(settings, name)}.')
+    for name in (settings.model, settings.against):
+        if not timm.is_model(name):
+            sys.exit(f'benchmark.py: {name} is not a name in timm.list_models().')
+    if settings.device != 'cpu' and not torch.cuda.is_available():
+        sys.exit(f'benchmark.py: --device {settings.device} needs CUDA, which is not available; use --device cpu.')
+    if settings.results_file and not Path(settings.results_file).parent.is_dir():
+        sys.exit(f'benchmark.py: --results-file {settings.results_file}: its folder does not exist; make it first.')
     torch.set_num_threads(settings.threads)
     sides = {'model': (settings.model, settings.model_kwargs), 'against': (settings.against, settings.against_kwargs)}
     results: dict[str, dict] = {}

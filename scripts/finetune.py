@@ -119,9 +119,20 @@ def check_values(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise SettingsError(f'--{name.replace("_", "-")} must be greater than 0, got {value}.')
-    for name in ('workers', 'seed', 'warmup_epochs', 'warmup_lr', 'min_lr', 'weight_decay'):
+    for name in ('workers', 'warmup_lr', 'weight_decay'):
         if not getattr(settings, name) >= 0:
             raise SettingsError(f'--{name.replace("_", "-")} must be at least 0, got {getattr(settings, name)}.')
+    for name, least, most in (
+            ('smoothing', 0, 0.999), ('hflip', 0, 1), ('reprob', 0, 1), ('color_jitter', 0, math.inf),
+            ('momentum', 0, 1), ('model_ema_decay', 0, 1), ('layer_decay', 1e-6, 1), ('crop_pct', 1e-6, 1),
+            ('seed', 0, 2**32 - 1), ('warmup_epochs', 0, settings.epochs), ('min_lr', 0, settings.lr)):
+        value = getattr(settings, name)
+        if value is not None and not least <= value <= most:
+            raise SettingsError(f'--{name.replace("_", "-")} must be from {least:g} to {most:g}, got {value}.')
+    if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
+        raise SettingsError(f'--scale must be two rising shares of the picture from 0 to 1, got {settings.scale}.')
+    if any(not value > 0 for value in settings.std):
+        raise SettingsError(f'--std must be greater than 0 for each channel, got {settings.std}.')
     if settings.in_chans not in (1, 3):
         raise SettingsError(f'--in-chans must be 3 (pictures read as RGB) or 1 (as grey), got {settings.in_chans}.')
     if settings.amp_dtype not in ('bfloat16', 'float16'):
@@ -246,6 +257,9 @@ def create_model(settings: Settings, num_classes: int) -> tuple[nn.Module, dict]
         raise SettingsError(f'--initial-checkpoint {settings.initial_checkpoint} is not a file; give one or leave it.')
     if wrong := [item for item in settings.model_kwargs if '=' not in item]:
         raise SettingsError(f'--model-kwargs must be key=value, got {wrong[0]!r}.')
+    flags = ('num_classes', 'in_chans', 'img_size', 'drop_rate', 'drop_path_rate', 'pretrained', 'checkpoint_path')
+    if wrong := [item for item in settings.model_kwargs if item.split('=')[0] in flags]:
+        raise SettingsError(f'--model-kwargs {wrong[0]}: this one has a flag of its own, use that.')
     try:
         # timm's rule: img_size goes to models built for one size, others just get pictures of that size
         img_size = resolve_model_input_args(settings.model, {'img_size': settings.img_size}).get('img_size')

@@ -59,7 +59,7 @@ class MBConv(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        hidden, squeezed = int(dim_out * expand_ratio), max(1, int(dim_out * se_ratio))
+        hidden, squeezed = max(1, int(dim_out * expand_ratio)), max(1, int(dim_out * se_ratio))
         stride_expand, stride_depthwise = (stride, 1) if conv_stride == 'expand' else (1, stride)
         self.folded = False
 
@@ -88,7 +88,7 @@ class MBConv(nn.Module):
         x = self.act1(self.norm1(self.expand(self.pre_norm(x))))
         x = self.act2(self.norm2(self.depthwise(x)))
         gate = self.se(x.mean((2, 3), keepdim=True))
-        x = x.mul_(gate) if self.folded else x * gate  # folded, the depthwise output is nobody else's
+        x = x.mul_(gate) if self.folded and not x.requires_grad else x * gate  # folded, x is nobody else's
         return shortcut + self.drop_path(self.project(x))
 
     def fuse(self) -> nn.Module:

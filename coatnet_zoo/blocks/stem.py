@@ -19,7 +19,7 @@ def check_size(height: int, width: int, total_stride: int, divisible: bool) -> N
         height: Image height.
         width: Image width.
         total_stride: Reduction of the last stage.
-        divisible: The word holds attention, whose bias table needs sizes that are multiples of the stride.
+        divisible: The size must be a multiple of the stride: for the bias table of attention, or the patches of a stem.
     """
     if height < total_stride or width < total_stride:
         raise ValueError(
@@ -75,7 +75,7 @@ class ImageCheck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = check_image(x, self.in_chans, self.img_size[0], self.img_size[1], self.stride, self.rule)
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # no copy if it is laid out so already
 
     def extra_repr(self) -> str:
         return f'in_chans={self.in_chans}, img_size={self.img_size}, stride={self.stride}, rule={self.rule!r}'
@@ -122,10 +122,11 @@ class ConvStem(nn.Module):
 class PatchStem(nn.Module):
     """The stem of ViT_REL: one patch x patch convolution of that stride."""
 
-    def __init__(self, check: ImageCheck, width: int, patch_size: int = 16, device=None, dtype=None):
+    def __init__(
+            self, check: ImageCheck, width: int, patch_size: int = 16, bias: bool = True, device=None, dtype=None):
         super().__init__()
         self.check = check
-        self.conv1 = nn.Conv2d(check.in_chans, width, patch_size, patch_size, device=device, dtype=dtype)
+        self.conv1 = nn.Conv2d(check.in_chans, width, patch_size, patch_size, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv1(self.check(x))

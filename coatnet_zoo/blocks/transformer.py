@@ -203,7 +203,7 @@ class TransformerBlock(nn.Module):
         self.attn = RelativeAttention2d(dim, dim_out, feat_size, head_dim, rel_bias, softmax, dynamic, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim_out, **dd)
-        self.mlp = Mlp(dim_out, int(dim_out * mlp_ratio), act_layer=act_layer, **dd)
+        self.mlp = Mlp(dim_out, max(1, int(dim_out * mlp_ratio)), act_layer=act_layer, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def set_feat_size(self, feat_size: tuple[int, int]) -> None:

@@ -9,9 +9,11 @@ CoAtNet: Marrying Convolution and Attention for All Data Sizes, https://arxiv.or
 `coatnet_0` is the word CCTT. Tensors between stages are (B, C, H, W), channels_last in memory.
 """
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import index
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -55,7 +57,7 @@ class BackboneCfg:
     embed_dim: tuple[int, ...] = (96, 192, 384, 768)        # channels of each stage
     stem: Literal['conv', 'vit'] = 'conv'                   # 'vit': the paper's ViT_REL, patch 16, no further stride
     stem_width: int = 64                                    # channels of S0; with stem='vit' it is embed_dim[0]
-    stem_stride: int = 2                                    # 1 in the models for small images
+    stem_stride: Literal[2, 1] = 2                          # 1 in the models for small images
     expand_ratio: float = 4.                                # of MBConv, from its output width
     se_ratio: float = 0.25                                  # of squeeze-excite, from the same
     mlp_ratio: float = 4.                                   # of the FFN
@@ -77,8 +79,9 @@ class BackboneCfg:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if get_origin(hint) is Literal:
-                if value not in get_args(hint):
-                    raise ValueError(f'{name} must be one of {", ".join(map(repr, get_args(hint)))}, got {value!r}.')
+                known = get_args(hint)
+                if type(value) is not type(known[0]) or value not in known:
+                    raise ValueError(f'{name} must be one of {", ".join(map(repr, known))}, got {value!r}.')
             elif get_origin(hint) is tuple:
                 if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 4 or not all(
                         type(v) is int and v > 0 for v in value):
@@ -86,18 +89,19 @@ class BackboneCfg:
                 object.__setattr__(self, name, tuple(value))  # lists come from config.json
             elif hint is bool and type(value) is not bool:
                 raise ValueError(f'{name} must be True or False, got {value!r}.')
-            elif hint in (int, float):
-                least = -1 if name == 'head_hidden_size' else 0
-                if isinstance(value, bool) or not isinstance(value, (int, hint)) or value < least or (
-                        value == 0 and name != 'head_hidden_size'):
-                    raise ValueError(f'{name} must be a positive {hint.__name__}, got {value!r}.')
+            elif name == 'head_hidden_size':
+                if type(value) is not int or value < -1:
+                    raise ValueError(f'{name} must be a width, 0 for none or -1 for that of S4, got {value!r}.')
+            elif hint in (int, float) and (
+                    isinstance(value, bool) or not isinstance(value, (int, hint)) or not 0 < value < math.inf):
+                raise ValueError(f'{name} must be a positive {hint.__name__}, got {value!r}.')
         if not isinstance(self.layout, str) or len(self.layout) != 4 or not set(self.layout) <= set(LETTERS):
             raise ValueError(
                 f'layout must be four letters, one a stage, out of {", ".join(LETTERS)}, got {self.layout!r}.')
 
     def with_options(self, flavor: str = '', **options: Any) -> 'BackboneCfg':
         """This configuration with a preset of FLAVORS and then single fields put over it."""
-        if flavor and flavor not in FLAVORS:
+        if flavor not in ('', *FLAVORS):
             raise ValueError(f'flavor must be one of {", ".join(map(repr, FLAVORS))}, got {flavor!r}.')
         return dataclasses.replace(self, **{**FLAVORS.get(flavor, {}), **options})
 
@@ -118,6 +122,17 @@ class BackboneCfg:
         """Stochastic depth of every block, growing linearly."""
         blocks = sum(self.depths)
         return [rate * i / (blocks if self.drop_path_ramp == 'open' else max(blocks - 1, 1)) for i in range(blocks)]
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not hasattr(value, '__index__') or value < least:
+        raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}.')
+
+
+def _check_head(num_classes: Any, global_pool: Any) -> None:
+    _check_count('num_classes', num_classes, 0)
+    if not isinstance(global_pool, str) or global_pool not in POOLS:
+        raise ValueError(f'global_pool must be one of {", ".join(map(repr, POOLS))}, got {global_pool!r}.')
 
 
 class Stage(nn.Module):
@@ -169,14 +184,13 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        for name, value, least in (('num_classes', num_classes, 0), ('in_chans', in_chans, 1)):
-            if type(value) is not int or value < least:
-                raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}.')
+        _check_count('in_chans', in_chans, 1)
+        _check_head(num_classes, global_pool)
         for name, value in (('drop_rate', drop_rate), ('drop_path_rate', drop_path_rate)):
-            if not 0 <= value < 1:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise ValueError(f'{name} must be a probability from 0 to below 1, got {value!r}.')
-        if global_pool not in POOLS:
-            raise ValueError(f'global_pool must be one of {", ".join(map(repr, POOLS))}, got {global_pool!r}.')
+        if type(dynamic_img_size) is not bool:
+            raise ValueError(f'dynamic_img_size must be True or False, got {dynamic_img_size!r}.')
         self.cfg = cfg
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -184,8 +198,10 @@ class Backbone(nn.Module):
         self.drop_rate = drop_rate
         self.num_features = self.embed_dim = cfg.embed_dim[-1]
         self.dynamic_img_size = dynamic_img_size
-        attention = 'T' in cfg.layout
-        rule = ('multiple' if dynamic_img_size else 'fixed') if attention else 'free'
+        if 'T' in cfg.layout:
+            rule = 'multiple' if dynamic_img_size else 'fixed'
+        else:
+            rule = 'multiple' if cfg.stem == 'vit' else 'free'
         self._traits = dict(fixed_input_size=rule == 'fixed')  # timm asks here whether img_size must be passed on
         self.img_size = self._checked_size(img_size)
         feat_sizes = self._feat_sizes(self.img_size)
@@ -206,7 +222,7 @@ class Backbone(nn.Module):
         check = ImageCheck(in_chans, self.img_size, cfg.reductions[-1], rule)
         if cfg.stem == 'vit':
             width = cfg.embed_dim[0]
-            self.stem = PatchStem(check, width, cfg.strides[0], **dd)
+            self.stem = PatchStem(check, width, cfg.strides[0], cfg.stem_bias, **dd)
         else:
             width = cfg.stem_width
             self.stem = ConvStem(check, width, cfg.stem_stride, cfg.stem_bias, conv_norm, act_layer, **dd)
@@ -234,19 +250,23 @@ class Backbone(nn.Module):
         init_weights(self, self.cfg.weight_init)
 
     def _checked_size(self, img_size: int | Sequence[int]) -> tuple[int, int]:
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if len(size) != 2 or not all(type(s) is int for s in size):
+        try:
+            size = tuple(map(index, img_size if isinstance(img_size, Sequence) else (img_size, img_size)))
+        except TypeError:
+            size = ()
+        if len(size) != 2:
             raise ValueError(f'img_size must be one integer or two (height, width), got {img_size!r}.')
-        check_size(*size, total_stride=self.cfg.reductions[-1], divisible='T' in self.cfg.layout)
+        divisible = 'T' in self.cfg.layout or self.cfg.stem == 'vit'
+        check_size(*size, total_stride=self.cfg.reductions[-1], divisible=divisible)
         return size
 
     def _feat_sizes(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         return [(-(-img_size[0] // r), -(-img_size[1] // r)) for r in self.cfg.reductions]
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Make the model one for images of another size (H, W), resizing its relative-bias tables."""
-        img_size = self._checked_size(img_size)
+    def set_input_size(self, img_size: int | Sequence[int] | None = None) -> None:
+        """Make the model one for images of another size (H, W), resizing its bias tables; None keeps the size."""
+        img_size = self.img_size if img_size is None else self._checked_size(img_size)
         for stage, feat_size in zip(self.stages, self._feat_sizes(img_size)[1:], strict=False):  # fewer once pruned
             for block in stage.blocks:
                 if hasattr(block, 'set_feat_size'):
@@ -278,6 +298,7 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """A new, randomly initialised classifier; `reset_other` also drops the norm and tanh layer before it."""
+        _check_head(num_classes, self.global_pool if global_pool is None else global_pool)
         self.num_classes = num_classes
         self.head.reset(
             num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self))

@@ -22,7 +22,7 @@ _BUILDER_ARGS = (  # what timm's factory and builder take out before the class i
 _SOURCES = ('state_dict', 'file', 'url', 'hf_hub_id')
 
 
-def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, **kwargs: Any) -> nn.Module:
     """Build a registered variant through timm, with any field of `BackboneCfg` or `flavor` as a keyword.
 
     Args:
@@ -63,8 +63,7 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, **k
             pretrained,
             model_cfg=cfg.with_options(**options),
             pretrained_filter_fn=convert,
-            # the getter keeps the whole model, and with it the check at its door
-            feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter', flatten_sequential=True),
+            feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
             **kwargs)
     except Exception as error:
         if pretrained and reading and source:  # torch's readers raise about ten kinds of error on damaged files
@@ -112,6 +111,8 @@ def _check_source(variant: str, cfg: Any, overlay: dict[str, Any] | None, pretra
     file = cfg.get('file')
     if not file or cfg.get('state_dict'):
         return ''
-    if not Path(file).exists():
-        raise FileNotFoundError(f'pretrained=True: there is no checkpoint at {str(file)!r} (pretrained_cfg file).')
+    folder = cfg.get('source') == 'local-dir'
+    if not (Path(file).is_dir() if folder else Path(file).is_file()):
+        raise FileNotFoundError(
+            f'pretrained=True: there is no checkpoint {"folder" if folder else "file"} {str(file)!r}.')
     return str(file)

@@ -37,6 +37,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
             and first convolution are left to timm, which adapts them to num_classes and in_chans.
     """
     own = model.state_dict()
+    if wrong := [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]:
+        raise RuntimeError(f'The checkpoint holds values that are no tensors: {", ".join(map(str, wrong[:12]))}.')
     is_timm = any('.conv1_1x1.' in key or '.attn.rel_pos.' in key for key in state_dict)
     if is_timm:
         _check_stem_bias(state_dict, own)
@@ -44,7 +46,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     else:
         state_dict = dict(state_dict)
     for key, table in state_dict.items():
-        if key.endswith('rel_bias.table') and key in own and table.ndim == 3 and len(table) == len(own[key]):
+        if key.endswith('rel_bias.table') and key in own and table.ndim == 3 and len(table) == len(own[key]) and all(
+                s % 2 for s in table.shape[1:]):
             resized = resize_bias_table(table.float(), tuple((s + 1) // 2 for s in own[key].shape[1:]))
             state_dict[key] = resized.to(table.dtype)
     _check_fit(state_dict, own)
@@ -61,8 +64,8 @@ def _check_stem_bias(state_dict: dict[str, torch.Tensor], own: dict[str, torch.T
             "Create the model with flavor='timm'.")
     if given and not expected:
         raise RuntimeError(
-            "The checkpoint is a timm coatnet_N_224 with stem bias (built with stem_bias=True), the model has none. "
-            "Create the model without flavor='timm', or with stem_bias=True.")
+            "The checkpoint is a timm coatnet_N_224 with a stem bias, the model has none. If that bias is all that was "
+            "set there, add stem_bias=True to flavor='timm'; if it has the official choices, leave out flavor.")
 
 
 def _from_timm(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -83,7 +86,7 @@ def _from_timm(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[st
                 value = value.unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)
         else:
             key = key.replace('.shortcut.expand.', '.shortcut.proj.')
-        out[key] = value.contiguous() if isinstance(value, torch.Tensor) else value
+        out[key] = value.contiguous()
     return out
 
 
@@ -123,9 +126,11 @@ def _check_fit(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
 
 
 def _check_classes(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """timm replaces the classifier only if the source is said to have another number of classes."""
+    """timm drops the classifier if the source is said to have another number of classes than the model."""
     weight, said = state_dict.get('head.fc.weight'), model.pretrained_cfg['num_classes']
-    if weight is not None and model.num_classes == said != len(weight):
+    if weight is not None and len(weight) == model.num_classes:
+        model.pretrained_cfg['num_classes'] = len(weight)  # timm reads it after this: weights that fit are kept
+    elif weight is not None and model.num_classes == said:
         raise RuntimeError(
             f'num_classes: the checkpoint has a classifier of {len(weight)} classes, the model one of {said}. Pass '
             f'pretrained_cfg_overlay=dict(..., num_classes={len(weight)}); timm then fits the classifier to the model.')

@@ -75,6 +75,14 @@ def test_resized_table_keeps_constants_centre_and_symmetry():
     assert resize_bias_table(table, (4, 4)) is table
 
 
+def test_table_is_resized_at_half_pixels():
+    """Bilinear with pixel centres at half integers, as TensorFlow's resize: offset -2 of 5 reads source -1 1/5 of 3."""
+    table = torch.tensor([[[0., 3., 12.]]]).repeat(1, 3, 1)  # 3 offsets, for a map 2 wide
+    at = (torch.arange(5) + .5) * 3 / 5 - .5
+    expected = torch.tensor([0., 3 * at[1], 3., 3 + 9 * (at[3] - 1), 12.])
+    torch.testing.assert_close(resize_bias_table(table, (2, 3))[0, 1], expected)
+
+
 def test_resized_table_follows_the_weights_it_came_from():
     """Nothing is cached: another size after a step, a copy and a load sees the new table."""
     bias = RelativeBias(2, (4, 4), dynamic=True)

@@ -80,6 +80,15 @@ def test_vit_stem_is_the_papers_vit_rel():
     (dict(in_chans=0), 'in_chans must be an integer of at least 1, got 0'),
     (dict(drop_path_rate=1.), 'drop_path_rate must be a probability from 0 to below 1, got 1.0'),
     (dict(drop_rate=-.1), 'drop_rate must be a probability'),
+    (dict(drop_rate='a'), "drop_rate must be a probability from 0 to below 1, got 'a'"),
+    (dict(dynamic_img_size='False'), "dynamic_img_size must be True or False, got 'False'"),
+    (dict(head_hidden_size=-2), 'head_hidden_size must be a width, 0 for none or -1 for that of S4, got -2'),
+    (dict(expand_ratio=float('nan')), 'expand_ratio must be a positive float, got nan'),
+    (dict(stem_stride=4), 'stem_stride must be one of 2, 1, got 4'),
+    (dict(flavor=['timm']), 'flavor must be one of'),
+    (dict(img_size=32.), 'img_size must be one integer or two .*got 32.0'),
+    (dict(img_size={32, 64}), 'img_size must be one integer or two'),
+    (dict(img_size=72, layout='CCCC', stem='vit'), 'multiple of the total stride of the model .16.'),
     (dict(global_pool='catavgmax'), "global_pool must be one of 'avg', 'max', 'avgmax', '', got 'catavgmax'"),
 ], ids=str)
 def test_values_that_cannot_be_are_refused_by_name(options, message):
@@ -220,11 +229,13 @@ def test_intermediates_stop_early_and_prune():
     images = torch.randn(1, 3, 32, 32)
     final, every = model.forward_intermediates(images)
     assert torch.equal(final, every[-1]) and torch.equal(final, model.forward_features(images)) and len(every) == 5
+    ran = []
+    model.stages[3].register_forward_hook(lambda *_: ran.append('S4'))
     only = model.forward_intermediates(images, indices=[1, 3], stop_early=True, intermediates_only=True)
-    assert torch.equal(only[0], every[1]) and torch.equal(only[1], every[3])
+    assert torch.equal(only[0], every[1]) and torch.equal(only[1], every[3]) and ran == []
     assert model.prune_intermediate_layers([2]) == [2]
     assert len(model.stages) == 2 and torch.equal(model.forward_features(images), every[2])
-    assert model.num_features == 16
+    assert model.num_features == model.head_hidden_size == 16
     model.set_input_size(48)
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NLC'"):
         tiny().forward_intermediates(images, output_fmt='NLC')
@@ -244,6 +255,22 @@ def test_classifier_can_be_taken_off_and_put_on():
     assert tiny(num_classes=0)(images).shape == (2, 24)
     assert tiny(num_classes=0, global_pool='')(images).shape == (2, 24, 2, 2)
     assert tiny(in_chans=5)(torch.randn(1, 5, 32, 32)).shape == (1, 5)
+
+
+@pytest.mark.parametrize('num_classes,global_pool,message', [
+    (-1, None, 'num_classes must be an integer of at least 0, got -1'), ('5', None, "got '5'"), (2.5, None, 'got 2.5'),
+    (5, 'catavgmax', "global_pool must be one of .* got 'catavgmax'")])
+def test_reset_classifier_refuses_before_it_changes_anything(num_classes, global_pool, message):
+    model = tiny()
+    with pytest.raises(ValueError, match=message):
+        model.reset_classifier(num_classes, global_pool)
+    assert model.num_classes == 5 and model(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_stacked_models_run_under_vmap():
+    model = tiny(layout='CTCT')
+    images = torch.randn(2, 3, 3, 32, 32)
+    torch.testing.assert_close(torch.func.vmap(model)(images), torch.stack([model(x) for x in images]))
 
 
 def test_bias_tables_and_norms_do_not_decay():
@@ -267,15 +294,23 @@ def test_layer_decay_goes_block_by_block():
 
 
 def test_checkpointing_gives_the_same_gradients():
-    images, grads = torch.randn(2, 3, 32, 32), []
+    """Each block runs twice with it: once forward, once more in backward."""
+    images, grads, runs = torch.randn(2, 3, 32, 32), [], []
     for enable in (False, True):
         torch.manual_seed(0)
         model = tiny(conv_norm='layer').train()
         model.set_grad_checkpointing(enable)
+        runs.append(0)
+
+        def count(*_):
+            runs[-1] += 1
+
+        model.stages[1].blocks[1].register_forward_pre_hook(count)
         model(images).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+    assert runs == [1, 2]
 
 
 def test_device_and_dtype_reach_every_tensor():

@@ -26,7 +26,7 @@ def test_pretrained_without_weights_says_which_names_have_some():
 
 
 def test_missing_checkpoint_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'no checkpoint at .*gone\.safetensors'):
+    with pytest.raises(FileNotFoundError, match=r'no checkpoint file .*gone\.safetensors'):
         timm.create_model(
             'coatnet_0', pretrained=True, pretrained_cfg_overlay=dict(file=f'{tmp_path}/gone.safetensors'))
 

@@ -50,7 +50,7 @@ def test_timm_weights_without_stem_bias_want_the_timm_flavor(tmp_path):
     with pytest.raises(RuntimeError, match="flavor='timm'"):
         create('coatnet_0', pretrained=True, pretrained_cfg_overlay=dict(state_dict=default))
     biased = timm.create_model('coatnet_0_224', stem_bias=True).state_dict()
-    with pytest.raises(RuntimeError, match="without flavor='timm', or with stem_bias=True"):
+    with pytest.raises(RuntimeError, match="add stem_bias=True to flavor='timm'"):
         create('coatnet_0', flavor='timm', pretrained=True, pretrained_cfg_overlay=dict(state_dict=biased))
 
 
@@ -92,6 +92,19 @@ def test_other_class_count_says_how_to_load(tmp_path):
         load('coatnet_pico_64', tmp_path / 'ten.safetensors')
     overlay = dict(file=str(tmp_path / 'ten.safetensors'), num_classes=10)
     assert create(pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay).num_classes == 3
+
+
+def test_classifier_that_fits_is_kept(tmp_path, randomize):
+    """Ten classes into ten: timm alone would drop the classifier, since the name's configuration says 1000."""
+    model = randomize(create(num_classes=10))
+    save_file(model.state_dict(), tmp_path / 'ten.safetensors')
+    assert torch.equal(load('coatnet_pico_64', tmp_path / 'ten.safetensors', num_classes=10)(IMAGES), model(IMAGES))
+
+
+def test_values_that_are_no_tensors_are_named(saved):
+    model, _ = saved
+    with pytest.raises(RuntimeError, match='values that are no tensors: epoch'):
+        checkpoint_filter_fn({**model.state_dict(), 'epoch': 3}, model)
 
 
 @pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
