@@ -177,7 +177,7 @@ def test_sizes_that_cannot_work_are_refused_at_the_door(size):
     (torch.randn(1, 3, 48, 32), r'must be 32 x 32.*got 48 x 32.*set_input_size\(\(48, 32\)\)'),
     (torch.randn(1, 3, 8, 32), 'at least 16 x 16.*got 8 x 32'),
 ], ids=['rank', 'dtype', 'channels', 'size', 'small'])
-@pytest.mark.parametrize('how', ['logits', 'getter', 'hook'])
+@pytest.mark.parametrize('how', ['logits', 'list', 'getter', 'hook'])
 def test_images_that_cannot_be_are_refused_at_the_door(images, message, how):
     model = tiny()
     if how != 'logits':
@@ -222,6 +222,18 @@ def test_features_by_getter_and_hook_agree():
         assert torch.equal(a, b) and a.shape == (1, channels, 64 // reduction, 64 // reduction)
     pyramid = timm.create_model('coatnet_0', features_only=True, device='meta')
     assert pyramid.feature_info.reduction() == [2, 4, 8, 16, 32]
+
+
+def test_default_pyramid_trains_with_checkpointing():
+    grads = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        pyramid = timm.create_model('coatnet_pico_64', img_size=32, conv_norm='layer', features_only=True).train()
+        pyramid.set_grad_checkpointing(enable)
+        sum(level.square().mean() for level in pyramid(torch.ones(1, 3, 32, 32))).backward()
+        grads.append([p.grad for p in pyramid.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_intermediates_stop_early_and_prune():
