@@ -1,13 +1,7 @@
 """scripts/benchmark.py: what it measures, writes and refuses."""
-import sys
-from pathlib import Path
 
+import benchmark
 import pytest
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import benchmark  # noqa: E402
 
 
 def settings(**changes) -> benchmark.Settings:

@@ -1,8 +1,8 @@
 """scripts/demo.py without its training: the digits it writes, the picture it draws, and when it fails."""
 import dataclasses
-import sys
 from pathlib import Path
 
+import demo
 import numpy as np
 import pytest
 import torch
@@ -10,10 +10,6 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'scripts'))
-
-import demo
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import finetune
 import numpy as np
 import pytest
+import run_folder
 import timm
 import torch
 from PIL import Image
@@ -19,10 +21,6 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.utils import random_seed
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import finetune  # noqa: E402
-import run_folder  # noqa: E402
 
 CLASSES = ('blue', 'green', 'red')
 

@@ -4,12 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import report
 import timm
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import report  # noqa: E402
 
 
 def test_documents_show_the_results():
