@@ -1,4 +1,4 @@
-"""What comes before the stages: the check of the image, and the two stems of the paper (sections 2.2 and 4.3)."""
+"""What comes before the stages: the check of the image, and the two stems of the paper."""
 from collections.abc import Callable
 
 import torch

@@ -64,7 +64,7 @@ class BackboneCfg:
     head_dim: int = 32                                      # channels of an attention head
     head_hidden_size: int = -1                              # tanh layer before the classifier: -1 as wide as S4, 0 none
     rel_bias: Literal['pre', 'post', 'none'] = 'pre'        # relative bias before or after the softmax, or not at all
-    conv_norm: Literal['batch', 'layer'] = 'batch'          # BatchNorm trains faster, quality is the same (paper, 4.3)
+    conv_norm: Literal['batch', 'layer'] = 'batch'          # BatchNorm is faster, quality is the same (paper)
     conv_stride: Literal['expand', 'depthwise'] = 'expand'  # the paper's default; 'depthwise' is its better, dearer row
     act: Literal['gelu_tanh', 'gelu'] = 'gelu_tanh'         # the official GELU is the tanh approximation
     conv_norm_eps: float = 1e-3                             # official BatchNorm follows EfficientNet on TPU

@@ -25,7 +25,7 @@ from .build import build_backbone
 
 __all__ = []  # register_model appends the names
 
-# Paper, table 3 (S0 to S4); pico and nano are this zoo's, in widths that take attention in every stage.
+# The paper's table of the family, S0 to S4; pico and nano are this zoo's, in widths that take attention in every stage.
 model_cfgs = {
     'coatnet_pico': BackboneCfg(depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32),
     'coatnet_nano': BackboneCfg(depths=(2, 3, 6, 3), embed_dim=(64, 128, 256, 512), stem_width=48),

@@ -84,6 +84,15 @@ def test_cache_blocking_takes_as_many_images_as_fit(conv_stride, images, randomi
     assert seen[len(images):] == [7]  # with gradients, the whole batch at once
 
 
+def test_fused_block_leaves_outputs_alone_where_gradients_need_them(randomize):
+    """A full backward hook sees views of an activation, which must not be overwritten under it."""
+    block = randomize(MBConv(4, 8, 2)).eval()
+    folded, seen = block.fuse(), []
+    block.act2.register_full_backward_hook(lambda _, __, grad_output: seen.append(grad_output[0].shape))
+    folded(torch.randn(1, 4, 4, 4, requires_grad=True)).sum().backward()
+    assert seen == [(1, 32, 2, 2)]
+
+
 def test_folding_keeps_memory_format_and_frozen_state(randomize):
     conv = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=torch.channels_last).requires_grad_(False)
     norm = randomize(nn.BatchNorm2d(6))
