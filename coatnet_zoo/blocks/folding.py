@@ -1,8 +1,9 @@
-"""Exact folding of a BatchNorm with running statistics into the convolution before or after it."""
+"""Exact folding of what is affine in evaluation into the convolution or linear layer before or after it."""
 import torch
+from timm.layers import LayerScale
 from torch import nn
 
-__all__ = ['fold_norm_into_next', 'fold_norm_into_previous']
+__all__ = ['fold_norm_into_next', 'fold_norm_into_previous', 'fold_scale_into_previous']
 
 
 def _scale_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,4 +45,15 @@ def fold_norm_into_next(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
     weight = conv.weight.double()
     bias = weight.flatten(1) @ shift + (0 if conv.bias is None else conv.bias.double())
     _replace(conv, weight * scale[:, None, None], bias)
+    return nn.Identity()
+
+
+@torch.no_grad()
+def fold_scale_into_previous(linear: nn.Linear, scale: nn.Module) -> nn.Module:
+    """Make `linear` compute scale(linear(x)); returns what takes the place of `scale`."""
+    if not isinstance(scale, LayerScale):
+        return scale
+    gamma = scale.gamma.double()
+    linear.weight.copy_(linear.weight.double() * gamma[:, None])
+    linear.bias.copy_(linear.bias.double() * gamma)
     return nn.Identity()

@@ -1,12 +1,16 @@
 """Backbone: a stem, four stages spelled by four letters, and a head; and the whole timm contract, once.
 
 CoAtNet: Marrying Convolution and Attention for All Data Sizes, https://arxiv.org/abs/2106.04803
+Pay Less Attention with Lightweight and Dynamic Convolutions, https://arxiv.org/abs/1901.10430
 
-    letter  block                                      paper
-    C       MBConv with squeeze-excite                 CoAtNet
-    T       Transformer block with relative attention  CoAtNet
+    letter  block                                                                paper
+    C       MBConv with squeeze-excite                                           CoAtNet
+    T       Transformer block with relative attention                            CoAtNet
+    L       LightConv: a softmax-normalised kernel shared by a head's channels   Pay Less Attention
+    D       DynamicConv: the same kernel, predicted afresh at each position      Pay Less Attention
 
-`coatnet_0` is the word CCTT. Tensors between stages are (B, C, H, W), channels_last in memory.
+`coatnet_0` is the word CCTT, `lightconvnet_tiny` LLLL. Tensors between stages are (B, C, H, W), channels_last in
+memory.
 """
 import dataclasses
 import math
@@ -23,13 +27,13 @@ from timm.models._features import feature_take_indices  # these two are what tim
 from timm.models._input import update_model_input_size  # a public alias
 from torch import nn
 
-from ..blocks import GELU, ConvStem, MBConv, PatchStem, TransformerBlock
+from ..blocks import GELU, ConvStem, DynamicConvBlock, LightConvBlock, MBConv, PatchStem, TransformerBlock
 from ..blocks.stem import ImageCheck, check_size
 from .weight_init import init_weights
 
 __all__ = ['FLAVORS', 'LETTERS', 'Backbone', 'BackboneCfg']
 
-LETTERS = {'C': MBConv, 'T': TransformerBlock}
+LETTERS = {'C': MBConv, 'T': TransformerBlock, 'L': LightConvBlock, 'D': DynamicConvBlock}
 POOLS = ('avg', 'max', 'avgmax', '')  # timm's, less 'catavgmax', which would change the width under the head's norm
 
 # What the authors' shared code (google-research/maxvit) and timm's coatnet_N_224 do differently, field by field; the
@@ -63,6 +67,13 @@ class BackboneCfg:
     mlp_ratio: float = 4.                                   # of the FFN
     head_dim: int = 32                                      # channels of an attention head
     head_hidden_size: int = -1                              # tanh layer before the classifier: -1 as wide as S4, 0 none
+    kernel_size: tuple[int, ...] = (7, 7, 7, 7)             # of L and D in each stage, odd
+    conv_head_dim: int = 32                                 # channels that share a kernel in L and D
+    glu: bool = True                                        # gate the input of L and D (paper)
+    normalize: Literal['softmax', 'none'] = 'softmax'       # of the kernels of L and D; D diverged without (paper)
+    dropconnect: float = 0.                                 # rate at which L and D drop normalised kernel weights
+    static_branch: bool = False                             # a depthwise convolution beside that of D
+    layer_scale: float = 0.1                                # of L and D at the start (CaiT, shallow models); 0 none
     rel_bias: Literal['pre', 'post', 'none'] = 'pre'        # relative bias before or after the softmax, or not at all
     conv_norm: Literal['batch', 'layer'] = 'batch'          # BatchNorm is faster, quality is the same (paper)
     conv_stride: Literal['expand', 'depthwise'] = 'expand'  # the paper's default; 'depthwise' is its better, dearer row
@@ -92,9 +103,15 @@ class BackboneCfg:
             elif name == 'head_hidden_size':
                 if type(value) is not int or value < -1:
                     raise ValueError(f'{name} must be a width, 0 for none or -1 for that of S4, got {value!r}.')
+            elif name in ('dropconnect', 'layer_scale'):
+                below = 1 if name == 'dropconnect' else math.inf
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < below:
+                    raise ValueError(f'{name} must be a number from 0 to below {below}, got {value!r}.')
             elif hint in (int, float) and (
                     isinstance(value, bool) or not isinstance(value, (int, hint)) or not 0 < value < math.inf):
                 raise ValueError(f'{name} must be a positive {hint.__name__}, got {value!r}.')
+        if any(k % 2 == 0 for k in self.kernel_size):
+            raise ValueError(f'kernel_size must be odd in every stage, got {self.kernel_size!r}.')
         if not isinstance(self.layout, str) or len(self.layout) != 4 or not set(self.layout) <= set(LETTERS):
             raise ValueError(
                 f'layout must be four letters, one a stage, out of {", ".join(LETTERS)}, got {self.layout!r}.')
@@ -210,13 +227,20 @@ class Backbone(nn.Module):
         layer_norm, layer_norm_2d = partial(nn.LayerNorm, eps=cfg.norm_eps), partial(LayerNorm2d, eps=cfg.norm_eps)
         conv_norm = layer_norm_2d if cfg.conv_norm == 'layer' else partial(
             nn.BatchNorm2d, eps=cfg.conv_norm_eps, momentum=cfg.conv_norm_momentum)
+        light = dict(
+            head_dim=cfg.conv_head_dim, glu=cfg.glu, normalize=cfg.normalize, dropconnect=cfg.dropconnect,
+            mlp_ratio=cfg.mlp_ratio, layer_scale=cfg.layer_scale, norm_layer=layer_norm, act_layer=act_layer, **dd)
         blocks = {
-            'C': lambda size: partial(
+            'C': lambda stage: partial(
                 MBConv, expand_ratio=cfg.expand_ratio, se_ratio=cfg.se_ratio, conv_stride=cfg.conv_stride,
                 norm_layer=conv_norm, act_layer=act_layer, **dd),
-            'T': lambda size: partial(
-                TransformerBlock, feat_size=size, mlp_ratio=cfg.mlp_ratio, head_dim=cfg.head_dim, rel_bias=cfg.rel_bias,
-                softmax=cfg.softmax, dynamic=dynamic_img_size, norm_layer=layer_norm, act_layer=act_layer, **dd),
+            'T': lambda stage: partial(
+                TransformerBlock, feat_size=feat_sizes[stage + 1], mlp_ratio=cfg.mlp_ratio, head_dim=cfg.head_dim,
+                rel_bias=cfg.rel_bias, softmax=cfg.softmax, dynamic=dynamic_img_size, norm_layer=layer_norm,
+                act_layer=act_layer, **dd),
+            'L': lambda stage: partial(LightConvBlock, kernel_size=cfg.kernel_size[stage], **light),
+            'D': lambda stage: partial(
+                DynamicConvBlock, kernel_size=cfg.kernel_size[stage], static_branch=cfg.static_branch, **light),
         }
 
         check = ImageCheck(in_chans, self.img_size, cfg.reductions[-1], rule)
@@ -230,7 +254,7 @@ class Backbone(nn.Module):
         rates = iter(cfg.drop_path_rates(drop_path_rate))
         dims = (width, *cfg.embed_dim)
         self.stages = nn.Sequential(*(
-            Stage(blocks[letter](feat_sizes[i + 1]), dims[i], dims[i + 1], cfg.strides[i + 1],
+            Stage(blocks[letter](i), dims[i], dims[i + 1], cfg.strides[i + 1],
                   [next(rates) for _ in range(cfg.depths[i])])
             for i, letter in enumerate(cfg.layout)))
         names = ('stem', *(f'stages.{i}' for i in range(4)))

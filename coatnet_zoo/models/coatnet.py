@@ -15,6 +15,7 @@ The authors published no CoAtNet code or weights; what the paper leaves open fol
 the same blocks (google-research/maxvit). Differs from timm's maxxvit.py in the stride (in the first 1x1, the paper's
 default) and in the fields of `backbone.FLAVORS`; `flavor='timm'` sets timm's choices.
 """
+from dataclasses import replace
 from typing import Any
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
@@ -38,6 +39,13 @@ model_cfgs = {
     'coatnet_pico_64': BackboneCfg(
         depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32, stem_stride=1),  # images of some 64 pixels
 }
+# Mixing of linear cost where CoAtNet has attention.
+model_cfgs |= {
+    'coatnet_0_ccdd': replace(model_cfgs['coatnet_0'], layout='CCDD'),
+    'coatnet_1_ccdd': replace(model_cfgs['coatnet_1'], layout='CCDD'),
+    'coatnet_2_ccdd': replace(model_cfgs['coatnet_2'], layout='CCDD'),
+    'coatnet_pico_ccdd_64': replace(model_cfgs['coatnet_pico_64'], layout='CCDD'),
+}
 
 
 def _cfg(size: int = 224, pool: int = 7, **kwargs: Any) -> dict[str, Any]:
@@ -57,7 +65,11 @@ default_cfgs = generate_default_cfgs({
     'coatnet_3.untrained': _cfg(),
     'coatnet_4.untrained': _cfg(),
     'coatnet_5.untrained': _cfg(),
+    'coatnet_0_ccdd.untrained': _cfg(fixed_input_size=False),
+    'coatnet_1_ccdd.untrained': _cfg(fixed_input_size=False),
+    'coatnet_2_ccdd.untrained': _cfg(fixed_input_size=False),
     'coatnet_pico_64.untrained': _cfg(size=64, pool=4, crop_pct=1.0),
+    'coatnet_pico_ccdd_64.untrained': _cfg(size=64, pool=4, crop_pct=1.0, fixed_input_size=False),
 })
 
 
@@ -113,3 +125,27 @@ def coatnet_5(pretrained: bool = False, **kwargs: Any) -> Backbone:
 def coatnet_pico_64(pretrained: bool = False, **kwargs: Any) -> Backbone:
     """coatnet_pico for small images: stem stride 1, total stride 16."""
     return build_backbone('coatnet_pico_64', model_cfgs['coatnet_pico_64'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_0_ccdd(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """CoAtNet-0 with DynamicConv in place of attention."""
+    return build_backbone('coatnet_0_ccdd', model_cfgs['coatnet_0_ccdd'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_1_ccdd(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """CoAtNet-1 with DynamicConv in place of attention."""
+    return build_backbone('coatnet_1_ccdd', model_cfgs['coatnet_1_ccdd'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_2_ccdd(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """CoAtNet-2 with DynamicConv in place of attention."""
+    return build_backbone('coatnet_2_ccdd', model_cfgs['coatnet_2_ccdd'], pretrained, **kwargs)
+
+
+@register_model
+def coatnet_pico_ccdd_64(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """coatnet_pico_64 with DynamicConv in place of attention."""
+    return build_backbone('coatnet_pico_ccdd_64', model_cfgs['coatnet_pico_ccdd_64'], pretrained, **kwargs)

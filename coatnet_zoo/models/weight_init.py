@@ -1,8 +1,10 @@
 """The two initialisations: the official code's and timm's."""
 import math
 
+from timm.layers import LayerScale
 from torch import nn
 
+from ..blocks import LightConv2d
 from ..blocks.transformer import RelativeBias
 
 __all__ = ['init_weights']
@@ -20,7 +22,7 @@ def init_weights(model: nn.Module, scheme: str) -> None:
         if isinstance(module, RelativeBias):
             init = nn.init.normal_ if scheme == 'normal' else nn.init.trunc_normal_
             init(module.table, std=.02)
-        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, LayerScale, LightConv2d)):
             module.reset_parameters()
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             if scheme == 'normal':

@@ -1,0 +1,71 @@
+"""Letter D: the DynamicConv block, Pay Less Attention section 4.
+
+The block of letter L, its kernel predicted at each position i from the input of the convolution there and nowhere
+else, by one linear layer without bias: W_i = Linear(x_i), d to heads * K * K.
+"""
+from functools import partial
+
+import torch
+from timm.models import register_notrace_module
+from torch import nn
+
+from ..ops import dynamicconv2d
+from ..ops.dropconnect import draw_seed
+from ..ops.dynamicconv2d.eager import eager
+from .lightconv import LightConv2d, LightConvBlock, conv_heads
+
+__all__ = ['DynamicConv2d', 'DynamicConvBlock']
+
+
+@register_notrace_module
+class DynamicConv2d(nn.Module):
+    """`ops.dynamicconv2d` with the layer that predicts its kernels: (B, dim, H, W) -> (B, dim, H, W).
+
+    Args:
+        dim: Channels.
+        kernel_size: Side of the square kernel, odd.
+        head_dim: Channels that share a kernel; a narrower `dim` shares one. Divides `dim`.
+        dropconnect: Probability of dropping a normalised weight in training.
+        normalize: 'softmax' or 'none'.
+        static_branch: Add a learned depthwise convolution of the same size, one kernel a channel.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            kernel_size: int,
+            head_dim: int = 32,
+            dropconnect: float = 0.,
+            normalize: str = 'softmax',
+            static_branch: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.kernel_size = (kernel_size, kernel_size)
+        self.dropconnect = dropconnect
+        self.normalize = normalize
+        self.logits = nn.Linear(dim, conv_heads(dim, head_dim) * kernel_size ** 2, bias=False, **dd)
+        self.static = LightConv2d(dim, kernel_size, 1, dropconnect, 'none', **dd) if static_branch else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.logits(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            seed = draw_seed(x.device) if self.training and self.dropconnect > 0 else None
+            out = eager(x, logits, self.kernel_size, None, self.normalize, self.dropconnect, seed)
+        else:
+            out = dynamicconv2d(
+                x, logits, self.kernel_size, normalize=self.normalize, dropconnect=self.dropconnect,
+                training=self.training)
+        return out if self.static is None else out + self.static(x)
+
+    def extra_repr(self) -> str:
+        return f'kernel_size={self.kernel_size}, dropconnect={self.dropconnect}, normalize={self.normalize!r}'
+
+
+class DynamicConvBlock(LightConvBlock):
+    """DynamicConv and FFN; shapes and arguments of `LightConvBlock`, and `static_branch` of `DynamicConv2d`."""
+
+    def __init__(self, *args, static_branch: bool = False, **kwargs):
+        super().__init__(*args, conv_layer=partial(DynamicConv2d, static_branch=static_branch), **kwargs)

@@ -1,0 +1,141 @@
+"""LightConvNet and DynamicConvNet: the two convolutions of Pay Less Attention as backbones for images.
+
+Pay Less Attention with Lightweight and Dynamic Convolutions
+    Felix Wu, Angela Fan, Alexei Baevski, Yann N. Dauphin, Michael Auli, https://arxiv.org/abs/1901.10430
+
+@inproceedings{wu2018pay,
+  author    = {Felix Wu and Angela Fan and Alexei Baevski and Yann Dauphin and Michael Auli},
+  title     = {Pay Less Attention with Lightweight and Dynamic Convolutions},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2019},
+  url       = {https://arxiv.org/abs/1901.10430}
+}
+
+The paper's models are for sequences; the four stages, the widths and the 7 x 7 kernels are this zoo's, sized beside
+ConvNeXt and Swin.
+"""
+from dataclasses import replace
+from typing import Any
+
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import generate_default_cfgs, register_model
+
+from .backbone import Backbone, BackboneCfg
+from .build import build_backbone
+
+__all__ = []  # register_model appends the names
+
+model_cfgs = {
+    'lightconvnet_pico': BackboneCfg('LLLL', depths=(2, 2, 3, 2), embed_dim=(32, 64, 192, 320), stem_width=32),
+    'lightconvnet_nano': BackboneCfg('LLLL', depths=(2, 3, 6, 3), embed_dim=(64, 128, 256, 512), stem_width=32),
+    'lightconvnet_tiny': BackboneCfg('LLLL', depths=(2, 2, 8, 2), embed_dim=(96, 192, 384, 768), stem_width=32),
+    'lightconvnet_small': BackboneCfg('LLLL', depths=(2, 2, 18, 3), embed_dim=(96, 192, 384, 768), stem_width=48),
+    'lightconvnet_base': BackboneCfg('LLLL', depths=(2, 2, 18, 3), embed_dim=(128, 256, 512, 1024), stem_width=64),
+    'lightconvnet_pico_64': BackboneCfg(
+        'LLLL', depths=(2, 2, 3, 2), embed_dim=(32, 64, 192, 320), stem_width=32, stem_stride=1),
+}
+# The same widths; DynamicConv where the maps are small, and fewer blocks for what predicting the kernels takes.
+model_cfgs |= {
+    'dynamicconvnet_pico': replace(model_cfgs['lightconvnet_pico'], layout='LLDD'),
+    'dynamicconvnet_nano': replace(model_cfgs['lightconvnet_nano'], layout='LLDD', depths=(2, 3, 5, 3)),
+    'dynamicconvnet_tiny': replace(model_cfgs['lightconvnet_tiny'], layout='LLDD', depths=(2, 2, 6, 2)),
+    'dynamicconvnet_small': replace(model_cfgs['lightconvnet_small'], layout='LLDD', depths=(2, 2, 14, 3)),
+    'dynamicconvnet_base': replace(model_cfgs['lightconvnet_base'], layout='LLDD', depths=(2, 2, 14, 3)),
+    'dynamicconvnet_pico_64': replace(model_cfgs['lightconvnet_pico_64'], layout='LLDD'),
+}
+
+
+def _cfg(size: int = 224, pool: int = 7, **kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, size, size), 'pool_size': (pool, pool), 'fixed_input_size': False,
+        'crop_pct': 0.95, 'interpolation': 'bicubic', 'mean': IMAGENET_INCEPTION_MEAN, 'std': IMAGENET_INCEPTION_STD,
+        'first_conv': 'stem.conv1', 'classifier': 'head.fc', 'license': 'apache-2.0',
+        'paper_ids': 'arXiv:1901.10430', **kwargs}
+
+
+default_cfgs = generate_default_cfgs({
+    'lightconvnet_pico.untrained': _cfg(),
+    'lightconvnet_nano.untrained': _cfg(),
+    'lightconvnet_tiny.untrained': _cfg(),
+    'lightconvnet_small.untrained': _cfg(),
+    'lightconvnet_base.untrained': _cfg(),
+    'lightconvnet_pico_64.untrained': _cfg(size=64, pool=4, crop_pct=1.0),
+    'dynamicconvnet_pico.untrained': _cfg(),
+    'dynamicconvnet_nano.untrained': _cfg(),
+    'dynamicconvnet_tiny.untrained': _cfg(),
+    'dynamicconvnet_small.untrained': _cfg(),
+    'dynamicconvnet_base.untrained': _cfg(),
+    'dynamicconvnet_pico_64.untrained': _cfg(size=64, pool=4, crop_pct=1.0),
+})
+
+
+@register_model
+def lightconvnet_pico(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """LLLL, about 4 M parameters."""
+    return build_backbone('lightconvnet_pico', model_cfgs['lightconvnet_pico'], pretrained, **kwargs)
+
+
+@register_model
+def lightconvnet_nano(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """LLLL, about 15 M parameters."""
+    return build_backbone('lightconvnet_nano', model_cfgs['lightconvnet_nano'], pretrained, **kwargs)
+
+
+@register_model
+def lightconvnet_tiny(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """LLLL, about 28 M parameters."""
+    return build_backbone('lightconvnet_tiny', model_cfgs['lightconvnet_tiny'], pretrained, **kwargs)
+
+
+@register_model
+def lightconvnet_small(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """LLLL, about 50 M parameters."""
+    return build_backbone('lightconvnet_small', model_cfgs['lightconvnet_small'], pretrained, **kwargs)
+
+
+@register_model
+def lightconvnet_base(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """LLLL, about 89 M parameters."""
+    return build_backbone('lightconvnet_base', model_cfgs['lightconvnet_base'], pretrained, **kwargs)
+
+
+@register_model
+def lightconvnet_pico_64(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """lightconvnet_pico for small images: stem stride 1, total stride 16."""
+    return build_backbone('lightconvnet_pico_64', model_cfgs['lightconvnet_pico_64'], pretrained, **kwargs)
+
+
+@register_model
+def dynamicconvnet_pico(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """LLDD, about 4 M parameters."""
+    return build_backbone('dynamicconvnet_pico', model_cfgs['dynamicconvnet_pico'], pretrained, **kwargs)
+
+
+@register_model
+def dynamicconvnet_nano(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """LLDD, about 15 M parameters."""
+    return build_backbone('dynamicconvnet_nano', model_cfgs['dynamicconvnet_nano'], pretrained, **kwargs)
+
+
+@register_model
+def dynamicconvnet_tiny(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """LLDD, about 28 M parameters."""
+    return build_backbone('dynamicconvnet_tiny', model_cfgs['dynamicconvnet_tiny'], pretrained, **kwargs)
+
+
+@register_model
+def dynamicconvnet_small(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """LLDD, about 50 M parameters."""
+    return build_backbone('dynamicconvnet_small', model_cfgs['dynamicconvnet_small'], pretrained, **kwargs)
+
+
+@register_model
+def dynamicconvnet_base(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """LLDD, about 89 M parameters."""
+    return build_backbone('dynamicconvnet_base', model_cfgs['dynamicconvnet_base'], pretrained, **kwargs)
+
+
+@register_model
+def dynamicconvnet_pico_64(pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """dynamicconvnet_pico for small images: stem stride 1, total stride 16."""
+    return build_backbone('dynamicconvnet_pico_64', model_cfgs['dynamicconvnet_pico_64'], pretrained, **kwargs)

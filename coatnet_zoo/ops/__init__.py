@@ -1,0 +1,14 @@
+"""The maths of letters L and D as functions without parameters.
+
+Wu, Fan, Baevski, Dauphin, Auli: Pay Less Attention with Lightweight and Dynamic Convolutions (ICLR 2019),
+https://arxiv.org/abs/1901.10430, carried over to two dimensions. Each operator has a folder of four files:
+
+    api.py      contract, checks and choice of the backend
+    naive.py    the definition, to be checked by eye against the formula
+    eager.py    the fast form in torch operators, for CPUs and wherever the kernels do not reach
+    kernels.py  Triton
+"""
+from .dynamicconv2d.api import dynamicconv2d
+from .lightconv2d.api import lightconv2d
+
+__all__ = ['dynamicconv2d', 'lightconv2d']

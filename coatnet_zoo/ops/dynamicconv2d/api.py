@@ -1,0 +1,84 @@
+"""`dynamicconv2d`: the contract of DynamicConv, its checks and the choice of the backend."""
+import torch
+
+from ..contract import (
+    cast_for_autocast,
+    check_backend,
+    check_bias,
+    check_choices,
+    check_heads,
+    check_kernel,
+    check_operand,
+    check_x,
+    choose_backend,
+)
+from ..dropconnect import draw_seed
+from .eager import eager
+from .naive import naive
+
+__all__ = ['dynamicconv2d']
+
+LARGEST_KERNEL = 13  # side of the largest kernel that the Triton kernels take
+
+
+def dynamicconv2d(
+        x: torch.Tensor,
+        logits: torch.Tensor,
+        kernel_size: tuple[int, int],
+        bias: torch.Tensor | None = None,
+        normalize: str = 'softmax',
+        dropconnect: float = 0.0,
+        training: bool = False,
+        backend: str | None = None,
+) -> torch.Tensor:
+    """DynamicConv: at every position another kernel, predicted there, shared by the channels of a head.
+
+    out[b, c, h, w] = bias[c] + sum_{u,v} k[u, v] * x[b, c, h + u - Kh // 2, w + v - Kw // 2]
+    k = softmax_{u,v}(logits[b, g, :, :, h, w]),   g = c // (C // G)
+
+    with zeros around the image, and logits read as (B, G, Kh, Kw, H, W): channel (g * Kh + u) * Kw + v.
+    Wu et al., section 4 (https://arxiv.org/abs/1901.10430), whose operator on sequences is H = 1 with a (1, K) kernel.
+    Sums are taken in float32, or float64 for float64.
+
+    Args:
+        x: (B, C, H, W), floating point, any strides; channels_last is what the backends work in.
+        logits: (B, G * Kh * Kw, H, W), predicted from the input; G divides C. Any floating dtype.
+        kernel_size: (Kh, Kw), both odd.
+        bias: (C,) or None.
+        normalize: 'softmax' over the taps, or 'none' to use the logits as they are (the paper saw that diverge).
+        dropconnect: Probability of dropping a normalised weight in training; those kept are divided by 1 - p. One
+            draw for each logit, from torch's generator of the device of `x`, the same in every backend.
+        training: Whether DropConnect acts.
+        backend: 'naive', 'eager', 'triton', or None for Triton where it runs and eager elsewhere.
+
+    Returns (B, C, H, W) in the dtype of `x` (under autocast its dtype), channels_last in memory.
+
+    Raises TypeError or ValueError for what is outside this contract, RuntimeError if Triton is asked for and missing.
+    With 'triton', vmap and double backward raise NotImplementedError.
+    """
+    op = 'dynamicconv2d'
+    check_x(x, op)
+    check_operand('logits', logits, x, op)
+    Kh, Kw = kernel = check_kernel(kernel_size, op)
+    B, C, H, W = x.shape
+    if logits.ndim != 4 or logits.shape[0] != B or logits.shape[2:] != (H, W):
+        raise ValueError(
+            f'{op}: logits must be (B, G * Kh * Kw, H, W) with the B, H, W of x ({B}, {H}, {W}), '
+            f'got {tuple(logits.shape)}.')
+    if logits.shape[1] == 0 or logits.shape[1] % (Kh * Kw):
+        raise ValueError(
+            f'{op}: logits must have G * Kh * Kw channels, a multiple of {Kh} * {Kw} = {Kh * Kw}, '
+            f'got {logits.shape[1]}.')
+    check_heads(logits.shape[1] // (Kh * Kw), C, op)
+    check_bias(bias, x, op)
+    check_choices(normalize, dropconnect, training, op)
+    check_backend(backend, op)
+
+    x = cast_for_autocast(x)
+    seed = draw_seed(x.device) if training and dropconnect > 0 else None
+    backend = choose_backend(backend, x, logits, kernel, LARGEST_KERNEL, op)
+    if backend == 'triton':
+        from .kernels import triton as run
+    else:
+        run = naive if backend == 'naive' else eager
+    return run(x, logits, kernel, bias, normalize, dropconnect, seed)

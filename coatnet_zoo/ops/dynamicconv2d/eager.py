@@ -1,0 +1,119 @@
+"""DynamicConv in torch operators: a sum of shifted views of x, one multiply-add a tap, in channels_last.
+
+The K * K windows of a position are never gathered: x is padded once, and a tap is a view of it. Compiled, the sum is
+one loop. The kernels are laid out taps first, (Kh * Kw, B, H, W, G), so that the softmax over them and every step of
+the sum walk through memory in order, and they are divided by their total after the sum, which has fewer elements.
+"""
+import torch
+import torch.nn.functional as F
+
+from ..dropconnect import dropconnect_scale
+
+
+def eager(
+        x: torch.Tensor,
+        logits: torch.Tensor,
+        kernel_size: tuple[int, int],
+        bias: torch.Tensor | None,
+        normalize: str,
+        dropconnect: float,
+        seed: torch.Tensor | None,
+) -> torch.Tensor:
+    """(B, C, H, W), (B, G * Kh * Kw, H, W) -> (B, C, H, W), channels_last; a seed switches DropConnect on."""
+    B, C, H, W = x.shape
+    taps = kernel_size[0] * kernel_size[1]
+    G = logits.shape[1] // taps
+    dtype = torch.promote_types(torch.promote_types(x.dtype, logits.dtype), torch.float32)
+
+    kernels = logits.permute(0, 2, 3, 1).reshape(B, H, W, G, taps).permute(4, 0, 1, 2, 3).to(dtype)
+    total = torch.ones(1, dtype=dtype, device=x.device)
+    if normalize == 'softmax':
+        kernels = _stored(kernels)
+        kernels = (kernels - kernels.detach().amax(0)).exp()
+        total = kernels.sum(0).unsqueeze(-1)
+    if seed is not None:
+        scale = dropconnect_scale(seed, B * H * W * G * taps, dropconnect, dtype)
+        kernels = kernels * scale.view(B, H, W, G, taps).permute(4, 0, 1, 2, 3)
+
+    heads = x.permute(0, 2, 3, 1).reshape(B, H, W, G, C // G).to(dtype)
+    if torch.jit.is_scripting():
+        out = shifted_sum(heads, kernels.unbind(0), kernel_size)
+    elif torch.jit.is_tracing():  # a traced graph cannot hold a Python backward
+        out = shifted_sum(heads, kernels.unbind(0), kernel_size)
+    else:
+        out = ShiftedSum.apply(heads, kernels, kernel_size)
+    if normalize == 'softmax':
+        out = out / total
+    out = out.reshape(B, H, W, C)
+    if bias is not None:
+        out = out + bias.to(dtype)
+    return out.to(x.dtype).permute(0, 3, 1, 2)
+
+
+def shifted_sum(x: torch.Tensor, kernels: list[torch.Tensor], kernel_size: tuple[int, int]) -> torch.Tensor:
+    """sum_{u,v} kernels[u * Kw + v] * x shifted by (u - Kh // 2, v - Kw // 2): (B, H, W, G, c), each (B, H, W, G)."""
+    windows = shifts(x, kernel_size)
+    if torch.jit.is_scripting():
+        return _accumulate(windows, kernels)
+    elif torch.compiler.is_compiling() and len(windows) > 1:
+        # two sums at once, so that an addition need not wait for the one before it
+        products = [window * kernel.unsqueeze(-1) for window, kernel in zip(windows, kernels, strict=True)]
+        return sum(products[2::2], products[0]) + sum(products[3::2], products[1])
+    else:
+        return _accumulate(windows, kernels)
+
+
+def _accumulate(windows: list[torch.Tensor], kernels: list[torch.Tensor]) -> torch.Tensor:
+    out = windows[0] * kernels[0].unsqueeze(-1)
+    for tap in range(1, len(windows)):
+        out.addcmul_(windows[tap], kernels[tap].unsqueeze(-1))
+    return out
+
+
+def shifts(x: torch.Tensor, kernel_size: tuple[int, int]) -> list[torch.Tensor]:
+    """What each tap sees of zero-padded x (B, H, W, G, c), row by row of the kernel: views (B, H, W, G, c)."""
+    H, W = x.shape[1], x.shape[2]
+    Kh, Kw = kernel_size
+    x = _stored(F.pad(x, [0, 0, 0, 0, Kw // 2, Kw // 2, Kh // 2, Kh // 2]))
+    return [x[:, tap // Kw:tap // Kw + H, tap % Kw:tap % Kw + W] for tap in range(Kh * Kw)]
+
+
+def _stored(x: torch.Tensor) -> torch.Tensor:
+    """x; the compiler is made to write it out once, where it would compute it again at each tap."""
+    if torch.jit.is_scripting():
+        return x
+    elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        x = x.contiguous()
+        return x.as_strided(x.shape, x.stride())
+    else:
+        return x
+
+
+class ShiftedSum(torch.autograd.Function):
+    """`shifted_sum` with a backward that gathers too; autograd's own would pad one gradient a tap."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, kernels: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tensor:
+        return shifted_sum(x, kernels.unbind(0), kernel_size)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, kernels, ctx.kernel_size = inputs
+        ctx.save_for_backward(x, kernels)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        x, kernels = ctx.saved_tensors
+        Kh, Kw = ctx.kernel_size
+        _, H, W, _, _ = x.shape
+        grad_x = grad_kernels = None
+        if ctx.needs_input_grad[0]:
+            # what a position took through a tap, its neighbour gets back through the opposite one
+            around = F.pad(kernels.flip(0), [0, 0, Kw // 2, Kw // 2, Kh // 2, Kh // 2])
+            opposite = [around[tap, :, tap // Kw:tap // Kw + H, tap % Kw:tap % Kw + W] for tap in range(Kh * Kw)]
+            grad_x = shifted_sum(grad, opposite, ctx.kernel_size)
+        if ctx.needs_input_grad[1]:
+            grad_kernels = torch.stack([(grad * window).sum(-1) for window in shifts(x, ctx.kernel_size)])
+        return grad_x, grad_kernels, None

@@ -1,0 +1,73 @@
+"""`lightconv2d`: the contract of LightConv, its checks and the choice of the backend."""
+import torch
+
+from ..contract import (
+    cast_for_autocast,
+    check_backend,
+    check_bias,
+    check_choices,
+    check_heads,
+    check_kernel,
+    check_operand,
+    check_x,
+    choose_backend,
+)
+from ..dropconnect import draw_seed
+from .eager import eager
+from .naive import naive
+
+__all__ = ['lightconv2d']
+
+LARGEST_KERNEL = 31  # side of the largest kernel that the Triton kernels take
+
+
+def lightconv2d(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        dropconnect: float = 0.0,
+        training: bool = False,
+        backend: str | None = None,
+        normalize: str = 'softmax',
+) -> torch.Tensor:
+    """LightConv: a depthwise convolution whose kernels are softmax-normalised and shared by the channels of a head.
+
+    out[b, c, h, w] = bias[c] + sum_{u,v} softmax(weight[g])[u, v] * x[b, c, h + u - Kh // 2, w + v - Kw // 2]
+
+    with g = c // (C // G) and zeros around the image. Wu et al., section 3 (https://arxiv.org/abs/1901.10430), whose
+    operator on sequences is H = 1 with a (1, K) kernel. Sums are taken in float32, or float64 for float64.
+
+    Args:
+        x: (B, C, H, W), floating point, any strides; channels_last is what the backends work in.
+        weight: (G, Kh, Kw), raw logits of the kernels; G divides C, Kh and Kw are odd. Any floating dtype.
+        bias: (C,) or None.
+        dropconnect: Probability of dropping a normalised weight in training; those kept are divided by 1 - p. One
+            mask (G, Kh, Kw) a call, from torch's generator of the device of `x`, the same in every backend.
+        training: Whether DropConnect acts.
+        backend: 'naive', 'eager', 'triton', or None for Triton where it runs and eager elsewhere.
+        normalize: 'softmax', or 'none' to use `weight` as it is.
+
+    Returns (B, C, H, W) in the dtype of `x` (under autocast its dtype), channels_last in memory.
+
+    Raises TypeError or ValueError for what is outside this contract, RuntimeError if Triton is asked for and missing.
+    With 'triton', vmap and double backward raise NotImplementedError.
+    """
+    op = 'lightconv2d'
+    check_x(x, op)
+    check_operand('weight', weight, x, op)
+    if weight.ndim != 3:
+        raise ValueError(f'{op}: weight must be (G, Kh, Kw), got {weight.ndim} dimensions {tuple(weight.shape)}.')
+    kernel = check_kernel(weight.shape[1:], op)
+    check_heads(weight.shape[0], x.shape[1], op)
+    check_bias(bias, x, op)
+    check_choices(normalize, dropconnect, training, op)
+    check_backend(backend, op)
+
+    x = cast_for_autocast(x)
+    seed = draw_seed(x.device) if training and dropconnect > 0 else None
+    backend = choose_backend(backend, x, weight, kernel, LARGEST_KERNEL, op)
+    if backend == 'triton':
+        from .kernels import triton as run
+    else:
+        run = naive if backend == 'naive' else eager
+    return run(x, weight, bias, dropconnect, seed, normalize)

@@ -1,0 +1,179 @@
+"""Train words and switches of the zoo's design space under one recipe, and set them side by side.
+
+    python scripts/ablation.py --data-dir imagenette --grid cpu --amp
+    python scripts/ablation.py --data-dir imagenette --grid full --seeds 0 1 2 --amp --device cuda
+
+A row is a word of four letters and perhaps options of `BackboneCfg`, as in 'LLLL glu=False'; every row is
+--model with that layout, trained from random weights by finetune.py for --epochs. Interrupted, the same command goes
+on from the last finished epoch. After each run the table so far goes to --results-file, and a plot beside it; a row's
+top-1 is that of its last epoch, never the best one. --speed then times all rows side by side, in inference.
+"""
+import csv
+import json
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import benchmark
+import finetune
+import torch
+import tyro
+from matplotlib.figure import Figure
+from model_size import model_size
+from provenance import provenance
+from run_folder import write_file, write_json
+
+WORDS = ('CCCC', 'CCTT', 'CCLL', 'CCDD', 'LLLL', 'DDDD', 'LLDD')
+# One switch at a time, each against its plain word.
+L_SWITCHES = (
+    'normalize="none"', 'glu=False', 'conv_head_dim=1', 'conv_head_dim=16', 'conv_head_dim=64', 'dropconnect=0.1',
+    'kernel_size=(3,3,3,3)', 'kernel_size=(3,5,7,7)', 'kernel_size=(3,7,15,31)', 'kernel_size=(13,13,13,13)')
+D_SWITCHES = (
+    'normalize="none"', 'glu=False', 'conv_head_dim=16', 'conv_head_dim=64', 'dropconnect=0.1', 'static_branch=True',
+    'kernel_size=(3,3,3,3)', 'kernel_size=(3,5,7,7)')
+GRIDS = {
+    'words': WORDS,
+    'cpu': (*WORDS, 'LLLL normalize="none"', 'DDDD normalize="none"', 'LLLL glu=False', 'DDDD glu=False'),
+    'full': (*WORDS, *(f'LLLL {switch}' for switch in L_SWITCHES), *(f'DDDD {switch}' for switch in D_SWITCHES)),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    data_dir: str  # Folder with train/ and val/, a sub-folder a class.
+    grid: Literal['words', 'cpu', 'full'] = 'words'  # The rows: the seven words, with the main switches, with all.
+    rows: tuple[str, ...] = ()  # Other rows than those of --grid.
+    seeds: tuple[int, ...] = (0,)  # One run of every row for each.
+    model: str = 'lightconvnet_pico'  # Gives depths and widths.
+    img_size: int = 64  # Height and width in pixels.
+    epochs: int = 10  # Passes over the training split.
+    batch_size: int = 64  # Pictures per step.
+    lr: float = 1e-3  # Highest learning rate of AdamW; cosine decay after one epoch of warm-up.
+    amp: bool = False  # bfloat16 autocast.
+    device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
+    workers: int = 1  # Processes that read pictures.
+    threads: int = 1  # CPU threads.
+    output: str = 'output/ablation'  # Folder of the runs.
+    results_file: str = ''  # JSON to write after every run; the plot takes its name.
+    speed: bool = False  # Only time the rows of an existing --results-file, and add that to it.
+
+
+def options_of(row: str) -> dict[str, object]:
+    word, *switches = row.split()
+    return {'layout': word, **dict(map(finetune.parse_argument, switches))}
+
+
+def train(settings: Settings, row: str, seed: int) -> dict:
+    """One run; a finished one is read back, a broken one goes on."""
+    experiment = ''.join(c if c.isalnum() else '-' for c in row.replace('"', '')) + f'-seed{seed}'
+    run_dir = Path(settings.output) / experiment
+    if not (run_dir / 'summary.json').exists():
+        finetune.main(finetune.Settings(
+            data_dir=settings.data_dir, model=settings.model, img_size=settings.img_size, epochs=settings.epochs,
+            # BatchNorm's official momentum of 0.01 needs longer runs than these
+            model_kwargs=('conv_norm_momentum=0.1', *(f'{key}={value}' for key, value in options_of(row).items())),
+            batch_size=settings.batch_size, lr=settings.lr, scale=(0.35, 1.0), color_jitter=0.0, amp=settings.amp,
+            device=settings.device, workers=settings.workers, seed=seed, output=settings.output,
+            experiment=experiment, resume='auto'))
+    with (run_dir / 'metrics.csv').open(newline='', encoding='utf-8') as file:
+        last = list(csv.DictReader(file))[-1]
+    return dict(seed=seed, top1=float(last['eval_top1']), loss=float(last['eval_loss']), epochs=int(last['epoch']))
+
+
+def summarize(settings: Settings, rows: tuple[str, ...], runs: dict[str, list[dict]]) -> dict:
+    """The table: mean, standard error where there are two seeds or more, and the size of each row."""
+    table = {}
+    for row in rows:
+        if not runs.get(row):
+            continue
+        parameters, multiply_adds, _ = model_size(
+            settings.model, img_size=settings.img_size, num_classes=10, **options_of(row))
+        top1 = [run['top1'] for run in runs[row]]
+        table[row] = dict(
+            top1=statistics.mean(top1), runs=runs[row], parameters=parameters, multiply_adds=multiply_adds,
+            standard_error=statistics.stdev(top1) / len(top1) ** .5 if len(top1) > 1 else 'not measured',
+            images_per_second='not measured')
+    return dict(settings={key: value for key, value in asdict(settings).items() if key not in ('data_dir', 'output')},
+                rows=table, **provenance(str(finetune.choose_device(settings.device))))
+
+
+def measure_speed(settings: Settings, rows: list[str]) -> dict[str, float]:
+    """Images/s of every row in inference form, in turns, median of five windows."""
+    device = str(finetune.choose_device(settings.device))
+    timing = benchmark.Settings(
+        model=settings.model, against=settings.model, batch_size=settings.batch_size, img_size=settings.img_size,
+        threads=settings.threads, amp=settings.amp, device=device)
+    steps = {row: benchmark.build(
+        timing, settings.model, tuple(f'{k}={v}' for k, v in options_of(row).items()), 'inference') for row in rows}
+    windows: dict[str, list[float]] = {row: [] for row in rows}
+    for index in range(timing.rounds + 1):
+        for row, step in steps.items():
+            pace = benchmark.measure_window(step, timing)
+            if index:  # the first round warms up
+                windows[row].append(pace)
+    return {row: round(statistics.median(paces), 1) for row, paces in windows.items()}
+
+
+def plot(report: dict, path: Path) -> None:
+    """Top-1 of every row, each run a dot."""
+    rows = report['rows']
+    names = sorted(rows, key=lambda row: rows[row]['top1'])
+    figure = Figure(figsize=(8, 0.9 + 0.32 * len(names)), layout='constrained')
+    axes = figure.subplots()
+    for y, name in enumerate(names):
+        top1 = [run['top1'] for run in rows[name]['runs']]
+        color = '#2563eb' if ' ' not in name else '#9ca3af'
+        axes.plot(top1, [y] * len(top1), 'o', color=color, alpha=0.55, markersize=5)
+        axes.plot([rows[name]['top1']] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2)
+    axes.set_yticks(range(len(names)), [name.replace('"', '') for name in names], family='monospace')
+    settings = report['settings']
+    axes.set(xlabel='top-1 on the validation split (%)',
+             title=f'{settings["model"]} at {settings["img_size"]} px, {settings["epochs"]} epochs')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(axis='x', color='#e5e7eb')
+    axes.set_axisbelow(True)
+    write_file(path, lambda temporary: figure.savefig(temporary, format='png', dpi=130))
+
+
+def write_report(settings: Settings, report: dict) -> None:
+    for row, cells in report['rows'].items():
+        error, pace = cells['standard_error'], cells['images_per_second']
+        print(f'{row:28s} {cells["top1"]:6.2f} % {"" if isinstance(error, str) else f"+- {error:.2f}":8s}'
+              f'{cells["parameters"] / 1e6:7.2f} M {cells["multiply_adds"] / 1e6:8.1f} M   {pace} images/s')
+    if settings.results_file:
+        write_json(Path(settings.results_file), report)
+        plot(report, Path(settings.results_file).with_suffix('.png'))
+
+
+def main(settings: Settings) -> dict:
+    """Train what is missing, report, and return the report."""
+    torch.set_num_threads(settings.threads)
+    rows = settings.rows or GRIDS[settings.grid]
+    if settings.results_file and not Path(settings.results_file).parent.is_dir():
+        sys.exit(f'ablation.py: --results-file {settings.results_file}: its folder does not exist; make it first.')
+    if settings.speed:
+        if not Path(settings.results_file).is_file():
+            sys.exit(f'ablation.py: --speed needs a --results-file with trained rows, got {settings.results_file!r}.')
+        report = json.loads(Path(settings.results_file).read_text())
+        for row, pace in measure_speed(settings, list(report['rows'])).items():
+            report['rows'][row]['images_per_second'] = pace
+        report['speed'] = dict(batch_size=settings.batch_size, threads=settings.threads, amp=settings.amp,
+                               **provenance(str(finetune.choose_device(settings.device))))
+        write_report(settings, report)
+        return report
+    runs: dict[str, list[dict]] = {}
+    for seed in settings.seeds:
+        for row in rows:
+            runs.setdefault(row, []).append(train(settings, row, seed))
+            report = summarize(settings, rows, runs)
+            write_report(settings, report)
+    return report
+
+
+if __name__ == '__main__':
+    try:
+        main(tyro.cli(Settings, description=__doc__))
+    except finetune.SettingsError as error:
+        sys.exit(f'ablation.py: {error}')
