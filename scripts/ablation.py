@@ -46,7 +46,9 @@ class Settings:
     grid: Literal['words', 'cpu', 'full'] = 'words'  # The rows: the seven words, with the main switches, with all.
     rows: tuple[str, ...] = ()  # Other rows than those of --grid.
     seeds: tuple[int, ...] = (0,)  # One run of every row for each.
-    model: str = 'lightconvnet_pico'  # Gives depths and widths.
+    model: str = 'coatnet_pico'  # What the rows are variants of.
+    # Widths and depths of lightconvnet_pico, and a BatchNorm that settles in a short run.
+    model_kwargs: tuple[str, ...] = ('embed_dim=(32,64,192,320)', 'depths=(2,2,3,2)', 'conv_norm_momentum=0.1')
     img_size: int = 64  # Height and width in pixels.
     epochs: int = 10  # Passes over the training split.
     batch_size: int = 64  # Pictures per step.
@@ -60,9 +62,10 @@ class Settings:
     speed: bool = False  # Only time the rows of an existing --results-file, and add that to it.
 
 
-def options_of(row: str) -> dict[str, object]:
+def model_kwargs(settings: Settings, row: str) -> tuple[str, ...]:
+    """Arguments of the model of a row, as key=value."""
     word, *switches = row.split()
-    return {'layout': word, **dict(map(finetune.parse_argument, switches))}
+    return (*settings.model_kwargs, f'layout={word}', *switches)
 
 
 def train(settings: Settings, row: str, seed: int) -> dict:
@@ -72,8 +75,7 @@ def train(settings: Settings, row: str, seed: int) -> dict:
     if not (run_dir / 'summary.json').exists():
         finetune.main(finetune.Settings(
             data_dir=settings.data_dir, model=settings.model, img_size=settings.img_size, epochs=settings.epochs,
-            # BatchNorm's official momentum of 0.01 needs longer runs than these
-            model_kwargs=('conv_norm_momentum=0.1', *(f'{key}={value}' for key, value in options_of(row).items())),
+            model_kwargs=model_kwargs(settings, row),
             batch_size=settings.batch_size, lr=settings.lr, scale=(0.35, 1.0), color_jitter=0.0, amp=settings.amp,
             device=settings.device, workers=settings.workers, seed=seed, output=settings.output,
             experiment=experiment, resume='auto'))
@@ -89,7 +91,8 @@ def summarize(settings: Settings, rows: tuple[str, ...], runs: dict[str, list[di
         if not runs.get(row):
             continue
         parameters, multiply_adds, _ = model_size(
-            settings.model, img_size=settings.img_size, num_classes=10, **options_of(row))
+            settings.model, img_size=settings.img_size, num_classes=10,
+            **dict(map(finetune.parse_argument, model_kwargs(settings, row))))
         top1 = [run['top1'] for run in runs[row]]
         table[row] = dict(
             top1=statistics.mean(top1), runs=runs[row], parameters=parameters, multiply_adds=multiply_adds,
@@ -106,7 +109,7 @@ def measure_speed(settings: Settings, rows: list[str]) -> dict[str, float]:
         model=settings.model, against=settings.model, batch_size=settings.batch_size, img_size=settings.img_size,
         threads=settings.threads, amp=settings.amp, device=device)
     steps = {row: benchmark.build(
-        timing, settings.model, tuple(f'{k}={v}' for k, v in options_of(row).items()), 'inference') for row in rows}
+        timing, settings.model,  model_kwargs(settings, row), 'inference') for row in rows}
     windows: dict[str, list[float]] = {row: [] for row in rows}
     for index in range(timing.rounds + 1):
         for row, step in steps.items():

@@ -43,6 +43,9 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
     _check_keywords(variant, cfg, kwargs)
     source = _check_source(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'), pretrained)
     options = {key: kwargs.pop(key) for key in tuple(kwargs) if key in _CFG_FIELDS}
+    usual = next(iter(get_arch_pretrained_cfgs(variant).values()))
+    if not usual.fixed_input_size:  # timm fills it in for the others
+        kwargs.setdefault('img_size', usual.input_size[1:])
     reading = False
 
     def construct(**model_args: Any) -> Backbone:

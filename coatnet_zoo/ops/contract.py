@@ -1,7 +1,7 @@
 """What both operators accept, said in one place: every refusal names the argument, the rule and the value found."""
 import importlib.util
+import os
 from collections.abc import Sequence
-from functools import cache
 from operator import index
 
 import torch
@@ -11,6 +11,8 @@ __all__ = ['BACKENDS', 'cast_for_autocast', 'check_backend', 'check_bias', 'chec
 
 BACKENDS = ('naive', 'eager', 'triton')
 NORMALIZE = ('softmax', 'none')
+TRITON = importlib.util.find_spec('triton') is not None  # installed; looked up once, so that graphs take it as constant
+INTERPRETED = TRITON and os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')  # on CPUs
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -82,20 +84,6 @@ def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-@cache
-def triton_installed() -> bool:
-    return importlib.util.find_spec('triton') is not None
-
-
-@cache
-def triton_interprets() -> bool:
-    """Whether Triton, if installed, runs its kernels in Python on the CPU (TRITON_INTERPRET=1 at its import)."""
-    if not triton_installed():
-        return False
-    from triton import knobs
-    return bool(knobs.runtime.interpret)
-
-
 def check_backend(backend: str | None, op: str) -> None:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f'{op}: backend must be None or one of {", ".join(map(repr, BACKENDS))}, got {backend!r}.')
@@ -122,10 +110,10 @@ def choose_backend(
     if backend is None:
         # a graph that is exported must run without our operators, and on any device
         exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        return 'triton' if x.is_cuda and covered and not exported and triton_installed() else 'eager'
-    if not triton_installed():
+        return 'triton' if x.is_cuda and covered and not exported and TRITON else 'eager'
+    if not TRITON:
         raise RuntimeError(f"{op}: backend='triton' needs the triton package; install it or use backend='eager'.")
-    if not x.is_cuda and not (x.device.type == 'cpu' and triton_interprets()):
+    if not x.is_cuda and not (x.device.type == 'cpu' and INTERPRETED):
         raise ValueError(
             f"{op}: backend='triton' needs CUDA tensors, got x on {x.device}; move them with .cuda(), use "
             f"backend='eager', or set TRITON_INTERPRET=1 before the first import to run the kernels in Python.")

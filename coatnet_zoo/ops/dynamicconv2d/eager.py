@@ -35,7 +35,7 @@ def eager(
         scale = dropconnect_scale(seed, B * H * W * G * taps, dropconnect, dtype)
         kernels = kernels * scale.view(B, H, W, G, taps).permute(4, 0, 1, 2, 3)
 
-    heads = x.permute(0, 2, 3, 1).reshape(B, H, W, G, C // G).to(dtype)
+    heads = x.permute(0, 2, 3, 1).contiguous().reshape(B, H, W, G, C // G).to(dtype)
     if torch.jit.is_scripting():
         out = shifted_sum(heads, kernels.unbind(0), kernel_size)
     elif torch.jit.is_tracing():  # a traced graph cannot hold a Python backward
