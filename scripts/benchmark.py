@@ -1,13 +1,19 @@
 """Time one model against another, side by side in one run: images/s, peak memory and the ratio.
 
+Two words in front ask for other tables: `ops` times the operators by themselves (benchmark_ops.py), `scaling` models
+over image sizes (benchmark_scaling.py); each has a --help of its own.
+
     python scripts/benchmark.py --model coatnet_0 --against coatnet_0_224
     python scripts/benchmark.py --model coatnet_0 --model-kwargs flavor=timm --against coatnet_0_224 --modes inference
     python scripts/benchmark.py --model coatnet_0 --against coatnet_0_224 --amp --device cuda --compile
+    python scripts/benchmark.py ops --op dynamic --kernels 7
+    python scripts/benchmark.py scaling --models lightconvnet_pico coatnet_pico
 
 Inference is timed in the inference form of both (`timm.utils.reparameterize_model`, which leaves a model as it is
 where it has nothing to fold), training as forward, backward and a step of SGD. The two take turns, a window of at
 least --window seconds each, and the median window counts, so that a busy machine slows both.
 """
+import importlib
 import multiprocessing
 import statistics
 import sys
@@ -15,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -113,18 +119,23 @@ def peak_memory(settings: Settings, name: str, kwargs: tuple[str, ...], mode: st
     return (status_field('VmHWM') - before) if settings.device == 'cpu' else torch.cuda.max_memory_allocated() / 2**20
 
 
+def refuse(settings: Any, counts: tuple[str, ...], models: tuple[str, ...] = (), script: str = 'benchmark.py') -> None:
+    """End with one sentence if `settings`, whose fields `counts` are to be above 0, cannot be measured."""
+    for name in counts:
+        if not getattr(settings, name) > 0:
+            sys.exit(f'{script}: --{name.replace("_", "-")} must be greater than 0, got {getattr(settings, name)}.')
+    for name in models:
+        if not timm.is_model(name):
+            sys.exit(f'{script}: {name} is not a name in timm.list_models().')
+    if settings.device != 'cpu' and not torch.cuda.is_available():
+        sys.exit(f'{script}: --device {settings.device} needs CUDA, which is not available; use --device cpu.')
+    if settings.results_file and not Path(settings.results_file).parent.is_dir():
+        sys.exit(f'{script}: --results-file {settings.results_file}: its folder does not exist; make it first.')
+
+
 def main(settings: Settings) -> dict:
     """Measure, print and return the results."""
-    for name in ('batch_size', 'img_size', 'threads', 'rounds', 'window'):
-        if not getattr(settings, name) > 0:
-            sys.exit(f'benchmark.py: --{name.replace("_", "-")} must be greater than 0, got {getattr(settings, name)}.')
-    for name in (settings.model, settings.against):
-        if not timm.is_model(name):
-            sys.exit(f'benchmark.py: {name} is not a name in timm.list_models().')
-    if settings.device != 'cpu' and not torch.cuda.is_available():
-        sys.exit(f'benchmark.py: --device {settings.device} needs CUDA, which is not available; use --device cpu.')
-    if settings.results_file and not Path(settings.results_file).parent.is_dir():
-        sys.exit(f'benchmark.py: --results-file {settings.results_file}: its folder does not exist; make it first.')
+    refuse(settings, ('batch_size', 'img_size', 'threads', 'rounds', 'window'), (settings.model, settings.against))
     torch.set_num_threads(settings.threads)
     sides = {'model': (settings.model, settings.model_kwargs), 'against': (settings.against, settings.against_kwargs)}
     results: dict[str, dict] = {}
@@ -166,5 +177,15 @@ def main(settings: Settings) -> dict:
     return report
 
 
+def dispatch(arguments: list[str]) -> None:
+    """Take the command line, without the name of the script."""
+    if arguments[:1] in (['ops'], ['scaling']):
+        word, *rest = arguments
+        mode = importlib.import_module(f'benchmark_{word}')  # here, since it imports this file
+        mode.main(tyro.cli(mode.Settings, args=rest, prog=f'benchmark.py {word}', description=mode.__doc__))
+    else:
+        main(tyro.cli(Settings, args=arguments, description=__doc__))
+
+
 if __name__ == '__main__':
-    main(tyro.cli(Settings, description=__doc__))
+    dispatch(sys.argv[1:])

@@ -39,7 +39,7 @@ print(json.dumps(dict(
 '''
     seen = json.loads(python(code, cwd=ROOT))
     assert seen['changed'] == [] and seen['said'] == ''
-    assert seen['modules'] == ['coatnet'] and 'coatnet_0' in seen['added']
+    assert seen['modules'] == ['coatnet', 'lightconvnet'] and 'coatnet_0' in seen['added']
 
 
 def test_import_is_light():
@@ -55,6 +55,22 @@ print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}))
     outputs = [python(code, cwd=ROOT).splitlines() for _ in range(3)]
     assert min(float(seconds) for seconds, _ in outputs) < 0.3
     assert outputs[0][1] == "['coatnet_zoo']"
+
+
+def test_no_kernels_are_imported_before_they_are_used():
+    code = 'import sys, coatnet_zoo; print([name for name in sys.modules if name.startswith("coatnet_zoo.ops")])'
+    loaded = python(code, cwd=ROOT)
+    assert 'coatnet_zoo.ops.dynamicconv2d.eager' in loaded and 'kernels' not in loaded and 'triton' not in loaded
+
+
+def test_only_the_api_imports_kernels_and_inside_a_branch():
+    found = []
+    for file in sorted(PACKAGE.rglob('*.py')):
+        tree = ast.parse(file.read_text())
+        at_top = {id(node) for node in tree.body}
+        found += [(str(file.relative_to(PACKAGE)), id(node) in at_top) for node in ast.walk(tree)
+                  if isinstance(node, (ast.Import, ast.ImportFrom)) and 'kernels' in ast.unparse(node)]
+    assert found == [('ops/dynamicconv2d/api.py', False), ('ops/lightconv2d/api.py', False)]
 
 
 def upward_imports(package: Path) -> list[str]:

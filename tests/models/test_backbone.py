@@ -20,7 +20,7 @@ def tiny(img_size=32, num_classes=5, flavor='', **kwargs) -> Backbone:
     return Backbone(TINY.with_options(flavor, **fields), img_size=img_size, num_classes=num_classes, **kwargs).eval()
 
 
-@pytest.mark.parametrize('layout', [''.join(word) for word in itertools.product('CT', repeat=4)])
+@pytest.mark.parametrize('layout', [''.join(word) for word in itertools.product('CTLD', repeat=4)])
 def test_every_word_runs_and_trains_every_parameter(layout):
     model = tiny(layout=layout).train()
     out = model(torch.randn(2, 3, 32, 32))
@@ -28,7 +28,8 @@ def test_every_word_runs_and_trains_every_parameter(layout):
     out.square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     blocks = [type(stage.blocks[0]).__name__ for stage in model.stages]
-    assert blocks == [dict(C='MBConv', T='TransformerBlock')[letter] for letter in layout]
+    names = dict(C='MBConv', T='TransformerBlock', L='LightConvBlock', D='DynamicConvBlock')
+    assert blocks == [names[letter] for letter in layout]
 
 
 @pytest.mark.parametrize('options', [
@@ -38,7 +39,30 @@ def test_every_word_runs_and_trains_every_parameter(layout):
     dict(norm_eps=.1), dict(stem='vit'), dict(stem_width=4),
 ], ids=str)
 def test_every_keyword_changes_the_model(options):
-    base, other = tiny(), tiny(**options)
+    check_that_something_changes(tiny(), tiny(**options))
+
+
+@pytest.mark.parametrize('options', [
+    dict(kernel_size=(3, 7, 7, 7)), dict(kernel_size=(7, 7, 7, 5)), dict(conv_head_dim=4), dict(glu=False),
+    dict(normalize='none'), dict(static_branch=True), dict(layer_scale=0), dict(mlp_ratio=2), dict(act='gelu'),
+], ids=str)
+def test_every_keyword_of_l_and_d_changes_the_model(options):
+    base = dict(layout='LLDD', layer_scale=1.)
+    check_that_something_changes(tiny(**base), tiny(**{**base, **options}))
+
+
+def test_dropconnect_reaches_every_convolution():
+    model = tiny(layout='LLDD', dropconnect=.25)
+    rates = [m.dropconnect for m in model.modules() if hasattr(m, 'dropconnect')]
+    assert rates == [.25] * 5
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(images), model(images))
+        model.train()
+        assert not torch.equal(model.stages(model.stem(images)), model.stages(model.stem(images)))
+
+
+def check_that_something_changes(base, other):
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (base, other)]
     if shapes[0] == shapes[1]:
         other.load_state_dict(base.state_dict())
@@ -55,7 +79,7 @@ def test_vit_stem_is_the_papers_vit_rel():
 
 
 @pytest.mark.parametrize('options,message', [
-    (dict(layout='CCTX'), "layout must be four letters, one a stage, out of C, T, got 'CCTX'"),
+    (dict(layout='CCTX'), "layout must be four letters, one a stage, out of C, T, L, D, got 'CCTX'"),
     (dict(layout='CCT'), "got 'CCT'"),
     (dict(layout=('C', 'C', 'T', 'T')), 'layout must be four letters'),
     (dict(rel_bias='before'), "rel_bias must be one of 'pre', 'post', 'none', got 'before'"),
@@ -89,6 +113,17 @@ def test_vit_stem_is_the_papers_vit_rel():
     (dict(img_size=32.), 'img_size must be one integer or two .*got 32.0'),
     (dict(img_size={32, 64}), 'img_size must be one integer or two'),
     (dict(img_size=72, layout='CCCC', stem='vit'), 'multiple of the total stride of the model .16.'),
+    (dict(kernel_size=(7, 7, 4, 7)), r'kernel_size must be odd in every stage, got \(7, 7, 4, 7\)'),
+    (dict(kernel_size=7), 'kernel_size must be four positive integers, one a stage, got 7'),
+    (dict(conv_head_dim=6, layout='LLLL'), 'conv_head_dim must divide the width of its stage, or exceed it, got 6, '),
+    (dict(conv_head_dim=0), 'conv_head_dim must be a positive int, got 0'),
+    (dict(normalize='sum'), "normalize must be one of 'softmax', 'none', got 'sum'"),
+    (dict(dropconnect=1), 'dropconnect must be a number from 0 to below 1, got 1'),
+    (dict(dropconnect=True), 'dropconnect must be a number from 0 to below 1, got True'),
+    (dict(layer_scale=-1), 'layer_scale must be a number from 0 to below inf, got -1'),
+    (dict(layer_scale=float('nan')), 'layer_scale must be a number'),
+    (dict(glu=1), 'glu must be True or False, got 1'),
+    (dict(static_branch='yes'), "static_branch must be True or False, got 'yes'"),
     (dict(global_pool='catavgmax'), "global_pool must be one of 'avg', 'max', 'avgmax', '', got 'catavgmax'"),
 ], ids=str)
 def test_values_that_cannot_be_are_refused_by_name(options, message):

@@ -1,4 +1,6 @@
 """The family against the paper's table and against timm's own CoAtNet."""
+import dataclasses
+
 import pytest
 import timm
 import torch
@@ -23,8 +25,8 @@ def meta(name: str, **kwargs) -> torch.nn.Module:
 
 def test_names():
     assert NAMES == [
-        'coatnet_0', 'coatnet_1', 'coatnet_2', 'coatnet_3', 'coatnet_4', 'coatnet_5', 'coatnet_nano', 'coatnet_pico',
-        'coatnet_pico_64']
+        'coatnet_0', 'coatnet_0_ccdd', 'coatnet_1', 'coatnet_1_ccdd', 'coatnet_2', 'coatnet_2_ccdd', 'coatnet_3',
+        'coatnet_4', 'coatnet_5', 'coatnet_nano', 'coatnet_pico', 'coatnet_pico_64', 'coatnet_pico_ccdd_64']
     assert set(model_cfgs) == set(NAMES)
 
 
@@ -51,6 +53,16 @@ def test_multiply_adds_are_the_papers(name, which, conv_stride):
 def test_head_size_of_coatnet_5():
     model = meta('coatnet_5')
     assert {block.attn.head_dim for stage in model.stages[2:] for block in stage.blocks} == {64}
+
+
+@pytest.mark.parametrize('name', ['coatnet_0', 'coatnet_1', 'coatnet_2', 'coatnet_pico_64'])
+def test_ccdd_is_the_model_with_dynamicconv_in_place_of_attention(name):
+    other = name.replace('_64', '_ccdd_64') if name.endswith('_64') else f'{name}_ccdd'
+    base, ours = meta(name), meta(other)
+    assert ours.cfg == dataclasses.replace(base.cfg, layout='CCDD')
+    assert ours.pretrained_cfg['input_size'] == base.pretrained_cfg['input_size']
+    shapes, theirs = ({k: v.shape for k, v in model.state_dict().items()} for model in (ours, base))
+    assert all(shapes[k] == v for k, v in theirs.items() if k.startswith(('stem', 'stages.0', 'stages.1', 'head')))
 
 
 def test_small_image_model_keeps_resolution():

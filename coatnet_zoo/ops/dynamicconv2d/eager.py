@@ -36,9 +36,7 @@ def eager(
         kernels = kernels * scale.view(B, H, W, G, taps).permute(4, 0, 1, 2, 3)
 
     heads = x.permute(0, 2, 3, 1).contiguous().reshape(B, H, W, G, C // G).to(dtype)
-    if torch.jit.is_scripting():
-        out = shifted_sum(heads, kernels.unbind(0), kernel_size)
-    elif torch.jit.is_tracing():  # a traced graph cannot hold a Python backward
+    if torch.jit.is_scripting() or torch.jit.is_tracing():  # their graphs cannot hold a backward written in Python
         out = shifted_sum(heads, kernels.unbind(0), kernel_size)
     else:
         out = ShiftedSum.apply(heads, kernels, kernel_size)

@@ -1,0 +1,136 @@
+"""Time models in inference form over image sizes, and fit the exponent a of time ~ pixels^a.
+
+    python scripts/benchmark.py scaling
+    python scripts/benchmark.py scaling --models lightconvnet_pico coatnet_pico --sizes 224 448 --device cuda --amp
+    python scripts/benchmark.py scaling --results-file results/scaling_cpu.json     # and scaling_cpu.png
+
+All models at all sizes take turns, a window of at least --window seconds each, and the median window counts, so that a
+busy moment touches one window of each and not one end of a curve. A model that attends is made for each size anew.
+"""
+import statistics
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from math import log
+from pathlib import Path
+
+import benchmark
+import torch
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from provenance import provenance
+from run_folder import write_file, write_json
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Settings:
+    models: tuple[str, ...] = ('dynamicconvnet_pico', 'lightconvnet_pico', 'coatnet_pico')  # Names in timm.
+    sizes: tuple[int, ...] = (448, 576, 704, 832, 1024)  # Height and width in pixels.
+    batch_size: int = 1  # Images a step.
+    threads: int = 1  # CPU threads; more of them make small parallel regions noisy.
+    rounds: int = 5  # Windows of each model and size; the median counts.
+    window: float = 1.0  # Least seconds a window lasts.
+    amp: bool = False  # bfloat16 autocast.
+    compile: bool = False  # torch.compile every model, for each size anew.
+    device: str = 'cpu'  # cpu or cuda.
+    seed: int = 0  # Of weights and images.
+    results_file: str = ''  # JSON to write, with hardware and versions, and a plot beside it as .png.
+
+
+def refuse(settings: Settings) -> None:
+    """End with one sentence if there is no curve to fit."""
+    script = 'benchmark.py scaling'
+    benchmark.refuse(settings, ('batch_size', 'threads', 'rounds', 'window'), settings.models, script)
+    if not settings.models:
+        sys.exit(f'{script}: --models must name one model or more, got none.')
+    if len(set(settings.sizes)) < 2 or min(settings.sizes) < 1:
+        sys.exit(f'{script}: --sizes must be two or more different sizes above 0, '
+                 f'got {" ".join(map(str, settings.sizes)) or "none"}.')
+    if settings.results_file and Path(settings.results_file).suffix != '.json':
+        sys.exit(f'{script}: --results-file must end in .json, got {settings.results_file}.')
+
+
+def measure(settings: Settings) -> dict[str, dict[int, float]]:
+    """Milliseconds an image, by model and size."""
+    timing = {size: benchmark.Settings(
+        model='', against='', batch_size=settings.batch_size, img_size=size, threads=settings.threads,
+        window=settings.window, amp=settings.amp, compile=settings.compile, device=settings.device, seed=settings.seed,
+    ) for size in settings.sizes}
+    steps = {}
+    for name in settings.models:
+        for size in settings.sizes:
+            try:
+                steps[name, size] = benchmark.build(timing[size], name, (), 'inference')
+            except ValueError as error:  # a size that the model does not take
+                sys.exit(f'benchmark.py scaling: --sizes {size}: {name}: {error}')
+    windows: dict[tuple[str, int], list[float]] = {turn: [] for turn in steps}
+    with tqdm(total=len(steps) * (settings.rounds + 1), unit='window', desc='benchmark scaling') as bar:
+        for step in steps.values():
+            step(), step()
+            bar.update()
+        for index in range(settings.rounds):
+            for name, size in sorted(steps, reverse=bool(index % 2)):  # none always comes after the same other
+                windows[name, size].append(1e3 / benchmark.measure_window(steps[name, size], timing[size]))
+                bar.update()
+    return {name: {size: statistics.median(windows[name, size]) for size in sorted(set(settings.sizes))}
+            for name in settings.models}
+
+
+def exponent(times: dict[int, float]) -> float:
+    """a of time ~ pixels^a, by least squares over the logarithms."""
+    return statistics.linear_regression([log(size ** 2) for size in times], [log(ms) for ms in times.values()]).slope
+
+
+def draw(models: dict[str, dict], path: Path, title: str) -> None:
+    """Time over pixels, both in logarithms, so that an exponent is a slope."""
+    figure = Figure(figsize=(7, 5), layout='constrained')
+    axes = figure.subplots()
+    styles = cycle((color, line) for line in ('.-', '.--', '.:') for color in ('#2563eb', '#9ca3af', '#111827'))
+    for (name, row), (color, line) in zip(models.items(), styles, strict=False):
+        pixels = [int(size) ** 2 for size in row['times_ms']]
+        label = f'{name}: pixels$^{{{row["exponent"]:.2f}}}$'
+        axes.loglog(pixels, list(row['times_ms'].values()), line, color=color, label=label)
+    axes.set_xticks(pixels, [f'{size}²' for size in row['times_ms']])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.set(xlabel='pixels', ylabel='ms an image', title=title)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(axis='y', color='#e5e7eb')
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    write_file(path, lambda temporary: figure.savefig(temporary, format='png', dpi=150))
+
+
+def main(settings: Settings) -> dict:
+    """Measure, print and return the results."""
+    refuse(settings)
+    torch.set_num_threads(settings.threads)
+    # no graph for any size, which would be another one, and room for every model at every size
+    compiling = torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False, recompile_limit=len(settings.models) * len(settings.sizes) + 1,
+    ) if settings.compile else nullcontext()
+    with compiling:
+        times = measure(settings)
+    models = {
+        name: dict(times_ms={str(size): round(ms, 3) for size, ms in row.items()}, exponent=round(exponent(row), 3))
+        for name, row in times.items()}
+    report = dict(
+        settings={key: value for key, value in asdict(settings).items() if key != 'results_file'},
+        models=models, **provenance(settings.device))
+    print(f'\nms an image, batch {settings.batch_size}, {report["hardware"]}')
+    print(f'  {"":28s}{"".join(f"{size:10d}" for size in sorted(set(settings.sizes)))}  exponent')
+    for name, row in models.items():
+        print(f'  {name:28s}{"".join(f"{ms:10.2f}" for ms in row["times_ms"].values())}{row["exponent"]:10.2f}')
+    if settings.results_file:
+        file = Path(settings.results_file)
+        write_json(file, report)
+        draw(models, file.with_suffix('.png'), f'Inference, batch {settings.batch_size}, {report["hardware"]}')
+    return report
+
+
+if __name__ == '__main__':
+    main(tyro.cli(Settings, description=__doc__))

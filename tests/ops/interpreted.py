@@ -1,0 +1,225 @@
+"""Every kernel of `lightconv2d` and `dynamicconv2d` against the definition, on any device.
+
+As a script, under TRITON_INTERPRET=1, on a CPU; `test_kernels.py` starts it so and runs the same cases on a GPU. With
+`--shifted` one tap of each kernel looks one position too far and what is then further off than allowed is printed.
+"""
+import sys
+from typing import NamedTuple
+
+import torch
+from triton import jit
+from triton import language as tl
+
+from coatnet_zoo.ops import dynamicconv2d, lightconv2d
+from coatnet_zoo.ops.contract import INTERPRETED
+from coatnet_zoo.ops.dropconnect import _mix, draw_seed
+from coatnet_zoo.ops.dynamicconv2d import eager as dynamic_eager
+from coatnet_zoo.ops.dynamicconv2d import kernels as dynamic_kernels
+from coatnet_zoo.ops.dynamicconv2d import naive as dynamic_naive
+from coatnet_zoo.ops.lightconv2d import eager as light_eager
+from coatnet_zoo.ops.lightconv2d import kernels as light_kernels
+from coatnet_zoo.ops.lightconv2d import naive as light_naive
+from coatnet_zoo.ops.triton_ops import dropconnect_factor
+
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+
+
+class Case(NamedTuple):
+    """One comparison. weight: dtype of weight, logits and bias. scale: of the weights and logits."""
+
+    B: int
+    C: int
+    G: int
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    dtype: torch.dtype = f32
+    weight: torch.dtype | None = None
+    normalize: str = 'softmax'
+    dropconnect: float = 0.
+    layout: str = 'channels_last'
+    bias: bool = True
+    scale: float = 1.
+    only: str = ''
+
+
+CASES = [
+    Case(2, 32, 1, (14, 14), (3, 3)),
+    Case(1, 64, 2, (7, 7), (7, 7), bf16, f32, dropconnect=.3),
+    Case(2, 6, 3, (7, 9), (5, 5), normalize='none', dropconnect=.3, layout='sliced'),
+    Case(1, 9, 3, (15, 15), (3, 3), f16, layout='contiguous', bias=False),
+    Case(2, 1, 1, (15, 7), (1, 7), bf16, dropconnect=.1),
+    Case(1, 4, 4, (7, 9), (7, 1), bf16, normalize='none', layout='sliced'),
+    Case(1, 32, 1, (14, 15), (1, 1), f16, layout='contiguous'),
+    Case(1, 32, 1, (7, 7), (13, 13), f16, f32, dropconnect=.3),
+    Case(1, 16, 1, (7, 7), (31, 31), layout='sliced', only='light'),
+    Case(1, 3, 1, (7, 9), (31, 1), bf16, f32, only='light'),
+    Case(1, 4, 2, (9, 9), (13, 13), only='light'),
+    Case(1, 48, 2, (5, 18), (3, 5), bf16, layout='expanded'),
+    Case(1, 40, 1, (3, 33), (5, 3), normalize='none', layout='contiguous'),
+    Case(1, 160, 1, (3, 3), (3, 3)),
+    Case(1, 32, 1, (7, 7), (3, 3), scale=1e4),
+    Case(1, 8, 2, (7, 7), (5, 5), f16, scale=1e4, dropconnect=.5),
+]
+
+
+def laid_out(shape: tuple[int, int, int, int], layout: str, generator: torch.Generator) -> torch.Tensor:
+    """Normal numbers (B, C, H, W), strided as `layout` says."""
+    B, C, H, W = shape
+    if layout == 'expanded':
+        return torch.randn(B, C, 1, 1, generator=generator).expand(shape)
+    if layout == 'sliced':
+        return torch.randn(B + 1, H + 1, 2 * W, C + 3, generator=generator)[1:, 1:, ::2, 2:-1].permute(0, 3, 1, 2)
+    x = torch.randn(shape, generator=generator)
+    return x.contiguous(memory_format=torch.channels_last) if layout == 'channels_last' else x
+
+
+def moved(x: torch.Tensor, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """x in another dtype and place, with its strides."""
+    base = torch.empty(0, dtype=dtype, device=device)
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return base.set_(storage.to(device, dtype).untyped_storage(), x.storage_offset(), x.size(), x.stride())
+
+
+def operands(op: str, case: Case, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    """(x, weight or logits and bias), the gradient of the output, the seed."""
+    generator = torch.Generator().manual_seed(1)
+    (H, W), (Kh, Kw) = case.size, case.kernel
+    weight = (torch.randn(case.G, Kh, Kw, generator=generator) if op == 'light' else
+              laid_out((case.B, case.G * Kh * Kw, H, W), case.layout.replace('expanded', 'channels_last'), generator))
+    inputs = {'x': laid_out((case.B, case.C, H, W), case.layout.replace('expanded', 'channels_last'), generator),
+              'weight': weight.mul_(case.scale)}
+    if case.bias:
+        inputs['bias'] = torch.randn(case.C, generator=generator)
+    inputs = {name: moved(tensor, case.dtype if name == 'x' else case.weight or case.dtype, device)
+              for name, tensor in inputs.items()}
+    grad = moved(laid_out((case.B, case.C, H, W), case.layout, generator), case.dtype, device)
+    seed = torch.tensor([0x123456789abcdef], device=device) if case.dropconnect else None
+    return inputs, grad, seed
+
+
+def evaluate(op: str, case: Case, function, inputs: dict[str, torch.Tensor], grad: torch.Tensor,
+             seed: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The output and the gradient of every input."""
+    inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    x, weight, bias = inputs['x'], inputs['weight'], inputs.get('bias')
+    if op == 'light':
+        out = function(x, weight, bias, case.dropconnect, seed, case.normalize)
+    else:
+        out = function(x, weight, case.kernel, bias, case.normalize, case.dropconnect, seed)
+    gradients = torch.autograd.grad(out, list(inputs.values()), grad)
+    return {'out': out.detach(), **dict(zip(inputs, gradients, strict=True))}
+
+
+def distance(tensor: torch.Tensor, exact: torch.Tensor) -> float:
+    return (tensor.double() - exact).abs().max().item()
+
+
+def check(op: str, case: Case, device: str = 'cpu', twice: bool = True) -> list[str]:
+    """What of the kernels is further from the float64 definition than twice eager and than 2 ulp of its largest value.
+
+    Asserts shapes, dtypes, strides, and that nothing overflows or, if run `twice`, has other bits the second time.
+    """
+    naive, eager, kernels = {'light': (light_naive, light_eager, light_kernels),
+                             'dynamic': (dynamic_naive, dynamic_eager, dynamic_kernels)}[op]
+    inputs, grad, seed = operands(op, case, device)
+    wide = {name: tensor.double() for name, tensor in inputs.items()}
+    expected = evaluate(op, case, naive.naive, wide, grad.double(), seed)
+    rival = evaluate(op, case, eager.eager, inputs, grad, seed)
+    ours = evaluate(op, case, kernels.triton, inputs, grad, seed)
+    again = evaluate(op, case, kernels.triton, inputs, grad, seed) if twice else ours
+    wrong = []
+    for name, exact in expected.items():
+        assert ours[name].shape == exact.shape and ours[name].dtype == rival[name].dtype, (op, case, name)
+        assert torch.equal(ours[name], again[name]), f'{op} {case}: {name} differs between two runs'
+        assert ours[name].isfinite().all(), (op, case, name)
+        if name in ('out', 'x'):
+            assert ours[name].permute(0, 2, 3, 1).is_contiguous(), (op, case, name)
+        ulp = torch.finfo(ours[name].dtype).eps * 2 ** exact.abs().max().log2().floor().item()
+        if not distance(ours[name], exact) <= max(2 * distance(rival[name], exact), 2 * ulp):
+            wrong.append(name)
+    return wrong
+
+
+@jit
+def shifted(u, K):
+    """`offset`, but one more for the last tap."""
+    return u - K // 2 + u // (K - 1)
+
+
+def run_shifted() -> None:
+    """Print which tensors the yardstick refuses when the last row and column of taps look one position too far."""
+    for kernels in (light_kernels, dynamic_kernels):
+        kernels.offset = shifted
+    for op in ('light', 'dynamic'):
+        for case in (Case(1, 32, 1, (7, 7), (3, 3)), Case(1, 4, 2, (7, 7), (7, 7), bf16)):
+            print(op, *check(op, case))
+
+
+@jit
+def factors(index_ptr, seed_ptr, out_ptr, threshold, scale, N: tl.constexpr):
+    i = tl.arange(0, N)
+    factor = dropconnect_factor(tl.load(index_ptr + i), tl.load(seed_ptr), threshold, scale)
+    tl.store(out_ptr + i, factor)
+
+
+def check_mask() -> None:
+    """The mask is eager's: read off as the output for ones, and the hash itself beyond 2^32."""
+    seed = draw_seed(torch.device('cpu'))
+    ones = torch.ones(2, 3, 5, 7)
+    for p in (.1, .5, .9):
+        ours = dynamic_kernels.triton(ones, ones, (1, 1), None, 'none', p, seed)
+        assert torch.equal(ours, dynamic_naive.naive(ones, ones, (1, 1), None, 'none', p, seed))
+        point = torch.zeros(1, 4, 5, 5)
+        point[..., 2, 2] = 1
+        weight = torch.ones(2, 5, 5)
+        ours = light_kernels.triton(point, weight, None, p, seed, 'none')
+        assert torch.equal(ours, light_naive.naive(point, weight, None, p, seed, 'none'))
+
+    index = torch.arange(64) * 0x3456789ab
+    out = torch.empty(64)
+    factors[1,](index, seed, out, 2 ** 31, 1., N=64)
+    h = _mix((index ^ seed) & 0xffffffff)
+    assert torch.equal(out, (_mix(h ^ (index >> 32) ^ (seed >> 32)) >= 2 ** 31).float())
+
+
+def check_edges() -> None:
+    """Empty batches, gradients of some inputs only, and the compiler over the interpreted kernels."""
+    for B in (0, 2):
+        x, weight, logits = torch.randn(B, 4, 3, 3), torch.randn(2, 3, 3), torch.randn(B, 18, 3, 3)
+        calls = {'light': lambda x, w: lightconv2d(x, w, backend='triton'),
+                 'dynamic': lambda x, w: dynamicconv2d(x, w, (3, 3), backend='triton')}
+        for op, w in (('light', weight), ('dynamic', logits)):
+            for needs in ((True, False), (False, True), (True, True)):
+                inputs = [t.clone().requires_grad_(need) for t, need in zip((x, w), needs, strict=True)]
+                out = calls[op](*inputs)
+                assert out.shape == x.shape
+                grads = torch.autograd.grad(out.square().sum(), [t for t in inputs if t.requires_grad])
+                compiled = torch.compile(calls[op], fullgraph=True, backend='aot_eager')(*inputs)
+                again = torch.autograd.grad(compiled.square().sum(), [t for t in inputs if t.requires_grad])
+                assert torch.equal(compiled, out) and all(map(torch.equal, grads, again))
+
+
+def check_wide() -> None:
+    """The code for images of 2^31 elements and more, on small ones."""
+    for kernels in (light_kernels, dynamic_kernels):
+        kernels.large = lambda *tensors: True
+    for op in ('light', 'dynamic'):
+        for case in (Case(2, 32, 1, (7, 9), (3, 3), dropconnect=.1), Case(1, 6, 3, (5, 5), (3, 5), bf16)):
+            assert check(op, case) == [], (op, case)
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    assert INTERPRETED, 'set TRITON_INTERPRET=1'
+    if '--shifted' in sys.argv:
+        run_shifted()
+    else:
+        for case in CASES:
+            for op in ('light', 'dynamic'):
+                if case.only in ('', op):
+                    wrong = check(op, case, twice=max(case.kernel) < 13)  # the large ones take seconds
+                    assert not wrong, f'{op} {case}: {wrong} are further from the definition than the yardstick allows'
+        check_mask()
+        check_edges()
+        check_wide()
+        print('ok')

@@ -1,0 +1,264 @@
+"""The Triton kernels: in Triton's interpreter, as operators of torch, compiled for Hopper without one, and on a GPU."""
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('triton', reason='needs the triton package')
+
+import interpreted
+import triton
+from interpreted import Case
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from coatnet_zoo.ops.dynamicconv2d import kernels as dynamic_kernels
+from coatnet_zoo.ops.lightconv2d import kernels as light_kernels
+from coatnet_zoo.ops.triton_ops import OPTIONS
+
+ROOT = Path(__file__).parents[2]
+TOOLS = Path(triton.__file__).parent / 'backends/nvidia/bin'
+TYPES = {torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.float32: '*fp32', torch.int64: '*i64'}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+needs_assembler = pytest.mark.skipif(not (TOOLS / 'ptxas').exists() or not (TOOLS / 'cuobjdump').exists(),
+                                     reason='this triton comes without ptxas and cuobjdump')
+bf16 = torch.bfloat16
+
+
+def in_interpreter(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'tests/ops/interpreted.py'), *arguments], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_keep_to_the_definition():
+    assert in_interpreter() == 'ok\n'
+
+
+def test_the_yardstick_sees_one_shifted_tap():
+    assert in_interpreter('--shifted').splitlines() == ['light out x weight'] * 2 + ['dynamic out x weight'] * 2
+
+
+# As operators of torch, on a CPU without the interpreter, where eager computes them.
+
+def light_arguments(seed: bool = False) -> tuple:
+    x, weight, bias = torch.randn(2, 6, 5, 7), torch.randn(3, 3, 5), torch.randn(6)
+    x, weight, bias = (tensor.requires_grad_() for tensor in (x, weight, bias))
+    return x, weight, bias, torch.tensor([123456789012345]) if seed else None, .4 if seed else 0.
+
+
+def dynamic_arguments(seed: bool = False) -> tuple:
+    x, _, bias, *rest = light_arguments(seed)
+    return x, torch.randn(2, 45, 5, 7).requires_grad_(), 3, 5, bias, *rest
+
+
+def plain(values) -> list:
+    return [value.detach() if isinstance(value, torch.Tensor) else value for value in values]
+
+
+@pytest.mark.parametrize('softmax', [True, False])
+@pytest.mark.parametrize('seed', [True, False])
+def test_opcheck(seed, softmax):
+    ops = torch.ops.coatnet_zoo
+    x, *_ = light = (*light_arguments(seed), softmax)
+    torch.library.opcheck(ops.lightconv2d.default, light)
+    torch.library.opcheck(
+        ops.lightconv2d_backward.default, plain((torch.randn_like(x), *light, [True, True, False])))
+
+    x, logits, Kh, Kw, bias, *rest = dynamic = (*dynamic_arguments(seed), softmax)
+    torch.library.opcheck(ops.dynamicconv2d.default, dynamic)
+    _, stats = ops.dynamicconv2d(*dynamic)
+    torch.library.opcheck(ops.dynamicconv2d_backward.default, plain(
+        (torch.randn_like(x), x, logits, Kh, Kw, bias, stats, *rest, [False, True, True])))
+
+
+@pytest.mark.parametrize('softmax', [True, False])
+@pytest.mark.parametrize('seed', [True, False])
+def test_gradients_in_torch_are_those_of_finite_differences(seed, softmax):
+    light, dynamic = light_arguments(seed), dynamic_arguments(seed)
+    for operator, arguments in (
+            (light_kernels.lightconv2d, light), (lambda *a: dynamic_kernels.dynamicconv2d(*a)[0], dynamic)):
+        arguments = [a.detach()[..., :4, :4].double().requires_grad_() if isinstance(a, torch.Tensor) and a.ndim == 4
+                     else a.detach().double().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point()
+                     else a for a in arguments]
+        assert torch.autograd.gradcheck(lambda *a, f=operator: f(*a, softmax), arguments, fast_mode=True)
+
+
+def both(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return (light_kernels.triton(x, weight, bias, 0., None, 'softmax')
+            + dynamic_kernels.triton(x, logits, (3, 5), bias, 'none', 0., None))
+
+
+@pytest.fixture
+def tensors() -> list[torch.Tensor]:
+    x, weight, bias, *_ = light_arguments()
+    return [x, weight, dynamic_arguments()[1], bias]
+
+
+@pytest.mark.parametrize('dynamic', [None, True])
+def test_compiles_without_a_graph_break(tensors, dynamic):
+    out = torch.compile(both, fullgraph=True, backend='aot_eager', dynamic=dynamic)(*tensors)
+    expected = both(*tensors)
+    assert torch.equal(out, expected)
+    for ours, theirs in zip(torch.autograd.grad(out.sin().sum(), tensors),
+                            torch.autograd.grad(expected.sin().sum(), tensors), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_exports_as_an_operator(tensors):
+    class Both(torch.nn.Module):
+        def forward(self, x, weight, logits, bias):
+            ops = torch.ops.coatnet_zoo
+            return (ops.lightconv2d(x, weight, bias, None, 0., True)
+                    + ops.dynamicconv2d(x, logits, 3, 5, bias, None, 0., False)[0])
+
+    batch = torch.export.Dim('batch')
+    program = torch.export.export(Both(), tuple(tensors), dynamic_shapes=({0: batch}, None, {0: batch}, None))
+    x, weight, logits, bias = tensors
+    three = (x[:1].repeat(3, 1, 1, 1), weight, logits[:1].repeat(3, 1, 1, 1), bias)
+    assert torch.equal(program.module()(*three), both(*three))
+    assert 'coatnet_zoo.dynamicconv2d' in program.graph_module.code
+
+
+def test_vmap_and_double_backward_refuse(tensors):
+    x, weight, logits, bias = tensors
+    calls = {'lightconv2d': lambda x: light_kernels.triton(x, weight, bias, 0., None, 'softmax'),
+             'dynamicconv2d': lambda x: dynamic_kernels.triton(x, logits, (3, 5), bias, 'softmax', 0., None)}
+    for op, call in calls.items():
+        with pytest.raises(NotImplementedError, match=f"{op}: .* no vmap; use backend='eager'"):
+            torch.vmap(call)(x[None])
+        grad, = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match=f"{op}: .* no double backward; use backend='eager'"):
+            torch.autograd.grad(grad.sum(), x)
+
+
+# Compiled for sm_90 by the compiler and assembler that come with triton.
+
+def compile_for_hopper(kernel: JITFunction, arguments: dict, options: dict) -> triton.compiler.CompiledKernel:
+    """The kernel as a launch with these arguments would compile it: ones are constants, multiples of 16 known."""
+    types, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            types[parameter.name] = 'constexpr'
+            constants[i,] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            types[parameter.name] = TYPES[value.dtype]
+        else:
+            types[parameter.name] = 'fp32' if isinstance(value, float) else 'i32' if abs(value) < 2 ** 31 else 'i64'
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[i,] = [['tt.divisibility', 16]]
+    return triton.compile(ASTSource(kernel, types, constants, attributes), GPUTarget('cuda', 90, 32), options)
+
+
+def launch_all(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: int = 32) -> None:
+    """Every kernel once, as training at batch 128 launches it, on tensors without data."""
+    def channels_last(channels: int) -> torch.Tensor:
+        return torch.empty(128, size, size, channels, dtype=dtype, device='meta').permute(0, 3, 1, 2)
+
+    x, logits = channels_last(C), channels_last(C // head * K * K)
+    weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, device='meta')
+    seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
+    light_kernels.launch_correlate(x, weight, bias, seed, p, True, transposed=False)
+    light_kernels.launch_correlate(x, weight, None, seed, p, True, transposed=True)
+    light_kernels.launch_weight_grad(x, x, weight, seed, p, True)
+    _, stats = dynamic_kernels.launch_aggregate(x, logits, (K, K), bias, seed, p, True)
+    dynamic_kernels.launch_scatter_back(x, logits, (K, K), stats, seed, p, True)
+    dynamic_kernels.launch_logits_grad(x, x, logits, (K, K), stats, seed, p, True)
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path) -> list[tuple[str, int, int, int]]:
+    """Launches compile for sm_90 instead: (kernel, registers, bytes of stack, bytes of local memory) of each so far."""
+    seen = []
+
+    def compile_instead(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS}
+        arguments = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
+        compiled = compile_for_hopper(kernel, arguments, options)
+        file = tmp_path / 'kernel.cubin'
+        file.write_bytes(compiled.asm['cubin'])
+        said = subprocess.run([TOOLS / 'cuobjdump', '-res-usage', file], capture_output=True, text=True).stdout
+        seen.append((kernel.fn.__name__, *map(int, re.search(r'REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)', said).groups())))
+        assert grid[0] < 2 ** 31
+
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path / 'cache'))
+    monkeypatch.setattr(JITFunction, 'run', compile_instead)
+    return seen
+
+
+@needs_assembler
+@pytest.mark.parametrize('size,C,K,dtype,p', [
+    (56, 96, 3, bf16, 0.), (56, 96, 7, bf16, .1), (28, 192, 7, torch.float32, 0.), (14, 384, 7, bf16, 0.)])
+def test_compiles_for_hopper(size, C, K, dtype, p, hopper):
+    """At least 3 programs of 4 warps share a multiprocessor's registers; at most 4 of a thread's are spilled."""
+    launch_all(size, C, K, dtype, p)
+    assert len(hopper) == 7
+    assert all(registers <= 168 and stack <= 16 and local == 0 for _, registers, stack, local in hopper), hopper
+
+
+@needs_assembler
+def test_compiles_for_images_of_2_31_elements_and_small_heads(hopper, monkeypatch):
+    for kernels in (light_kernels, dynamic_kernels):
+        monkeypatch.setattr(kernels, 'large', lambda *tensors: True)
+    launch_all(9, 6, 5, torch.float16, .1, head=2)
+    assert len(hopper) == 7
+
+
+# On a GPU.
+
+GPU_CASES = [
+    Case(8, 96, 3, (56, 56), (7, 7), bf16, torch.float32, dropconnect=.1),
+    Case(8, 192, 6, (28, 28), (3, 3), torch.float16),
+    Case(4, 384, 12, (14, 14), (13, 13), bf16, normalize='none'),
+    Case(4, 96, 3, (56, 56), (31, 31), bf16, torch.float32, only='light'),
+    Case(4, 120, 5, (33, 57), (5, 7), layout='sliced'),
+    Case(3, 256, 2, (17, 9), (3, 3), layout='contiguous'),
+]
+
+
+@needs_gpu
+@pytest.mark.parametrize('op', ['light', 'dynamic'])
+@pytest.mark.parametrize('case', interpreted.CASES + GPU_CASES)
+def test_on_a_gpu(op, case):
+    if case.only in ('', op):
+        assert interpreted.check(op, case, 'cuda') == []
+
+
+@needs_gpu
+@pytest.mark.parametrize('op', ['light', 'dynamic'])
+def test_an_image_above_2_31_elements(op):
+    """Its last corner is that of a crop."""
+    side, C, K = 8200, 32, 3
+    crop = (..., slice(-20, None), slice(-20, None))
+    generator = torch.Generator('cuda').manual_seed(0)
+    x = torch.empty(1, side, side, C, dtype=bf16, device='cuda').permute(0, 3, 1, 2).normal_(generator=generator)
+    assert x.numel() > 2 ** 31
+    if op == 'light':
+        weight = torch.randn(1, K, K, device='cuda', generator=generator)
+        small = weight
+        run = lambda x, w: light_kernels.triton(x, w, None, 0., None, 'softmax')  # noqa: E731
+    else:
+        weight = torch.empty(1, side, side, K * K, dtype=bf16, device='cuda').permute(0, 3, 1, 2)
+        weight.normal_(generator=generator)
+        small = weight[crop]
+        run = lambda x, w: dynamic_kernels.triton(x, w, (K, K), None, 'softmax', 0., None)  # noqa: E731
+    inputs = [x.requires_grad_(), weight.requires_grad_(op == 'dynamic')]
+    small = [x[crop].detach().requires_grad_(), small.detach().requires_grad_(op == 'dynamic')]
+    out, expected = run(*inputs), run(*small)
+    inside = (..., slice(-18, None), slice(-18, None))
+    assert torch.equal(out[inside], expected[inside])
+    needed = 2 if op == 'dynamic' else 1
+    ours = torch.autograd.grad(out, inputs[:needed], x.detach())
+    theirs = torch.autograd.grad(expected, small[:needed], small[0].detach())
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one[inside], other[inside])
