@@ -25,22 +25,23 @@ from .build import build_backbone
 
 __all__ = []  # register_model appends the names
 
+_plain = BackboneCfg('LLLL', act='gelu', stem_width=32)
+# One block where the map is largest: a block costs as much there as in S3, and holds a sixteenth of the weights.
 model_cfgs = {
-    'lightconvnet_pico': BackboneCfg('LLLL', depths=(2, 2, 3, 2), embed_dim=(32, 64, 192, 320), stem_width=32),
-    'lightconvnet_nano': BackboneCfg('LLLL', depths=(2, 3, 6, 3), embed_dim=(64, 128, 256, 512), stem_width=32),
-    'lightconvnet_tiny': BackboneCfg('LLLL', depths=(2, 2, 8, 2), embed_dim=(96, 192, 384, 768), stem_width=32),
-    'lightconvnet_small': BackboneCfg('LLLL', depths=(2, 2, 18, 3), embed_dim=(96, 192, 384, 768), stem_width=48),
-    'lightconvnet_base': BackboneCfg('LLLL', depths=(2, 2, 18, 3), embed_dim=(128, 256, 512, 1024), stem_width=64),
-    'lightconvnet_pico_64': BackboneCfg(
-        'LLLL', depths=(2, 2, 3, 2), embed_dim=(32, 64, 192, 320), stem_width=32, stem_stride=1),
+    'lightconvnet_pico': replace(_plain, depths=(2, 2, 3, 2), embed_dim=(32, 64, 192, 320)),
+    'lightconvnet_nano': replace(_plain, depths=(2, 3, 6, 3), embed_dim=(64, 128, 256, 512)),
+    'lightconvnet_tiny': replace(_plain, depths=(1, 2, 8, 2), embed_dim=(96, 192, 384, 768)),
+    'lightconvnet_small': replace(_plain, depths=(1, 2, 18, 3), embed_dim=(96, 192, 384, 768), stem_width=48),
+    'lightconvnet_base': replace(_plain, depths=(1, 2, 18, 3), embed_dim=(128, 256, 512, 1024), stem_width=64),
+    'lightconvnet_pico_64': replace(_plain, depths=(2, 2, 3, 2), embed_dim=(32, 64, 192, 320), stem_stride=1),
 }
 # The same widths; DynamicConv where the maps are small, and fewer blocks for what predicting the kernels takes.
 model_cfgs |= {
     'dynamicconvnet_pico': replace(model_cfgs['lightconvnet_pico'], layout='LLDD'),
     'dynamicconvnet_nano': replace(model_cfgs['lightconvnet_nano'], layout='LLDD', depths=(2, 3, 5, 3)),
-    'dynamicconvnet_tiny': replace(model_cfgs['lightconvnet_tiny'], layout='LLDD', depths=(2, 2, 6, 2)),
-    'dynamicconvnet_small': replace(model_cfgs['lightconvnet_small'], layout='LLDD', depths=(2, 2, 14, 3)),
-    'dynamicconvnet_base': replace(model_cfgs['lightconvnet_base'], layout='LLDD', depths=(2, 2, 14, 3)),
+    'dynamicconvnet_tiny': replace(model_cfgs['lightconvnet_tiny'], layout='LLDD', depths=(1, 2, 6, 2)),
+    'dynamicconvnet_small': replace(model_cfgs['lightconvnet_small'], layout='LLDD', depths=(1, 2, 14, 3)),
+    'dynamicconvnet_base': replace(model_cfgs['lightconvnet_base'], layout='LLDD', depths=(1, 2, 14, 3)),
     'dynamicconvnet_pico_64': replace(model_cfgs['lightconvnet_pico_64'], layout='LLDD'),
 }
 
