@@ -8,10 +8,9 @@ A row is an operator, a shape, a kernel and a pass. Its backends take turns, a w
 and the median window counts; only naive, the definition, has a single window. The yardstick is `conv2d`: F.conv2d,
 depthwise, with a weight of its own for every channel, in channels_last.
 
-The floor is the longer of two times: every tensor read or written once at the speed of a large copy, and B*C*H*W*K*K
-multiply-adds (forward; three times as many with backward) at the peak rate in float32. More than 100 % of it is
-possible where tensors stay in a cache, and where a kernel reaches far beyond its map: taps on the zeros around it are
-counted, and may be skipped. On a GPU the time of small calls is that of launching them.
+The floor is the longer of two times: every tensor read or written once at the speed of a large copy, and one
+multiply-add for each tap inside the map (forward; three times as many with backward) at the peak rate in float32. More
+than 100 % of it is possible where tensors stay in a cache. On a GPU the time of small calls is that of launching them.
 """
 import csv
 import io
@@ -211,7 +210,9 @@ def floor(row: Row, backend: Backend, settings: Settings, ceilings: Ceilings) ->
     image = elements * width
     operand = prod(operand_shape(row, backend, settings.batch_size)) * width
     traffic = held = 2 * image + operand  # x and the operand are read, the output is written
-    multiply_adds = elements * row.kernel ** 2
+    reach = row.kernel // 2
+    inside = sum(min(row.side, i + reach + 1) - max(0, i - reach) for i in range(row.side))  # taps not on the padding
+    multiply_adds = settings.batch_size * row.channels * inside ** 2
     if row.passes == 'forward_backward':
         traffic += 3 * image + 2 * operand  # the output's gradient, x and the operand are read, their gradients written
         held += 2 * image + operand
