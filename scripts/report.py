@@ -4,18 +4,18 @@
     python scripts/report.py --count    count parameters and multiply-adds anew first, into results/models.json
     python scripts/report.py --check    exit with 1 if a table is not what the files say
 """
+import csv
 import json
 import re
 import sys
 from pathlib import Path
 
 import timm
-import torch
 import tyro
+from model_size import model_size
 from provenance import provenance
 from run_folder import write_file, write_json
 from timm.models import model_entrypoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import coatnet_zoo
 
@@ -30,12 +30,9 @@ def count_models() -> dict:
     for name in timm.list_models():
         if not model_entrypoint(name).__module__.startswith(f'{coatnet_zoo.__name__}.'):
             continue
-        model = timm.create_model(name, device='meta').eval()
-        with FlopCounterMode(display=False) as flops, torch.no_grad():
-            model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
+        parameters, multiply_adds, model = model_size(name)
         counts[name] = dict(
-            word=model.cfg.layout, parameters=sum(p.numel() for p in model.parameters()),
-            multiply_adds=flops.get_total_flops() // 2, img_size=model.img_size[0],
+            word=model.cfg.layout, parameters=parameters, multiply_adds=multiply_adds, img_size=model.img_size[0],
             strides=[level['reduction'] for level in model.feature_info])
     return dict(models=counts, **provenance('cpu'))
 
@@ -68,13 +65,73 @@ def speed() -> str:
             names = [f'`{" ".join((settings[side], *settings[f"{side}_kwargs"]))}`' for side in ('model', 'against')]
             pace, memory = row['images_per_second'], row['peak_memory_mib']
             rows.append([
-                mode, *names, f'{row["ratio"]:.2f}', *(f'{pace[side]:.2f}' for side in pace),
+                f'{mode}{", compiled" * settings["compile"]}', *names, f'{row["ratio"]:.2f}',
+                *(f'{pace[side]:.2f}' for side in pace),
                 *(m if isinstance(m, str) else f'{m:.0f}' for m in memory.values())])
     if not rows:
         return 'Speed: not measured.'
     rows.sort(key=lambda row: row[0])
     header = ['', 'model', 'against', 'ratio', 'images/s', 'images/s of the other', 'peak MiB', 'peak MiB of the other']
     return table(header, rows) + f'\n\nMeasured on: {"; ".join(origins)}. On a GPU: not measured.'
+
+
+def scaling() -> str:
+    """How time grows with the image."""
+    file = RESULTS / 'scaling_cpu.json'
+    if not file.exists():
+        return 'Time over image size: not measured.'
+    report = json.loads(file.read_text())
+    sizes = [str(size) for size in report['settings']['sizes']]
+    rows = [
+        [f'`{name}`', *(f'{row["times_ms"][size]:.0f}' for size in sizes), f'{row["exponent"]:.2f}']
+        for name, row in report['models'].items()]
+    return (table(['milliseconds at', *sizes, '1.00 is linear in pixels'], rows)
+            + f'\n\nOne image, {report["hardware"]}, {report["settings"]["threads"]} thread.')
+
+
+def ops() -> str:
+    """The 7 x 7 operators beside a depthwise convolution of the same shape."""
+    file = RESULTS / 'ops_cpu.csv'
+    if not file.exists():
+        return 'Speed of the operators: not measured.'
+    with file.open(newline='', encoding='utf-8') as lines:
+        cells = [cell for cell in csv.DictReader(lines) if cell['kernel'] == '7']
+    grouped: dict[tuple[str, ...], dict[str, dict]] = {}
+    for cell in cells:
+        size = f'{cell["side"]} x {cell["side"]} x {cell["channels"]}'
+        row = grouped.setdefault((cell['op'], size, cell['passes'].replace('_', ' + ')), {})
+        row[cell['backend']] = cell
+    backends = ('eager', 'compiled', 'triton')
+    rows = [
+        [*key, f'{float(row["conv2d"]["ms"]):.2f}', *(
+            ratio if ratio == 'not measured' else f'{float(ratio):.2f}'
+            for ratio in (row[backend]['ratio_to_conv2d'] for backend in backends))]
+        for key, row in grouped.items()]
+    one = cells[0]
+    return (table(['operator, 7 x 7', 'map', 'pass', 'conv2d (ms)', *backends], rows)
+            + f'\n\nTimes of `F.conv2d`, depthwise, and multiples of them: {one["hardware"]}, {one["threads"]} thread, '
+              f'batch {one["batch_size"]}, {one["dtype"]}, torch {one["torch"]}.')
+
+
+def ablation() -> str:
+    """Words and switches under one recipe."""
+    file = RESULTS / 'ablation_imagenette_64_cpu.json'
+    if not file.exists():
+        return 'Words and switches: not measured.'
+    report = json.loads(file.read_text())
+    settings = report['settings']
+    seeds = {len(row['runs']) for row in report['rows'].values()}
+    rows = [
+        [f'`{name}`', f'{row["top1"]:.1f}' + ('' if isinstance(row['standard_error'], str) else
+                                              f' ± {row["standard_error"]:.1f}'),
+         f'{row["parameters"] / 1e6:.2f}', f'{row["multiply_adds"] / 1e6:.0f}',
+         pace if isinstance(pace := row['images_per_second'], str) else f'{pace:.0f}']
+        for name, row in sorted(report['rows'].items(), key=lambda item: -item[1]['top1'])]
+    counted = f'{min(seeds)} seed{"s" * (min(seeds) > 1)} a row'
+    noise = ' With one seed, no gap here has a standard error: a point or two may be chance.' if min(seeds) == 1 else ''
+    return (table(['row', 'top-1 (%)', 'parameters (M)', 'multiply-adds (M)', 'images/s'], rows)
+            + f'\n\nImagenette at {settings["img_size"]} px from random weights, {settings["epochs"]} epochs,\n{counted}, '
+              f'top-1 of the last epoch, {report["hardware"]}.{noise}')
 
 
 def demo() -> str:
@@ -90,7 +147,7 @@ def demo() -> str:
 
 def render(text: str) -> str:
     """`text` with what stands between <!-- NAME --> and <!-- /NAME --> made anew."""
-    for section in (family, speed, demo):
+    for section in (family, speed, scaling, ops, ablation, demo):
         name = section.__name__
         pattern = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
         if pattern.search(text):

@@ -61,7 +61,7 @@ def test_compiled_dynamic_is_held_against_conv2d_in_the_last_line(known_ceilings
 
 
 @pytest.mark.parametrize('op,passes,backend,figures', [
-    # batch 2 of 4 x 4 x 32 in float16: 2048 bytes an image; logits 2 * 9 * 16 * 2 = 576; 64 images of (2 + 3 + 3 + 2)^2 taps inside
+    # batch 2 of 4 x 4 x 32 in float16: 2048 bytes an image; logits 2 * 9 * 16 * 2 = 576; 64 maps, 10 x 10 taps inside
     ('dynamic', 'forward', 'eager', (2 * 2048 + 576, 6400, 2 * 2048 + 576)),
     ('dynamic', 'forward_backward', 'eager', (5 * 2048 + 3 * 576, 19200, 4 * 2048 + 2 * 576)),
     ('light', 'forward', 'eager', (2 * 2048 + 18, 6400, 2 * 2048 + 18)),  # 9 * 2 bytes of one head
