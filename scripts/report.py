@@ -130,7 +130,7 @@ def ablation() -> str:
     counted = f'{min(seeds)} seed{"s" * (min(seeds) > 1)} a row'
     noise = ' With one seed, no gap here has a standard error: a point or two may be chance.' if min(seeds) == 1 else ''
     return (table(['row', 'top-1 (%)', 'parameters (M)', 'multiply-adds (M)', 'images/s'], rows)
-            + f'\n\nImagenette at {settings["img_size"]} px from random weights, {settings["epochs"]} epochs,\n{counted}, '
+            + f'\n\nImagenette at {settings["img_size"]} px, random start, {settings["epochs"]} epochs,\n{counted}, '
               f'top-1 of the last epoch, {report["hardware"]}.{noise}')
 
 
