@@ -195,6 +195,8 @@ def check_edges() -> None:
                 assert out.shape == x.shape
                 grads = torch.autograd.grad(out.square().sum(), [t for t in inputs if t.requires_grad])
                 compiled = torch.compile(calls[op], fullgraph=True, backend='aot_eager')(*inputs)
+                with torch.autocast('cpu', torch.bfloat16):
+                    assert calls[op](*inputs).dtype == torch.bfloat16
                 again = torch.autograd.grad(compiled.square().sum(), [t for t in inputs if t.requires_grad])
                 assert torch.equal(compiled, out) and all(map(torch.equal, grads, again))
 
