@@ -79,7 +79,7 @@ def check_choices(normalize: str, dropconnect: float, training: bool, op: str) -
 def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
     """x as a convolution under the same autocast would take it; weights and logits keep the precision they have."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != 'meta' and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -114,7 +114,7 @@ def test_torchscript(form):
     scripted = torch.jit.script(model)
     with torch.no_grad():
         torch.testing.assert_close(scripted(IMAGES), expected, rtol=0, atol=1e-4)
-    with pytest.raises(torch.jit.Error, match='must be (multiples of 16|at least 16)'):
+    with pytest.raises(torch.jit.Error, match=r'must be (multiples of 16|at least 16)'):
         scripted(torch.randn(1, 3, 30, 32) if model.cfg.layout.endswith('T') else torch.randn(1, 3, 15, 32))
 
 
