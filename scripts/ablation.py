@@ -5,14 +5,17 @@
 
 A row is a word of four letters and perhaps options of `BackboneCfg`, as in 'LLLL glu=False'; every row is
 --model with that layout, trained from random weights by finetune.py for --epochs. Interrupted, the same command goes
-on from the last finished epoch. After each run the table so far goes to --results-file, and a plot beside it; a row's
-top-1 is that of its last epoch, never the best one. --speed then times all rows side by side, in inference.
+on from the last finished epoch. After each run the table so far goes to --results-file, and beside it a plot and a
+folder with the metrics of every run; a row's top-1 is that of its last epoch, never the best one. --speed then times
+all rows side by side, in inference.
 """
 import csv
 import json
+import shutil
 import statistics
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -48,8 +51,9 @@ class Settings:
     rows: tuple[str, ...] = ()  # Other rows than those of --grid.
     seeds: tuple[int, ...] = (0,)  # One run of every row for each.
     model: str = 'coatnet_pico'  # What the rows are variants of.
-    # Widths and depths of lightconvnet_pico, and a BatchNorm that settles in a short run.
-    model_kwargs: tuple[str, ...] = ('embed_dim=(32,64,192,320)', 'depths=(2,2,3,2)', 'conv_norm_momentum=0.1')
+    # Widths, depths and initialisation of lightconvnet_pico, and a BatchNorm that settles in a short run.
+    model_kwargs: tuple[str, ...] = (
+        'embed_dim=(32,64,192,320)', 'depths=(2,2,3,2)', 'weight_init=vit_eff', 'conv_norm_momentum=0.1')
     img_size: int = 64  # Height and width in pixels.
     epochs: int = 10  # Passes over the training split.
     batch_size: int = 64  # Pictures per step.
@@ -70,17 +74,23 @@ def model_kwargs(settings: Settings, row: str) -> tuple[str, ...]:
 
 
 def train(settings: Settings, row: str, seed: int) -> dict:
-    """One run; a finished one is read back, a broken one goes on."""
+    """One run; a finished one is read back from its metrics beside the results, a broken one goes on."""
     experiment = ''.join(c if c.isalnum() else '-' for c in row.replace('"', '')) + f'-seed{seed}'
     run_dir = Path(settings.output) / experiment
-    if not (run_dir / 'summary.json').exists():
+    metrics = run_dir / 'metrics.csv'
+    if settings.results_file:
+        metrics = Path(settings.results_file).with_suffix('') / f'{experiment}.csv'
+    if not (metrics if settings.results_file else run_dir / 'summary.json').exists():
         finetune.main(finetune.Settings(
             data_dir=settings.data_dir, model=settings.model, img_size=settings.img_size, epochs=settings.epochs,
             model_kwargs=model_kwargs(settings, row),
             batch_size=settings.batch_size, lr=settings.lr, scale=(0.35, 1.0), color_jitter=0.0, amp=settings.amp,
             device=settings.device, workers=settings.workers, seed=seed, output=settings.output,
             experiment=experiment, resume='auto'))
-    with (run_dir / 'metrics.csv').open(newline='', encoding='utf-8') as file:
+        if settings.results_file:
+            metrics.parent.mkdir(exist_ok=True)
+            write_file(metrics, partial(shutil.copyfile, run_dir / 'metrics.csv'))
+    with metrics.open(newline='', encoding='utf-8') as file:
         last = list(csv.DictReader(file))[-1]
     return dict(seed=seed, top1=float(last['eval_top1']), loss=float(last['eval_loss']), epochs=int(last['epoch']))
 
