@@ -131,7 +131,8 @@ def ablation() -> str:
     noise = ' With one seed, no gap here has a standard error: a point or two may be chance.' if min(seeds) == 1 else ''
     return (table(['row', 'top-1 (%)', 'parameters (M)', 'multiply-adds (M)', 'images/s'], rows)
             + f'\n\nImagenette at {settings["img_size"]} px, random start, {settings["epochs"]} epochs,\n{counted}, '
-              f'top-1 of the last epoch, {report["hardware"]}.{noise}')
+              f'top-1 of the last epoch, {report["hardware"]}.{noise}\n\n'
+              f'![Top-1 of every row](results/{file.stem}.png)')
 
 
 def demo() -> str:

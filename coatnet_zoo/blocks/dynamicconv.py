@@ -10,6 +10,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..ops import dynamicconv2d
+from ..ops.contract import check_choices, check_kernel
 from ..ops.dropconnect import draw_seed
 from ..ops.dynamicconv2d.eager import eager
 from .lightconv import LightConv2d, LightConvBlock, conv_heads
@@ -43,7 +44,8 @@ class DynamicConv2d(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.kernel_size = (kernel_size, kernel_size)
+        self.kernel_size = check_kernel((kernel_size, kernel_size), type(self).__name__)
+        check_choices(normalize, dropconnect, False, type(self).__name__)
         self.dropconnect = dropconnect
         self.normalize = normalize
         self.logits = nn.Linear(dim, conv_heads(dim, head_dim) * kernel_size ** 2, bias=False, **dd)

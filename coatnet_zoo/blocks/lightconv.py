@@ -15,6 +15,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..ops import lightconv2d
+from ..ops.contract import check_choices, check_kernel
 from ..ops.dropconnect import draw_seed
 from ..ops.lightconv2d.eager import eager
 from .activation import GELU
@@ -47,6 +48,8 @@ class LightConv2d(nn.Module):
             dtype=None,
     ):
         super().__init__()
+        check_kernel((kernel_size, kernel_size), type(self).__name__)
+        check_choices(normalize, dropconnect, False, type(self).__name__)
         heads = conv_heads(dim, head_dim)
         self.dropconnect = dropconnect
         self.normalize = normalize
@@ -85,7 +88,7 @@ class LightConv2d(nn.Module):
 
 def conv_heads(dim: int, head_dim: int) -> int:
     """Heads of `head_dim` channels in `dim`, one if that is narrower."""
-    if dim > head_dim and dim % head_dim:
+    if head_dim < 1 or (dim > head_dim and dim % head_dim):
         raise ValueError(
             f'conv_head_dim must divide the width of its stage, or exceed it, got {head_dim}, width {dim}.')
     return max(1, dim // head_dim)

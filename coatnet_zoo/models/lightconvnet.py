@@ -25,7 +25,7 @@ from .build import build_backbone
 
 __all__ = []  # register_model appends the names
 
-# Xavier-uniform linear layers as in fairseq: N(0, 0.02), CoAtNet's, is far too small for widths such as these.
+# Xavier-uniform linear layers as in fairseq; CoAtNet's N(0, 0.02) starts narrow stages far smaller.
 _plain = BackboneCfg('LLLL', act='gelu', stem_width=32, weight_init='vit_eff')
 # One block where the map is largest: a block costs as much there as in S3, and holds a sixteenth of the weights.
 model_cfgs = {

@@ -2,18 +2,21 @@
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from operator import index
 
 import torch
 
-__all__ = ['BACKENDS', 'cast_for_autocast', 'check_backend', 'check_bias', 'check_choices', 'check_kernel', 'check_x',
-           'choose_backend']
+__all__ = ['BACKENDS', 'INTERPRETED', 'TRITON', 'autocast_off', 'cast_for_autocast', 'check_backend', 'check_bias',
+           'check_choices', 'check_heads', 'check_kernel', 'check_operand', 'check_x', 'choose_backend']
 
 BACKENDS = ('naive', 'eager', 'triton')
 NORMALIZE = ('softmax', 'none')
 TRITON = importlib.util.find_spec('triton') is not None  # installed; looked up once, so that graphs take it as constant
 INTERPRETED = TRITON and os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')  # on CPUs
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def check_x(x: torch.Tensor, op: str) -> None:
@@ -23,19 +26,22 @@ def check_x(x: torch.Tensor, op: str) -> None:
     if x.ndim != 4:
         raise ValueError(
             f'{op}: x must be (B, C, H, W), got {x.ndim} dimensions {tuple(x.shape)}; a sequence is H = 1.')
-    _check_floating('x', x, op)
+    _check_values('x', x, op)
 
 
-def _check_floating(name: str, tensor: torch.Tensor, op: str) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f'{op}: {name} must be floating point, got {tensor.dtype}; convert it with .float().')
+def _check_values(name: str, tensor: torch.Tensor, op: str) -> None:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f'{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}; use .float().')
+    if tensor.layout != torch.strided:
+        raise TypeError(f'{op}: {name} must be a dense tensor, got layout {tensor.layout}; use .to_dense().')
 
 
 def check_operand(name: str, tensor: torch.Tensor, x: torch.Tensor, op: str) -> None:
     """A floating-point tensor on the device of x."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f'{op}: {name} must be a tensor, got {type(tensor).__name__}.')
-    _check_floating(name, tensor, op)
+    _check_values(name, tensor, op)
     if tensor.device != x.device:
         raise ValueError(f'{op}: {name} is on {tensor.device} but x is on {x.device}; move one of them.')
 
@@ -70,18 +76,24 @@ def check_choices(normalize: str, dropconnect: float, training: bool, op: str) -
     """The arguments that are no tensors."""
     if normalize not in NORMALIZE:
         raise ValueError(f"{op}: normalize must be 'softmax' or 'none', got {normalize!r}.")
-    if isinstance(dropconnect, bool) or not isinstance(dropconnect, (int, float)) or not 0 <= dropconnect < 1:
+    if isinstance(dropconnect, bool) or not isinstance(dropconnect, Real) or not 0 <= dropconnect < 1:
         raise ValueError(f'{op}: dropconnect must be a probability from 0 to below 1, got {dropconnect!r}.')
     if not isinstance(training, bool):
         raise TypeError(f'{op}: training must be True or False, got {training!r}.')
 
 
+def _autocasts(x: torch.Tensor) -> bool:
+    return x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
+
+
 def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
     """x as a convolution under the same autocast would take it; weights and logits keep the precision they have."""
-    device = x.device.type
-    if device != 'meta' and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x) and x.dtype != torch.float64 else x
+
+
+def autocast_off(x: torch.Tensor) -> AbstractContextManager:
+    """The backends choose their own precision, which autocast would take back inside them."""
+    return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
 
 
 def check_backend(backend: str | None, op: str) -> None:

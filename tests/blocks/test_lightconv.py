@@ -91,6 +91,20 @@ def test_weight_sharing(head_dim, heads):
     assert DynamicConv2d(12, 3, head_dim).logits.out_features == heads * 9
 
 
+@pytest.mark.parametrize('kind', [LightConv2d, DynamicConv2d])
+@pytest.mark.parametrize('options,error,message', [
+    (dict(kernel_size=8), ValueError, 'kernel sizes must be odd and positive, got 8 x 8'),
+    (dict(kernel_size=(7, 7)), TypeError, 'kernel_size must be two integers'),
+    (dict(kernel_size=7, normalize='x'), ValueError, "normalize must be 'softmax' or 'none', got 'x'"),
+    (dict(kernel_size=7, dropconnect=2.), ValueError, 'dropconnect must be a probability'),
+    (dict(kernel_size=7, head_dim=0), ValueError, 'conv_head_dim must divide the width of its stage'),
+    (dict(kernel_size=7, head_dim=5), ValueError, 'got 5, width 32'),
+], ids=str)
+def test_modules_refuse_what_their_operator_refuses(kind, options, error, message):
+    with pytest.raises(error, match=message):
+        kind(32, **options)
+
+
 def test_folded_lightconv_is_a_depthwise_convolution():
     conv = LightConv2d(6, 5, 3).double().requires_grad_(False)
     plain = conv.fuse()

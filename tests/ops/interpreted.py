@@ -84,12 +84,13 @@ def operands(op: str, case: Case, device: str) -> tuple[dict[str, torch.Tensor],
     """(x, weight or logits and bias), the gradient of the output, the seed."""
     generator = torch.Generator().manual_seed(1)
     (H, W), (Kh, Kw) = case.size, case.kernel
-    weight = (torch.randn(case.G, Kh, Kw, generator=generator) if op == 'light' else
+    step = 2 if case.layout == 'sliced' else 1
+    weight = (torch.randn(case.G, Kh, Kw * step, generator=generator)[..., ::step] if op == 'light' else
               laid_out((case.B, case.G * Kh * Kw, H, W), case.layout.replace('expanded', 'channels_last'), generator))
     inputs = {'x': laid_out((case.B, case.C, H, W), case.layout.replace('expanded', 'channels_last'), generator),
               'weight': weight.mul_(case.scale)}
     if case.bias:
-        inputs['bias'] = torch.randn(case.C, generator=generator)
+        inputs['bias'] = torch.randn(case.C * step, generator=generator)[::step]
     inputs = {name: moved(tensor, case.dtype if name == 'x' else case.weight or case.dtype, device)
               for name, tensor in inputs.items()}
     grad = moved(laid_out((case.B, case.C, H, W), case.layout, generator), case.dtype, device)

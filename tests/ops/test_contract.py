@@ -1,6 +1,7 @@
 """What the operators refuse, where they run, and what they do inside torch's machinery."""
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from coatnet_zoo.ops import contract, dynamicconv2d, lightconv2d
@@ -21,8 +22,10 @@ def dynamic(**changes) -> torch.Tensor:
 @pytest.mark.parametrize('changes,error,message', [
     (dict(x=[1.]), TypeError, 'lightconv2d: x must be a tensor, got list'),
     (dict(x=X[0]), ValueError, r'x must be \(B, C, H, W\), got 3 dimensions \(6, 5, 4\)'),
-    (dict(x=X.long()), TypeError, r'x must be floating point, got torch.int64; convert it with .float\(\)'),
-    (dict(weight=WEIGHT.int()), TypeError, 'weight must be floating point, got torch.int32'),
+    (dict(x=X.long()), TypeError, r'x must be float16, bfloat16, float32 or float64, got torch.int64; use .float'),
+    (dict(weight=WEIGHT.int()), TypeError, 'weight must be float16, .* got torch.int32'),
+    (dict(x=X.to(torch.float8_e4m3fn)), TypeError, 'x must be float16, .* got torch.float8_e4m3fn'),
+    (dict(x=X.to_sparse()), TypeError, 'x must be a dense tensor, got layout torch.sparse_coo'),
     (dict(weight=WEIGHT.to('meta')), ValueError, 'weight is on meta but x is on cpu'),
     (dict(weight=WEIGHT[None]), ValueError, r'weight must be \(G, Kh, Kw\), got 4 dimensions'),
     (dict(weight=torch.randn(3, 4, 5)), ValueError, 'kernel sizes must be odd and positive, got 4 x 5'),
@@ -30,7 +33,7 @@ def dynamic(**changes) -> torch.Tensor:
     (dict(weight=torch.randn(4, 3, 3)), ValueError, 'heads must divide the channels of x, got 4 heads, 6 channels'),
     (dict(weight=torch.randn(0, 3, 3)), ValueError, 'got 0 heads'),
     (dict(bias=torch.randn(3)), ValueError, r'bias must be \(6,\), one value a channel of x, got \(3,\)'),
-    (dict(bias=torch.ones(6, dtype=torch.bool)), TypeError, 'bias must be floating point'),
+    (dict(bias=torch.ones(6, dtype=torch.bool)), TypeError, 'bias must be float16'),
     (dict(dropconnect=1.), ValueError, 'dropconnect must be a probability from 0 to below 1, got 1.0'),
     (dict(dropconnect=-.1), ValueError, 'dropconnect must be a probability'),
     (dict(dropconnect='a'), ValueError, "dropconnect must be a probability from 0 to below 1, got 'a'"),
@@ -51,7 +54,7 @@ def test_lightconv_refuses_with_numbers(changes, error, message):
     (dict(logits=LOGITS[:1]), ValueError, r'with the B, H, W of x \(2, 5, 4\), got \(1, 45, 5, 4\)'),
     (dict(logits=LOGITS[:, :, :4]), ValueError, r'logits must be .* got \(2, 45, 4, 4\)'),
     (dict(logits=LOGITS[0]), ValueError, 'logits must be'),
-    (dict(logits=LOGITS.bool()), TypeError, 'logits must be floating point, got torch.bool'),
+    (dict(logits=LOGITS.bool()), TypeError, 'logits must be float16, .* got torch.bool'),
     (dict(logits=LOGITS.to('meta')), ValueError, 'logits is on meta but x is on cpu'),
     (dict(kernel_size=3), TypeError, r'kernel_size must be two integers \(Kh, Kw\), got 3'),
     (dict(kernel_size=(3., 5.)), TypeError, 'kernel_size must be two integers'),
@@ -59,7 +62,7 @@ def test_lightconv_refuses_with_numbers(changes, error, message):
     (dict(kernel_size=(3, 5, 1)), TypeError, 'kernel_size must be two integers'),
     (dict(kernel_size=(2, 5)), ValueError, 'kernel sizes must be odd and positive, got 2 x 5'),
     (dict(kernel_size=(-3, 5)), ValueError, 'kernel sizes must be odd and positive, got -3 x 5'),
-    (dict(x=X.long()), TypeError, 'dynamicconv2d: x must be floating point'),
+    (dict(x=X.long()), TypeError, 'dynamicconv2d: x must be float16'),
     (dict(normalize=None), ValueError, "normalize must be 'softmax' or 'none', got None"),
     (dict(backend='triton'), ValueError, 'needs CUDA tensors, got x on cpu'),
 ], ids=str)
@@ -222,6 +225,48 @@ def test_vmap_and_meta_tensors():
         torch.testing.assert_close(torch.vmap(run)(stacked), torch.stack([run(x) for x in stacked]))
     assert lightconv2d(X.to('meta'), WEIGHT.to('meta')).shape == X.shape
     assert dynamicconv2d(X.to('meta'), LOGITS.to('meta'), (3, 5)).shape == X.shape
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes the dtypes of every convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if 'convolution' in str(func):
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('channels,dtype,kernel,computed', [
+    (8, torch.bfloat16, 15, torch.float32), (8, torch.bfloat16, 13, torch.bfloat16),
+    (32, torch.bfloat16, 15, torch.bfloat16), (32, torch.float16, 3, torch.float32),
+    (8, torch.float32, 15, torch.float32)])
+def test_convolutions_that_cpus_do_not_do_well_are_widened(channels, dtype, kernel, computed):
+    x, weight = torch.randn(1, channels, 7, 9), torch.randn(1, kernel, kernel)
+    for autocast in (False, True) if dtype != torch.float32 else (False,):
+        with Convolutions() as seen, torch.autocast('cpu', dtype, enabled=autocast):
+            out = lightconv2d(x if autocast else x.to(dtype), weight, backend='eager')
+        assert seen.dtypes == [computed] and out.dtype == dtype
+
+
+@pytest.mark.parametrize('shape', [(2, 6, 0, 4), (2, 6, 5, 0), (0, 6, 5, 4), (2, 0, 5, 4)])
+def test_empty_maps_give_empty_maps(shape):
+    x = torch.randn(shape, requires_grad=True)
+    for out in (lightconv2d(x, WEIGHT), dynamicconv2d(x, torch.randn(shape[0], 45, *shape[2:]), (3, 5))):
+        assert out.shape == shape
+        out.sum().backward()
+
+
+def test_mixed_dtypes_are_computed_in_the_wider_one():
+    for x, weight, logits in ((X.double(), WEIGHT, LOGITS), (X, WEIGHT.double(), LOGITS.double())):
+        for op in (lambda backend, x=x, w=weight: lightconv2d(x, w, backend=backend),
+                   lambda backend, x=x, w=logits: dynamicconv2d(x, w, (3, 5), backend=backend)):
+            exact = op('naive')
+            assert exact.dtype == x.dtype
+            torch.testing.assert_close(op('eager'), exact, rtol=0, atol=1e-12 if x.dtype == torch.float64 else 1e-6)
 
 
 def test_autocast_takes_x_as_a_convolution_would():

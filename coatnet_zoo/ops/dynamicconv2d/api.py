@@ -2,6 +2,7 @@
 import torch
 
 from ..contract import (
+    autocast_off,
     cast_for_autocast,
     check_backend,
     check_bias,
@@ -47,14 +48,15 @@ def dynamicconv2d(
         bias: (C,) or None.
         normalize: 'softmax' over the taps, or 'none' to use the logits as they are (the paper saw that diverge).
         dropconnect: Probability of dropping a normalised weight in training; those kept are divided by 1 - p. One
-            draw for each logit, from torch's generator of the device of `x`, the same in every backend.
+            draw for each logit, from torch's generator of the device of `x`, the same in every backend. (Compiled by
+            the inductor, the seed is the inductor's, unless torch._inductor.config.fallback_random is set.)
         training: Whether DropConnect acts.
         backend: 'naive', 'eager', 'triton', or None for Triton where it runs and eager elsewhere.
 
     Returns (B, C, H, W) in the dtype of `x` (under autocast its dtype), channels_last in memory.
 
     Raises TypeError or ValueError for what is outside this contract, RuntimeError if Triton is asked for and missing.
-    With 'triton', vmap and double backward raise NotImplementedError.
+    With 'triton', the choice on CUDA, vmap and double backward raise NotImplementedError; 'eager' has both.
     """
     op = 'dynamicconv2d'
     check_x(x, op)
@@ -81,4 +83,5 @@ def dynamicconv2d(
         from .kernels import triton as run
     else:
         run = naive if backend == 'naive' else eager
-    return run(x, logits, kernel, bias, normalize, dropconnect, seed)
+    with autocast_off(x):
+        return run(x, logits, kernel, bias, normalize, dropconnect, seed)

@@ -431,5 +431,6 @@ def triton(
 ) -> torch.Tensor:
     """(B, C, H, W), (B, G * Kh * Kw, H, W) -> (B, C, H, W), channels_last; a seed switches DropConnect on."""
     Kh, Kw = kernel_size
+    bias = bias if bias is None else bias.contiguous()  # read without a stride
     out, _ = dynamicconv2d(x, logits, Kh, Kw, bias, seed, float(dropconnect), normalize == 'softmax')
     return out

@@ -2,6 +2,7 @@
 import torch
 
 from ..contract import (
+    autocast_off,
     cast_for_autocast,
     check_backend,
     check_bias,
@@ -42,7 +43,8 @@ def lightconv2d(
         weight: (G, Kh, Kw), raw logits of the kernels; G divides C, Kh and Kw are odd. Any floating dtype.
         bias: (C,) or None.
         dropconnect: Probability of dropping a normalised weight in training; those kept are divided by 1 - p. One
-            mask (G, Kh, Kw) a call, from torch's generator of the device of `x`, the same in every backend.
+            mask (G, Kh, Kw) a call, from torch's generator of the device of `x`, the same in every backend. (Compiled
+            by the inductor, the seed is the inductor's, unless torch._inductor.config.fallback_random is set.)
         training: Whether DropConnect acts.
         backend: 'naive', 'eager', 'triton', or None for Triton where it runs and eager elsewhere.
         normalize: 'softmax', or 'none' to use `weight` as it is.
@@ -50,7 +52,7 @@ def lightconv2d(
     Returns (B, C, H, W) in the dtype of `x` (under autocast its dtype), channels_last in memory.
 
     Raises TypeError or ValueError for what is outside this contract, RuntimeError if Triton is asked for and missing.
-    With 'triton', vmap and double backward raise NotImplementedError.
+    With 'triton', the choice on CUDA, vmap and double backward raise NotImplementedError; 'eager' has both.
     """
     op = 'lightconv2d'
     check_x(x, op)
@@ -69,5 +71,6 @@ def lightconv2d(
     if backend == 'triton':
         from .kernels import triton as run
     else:
-        run = naive if backend == 'naive' else eager
-    return run(x, weight, bias, dropconnect, seed, normalize)
+        run = naive if backend == 'naive' or 0 in x.shape[1:] else eager  # torch convolves nothing empty
+    with autocast_off(x):
+        return run(x, weight, bias, dropconnect, seed, normalize)

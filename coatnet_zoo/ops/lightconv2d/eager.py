@@ -16,15 +16,16 @@ def eager(
     """(B, C, H, W), (G, Kh, Kw) -> (B, C, H, W), channels_last; a seed switches DropConnect on."""
     C = x.shape[1]
     G, Kh, Kw = weight.shape
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     kernel = weight.to(dtype)
     if normalize == 'softmax':
         kernel = kernel.flatten(1).softmax(1).view(G, Kh, Kw)
     if seed is not None:
         kernel = kernel * dropconnect_scale(seed, G * Kh * Kw, dropconnect, dtype).view(G, Kh, Kw)
-    # CPUs convolve float16 slowly, and bfloat16 never comes back with sides from 15 up on maps wider than 30
-    cpu = x.device.type == 'cpu'
-    widen = cpu and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and max(Kh, Kw) > 13))
+    # CPUs convolve float16 slowly. bfloat16 in 2 to 16 channels never came back from torch 2.15 on an AVX-512 CPU with
+    # sides from 15 up and maps wider than 30
+    stuck = x.dtype == torch.bfloat16 and C <= 16 and max(Kh, Kw) > 13
+    widen = x.device.type == 'cpu' and (x.dtype == torch.float16 or stuck)
     compute = torch.float32 if widen else x.dtype
     # (G, Kh, Kw) -> (C, 1, Kh, Kw), a copy for each channel of a head
     kernel = kernel.to(compute)[:, None].expand(G, C // G, Kh, Kw).reshape(C, 1, Kh, Kw)

@@ -356,4 +356,5 @@ def triton(
         normalize: str,
 ) -> torch.Tensor:
     """(B, C, H, W), (G, Kh, Kw) -> (B, C, H, W), channels_last; a seed switches DropConnect on."""
+    weight, bias = weight.contiguous(), bias if bias is None else bias.contiguous()  # small, and read without strides
     return lightconv2d(x, weight, bias, seed, float(dropconnect), normalize == 'softmax')
