@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -246,12 +247,13 @@ def test_an_image_above_2_31_elements(op):
     if op == 'light':
         weight = torch.randn(1, K, K, device='cuda', generator=generator)
         small = weight
-        run = lambda x, w: light_kernels.triton(x, w, None, 0., None, 'softmax')  # noqa: E731
+        run = partial(light_kernels.triton, bias=None, dropconnect=0., seed=None, normalize='softmax')
     else:
         weight = torch.empty(1, side, side, K * K, dtype=bf16, device='cuda').permute(0, 3, 1, 2)
         weight.normal_(generator=generator)
         small = weight[crop]
-        run = lambda x, w: dynamic_kernels.triton(x, w, (K, K), None, 'softmax', 0., None)  # noqa: E731
+        run = partial(
+            dynamic_kernels.triton, kernel_size=(K, K), bias=None, normalize='softmax', dropconnect=0., seed=None)
     inputs = [x.requires_grad_(), weight.requires_grad_(op == 'dynamic')]
     small = [x[crop].detach().requires_grad_(), small.detach().requires_grad_(op == 'dynamic')]
     out, expected = run(*inputs), run(*small)
