@@ -25,8 +25,10 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from model_size import model_size
+from processes import choose_device
 from provenance import provenance
 from run_folder import write_file, write_json
+from settings import SettingsError, parse_argument
 
 WORDS = ('CCCC', 'CCTT', 'CCLL', 'CCDD', 'LLLL', 'DDDD', 'LLDD')
 # One switch at a time, each against its plain word.
@@ -103,19 +105,19 @@ def summarize(settings: Settings, rows: tuple[str, ...], runs: dict[str, list[di
             continue
         parameters, multiply_adds, _ = model_size(
             settings.model, img_size=settings.img_size, num_classes=10,
-            **dict(map(finetune.parse_argument, model_kwargs(settings, row))))
+            **dict(map(parse_argument, model_kwargs(settings, row))))
         top1 = [run['top1'] for run in runs[row]]
         table[row] = dict(
             top1=statistics.mean(top1), runs=runs[row], parameters=parameters, multiply_adds=multiply_adds,
             standard_error=statistics.stdev(top1) / len(top1) ** .5 if len(top1) > 1 else 'not measured',
             images_per_second='not measured')
     return dict(settings={key: value for key, value in asdict(settings).items() if key not in ('data_dir', 'output')},
-                rows=table, **provenance(str(finetune.choose_device(settings.device))))
+                rows=table, **provenance(str(choose_device(settings.device))))
 
 
 def measure_speed(settings: Settings, rows: list[str]) -> dict[str, float]:
     """Images/s of every row in inference form, in turns, median of five windows."""
-    device = str(finetune.choose_device(settings.device))
+    device = str(choose_device(settings.device))
     timing = benchmark.Settings(
         model=settings.model, against=settings.model, batch_size=settings.batch_size, img_size=settings.img_size,
         threads=settings.threads, amp=settings.amp, device=device)
@@ -174,7 +176,7 @@ def main(settings: Settings) -> dict:
         for row, pace in measure_speed(settings, list(report['rows'])).items():
             report['rows'][row]['images_per_second'] = pace
         report['speed'] = dict(batch_size=settings.batch_size, threads=settings.threads, amp=settings.amp,
-                               **provenance(str(finetune.choose_device(settings.device))))
+                               **provenance(str(choose_device(settings.device))))
         write_report(settings, report)
         return report
     runs: dict[str, list[dict]] = {}
@@ -189,5 +191,5 @@ def main(settings: Settings) -> dict:
 if __name__ == '__main__':
     try:
         main(tyro.cli(Settings, description=__doc__))
-    except finetune.SettingsError as error:
+    except SettingsError as error:
         sys.exit(f'ablation.py: {error}')

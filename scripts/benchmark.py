@@ -27,9 +27,9 @@ import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from finetune import parse_argument
 from provenance import provenance
 from run_folder import write_json
+from settings import parse_argument
 from timm.models import resolve_model_input_args
 from timm.utils import reparameterize_model
 from tqdm import tqdm

@@ -22,8 +22,9 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
+from plots import draw_curves
 from provenance import provenance
-from run_folder import draw_curves, write_json
+from run_folder import rank, write_json
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_dataset, create_transform, resolve_data_config
@@ -75,7 +76,7 @@ def draw_demo(history: list[dict], probabilities: torch.Tensor, labels: np.ndarr
 
     figure = Figure(figsize=(15, 7), layout='constrained')
     left, middle = figure.subfigures(1, 2, width_ratios=(1, 1.55), wspace=0.04)
-    draw_curves(*left.subplots(2, 1), history)
+    draw_curves(*left.subplots(2, 1), history, max(history, key=rank))
     middle.suptitle(f'{len(labels)} held-out digits: {len(wrong)} read wrong (red), '
                     f'{100 * len(right) / len(labels):.2f} % right', fontsize=13)
     for axes in middle.subplots(rows, columns).flat:
@@ -103,7 +104,7 @@ def main(results_file: str = '') -> int:
     summary = finetune.main(RECIPE)
 
     probabilities, labels, files = read_held_out(run_dir, DEMO_DIR / 'digits' / 'val')
-    history = torch.load(run_dir / 'last' / 'checkpoint.pt', weights_only=True)['history']
+    history = torch.load(run_dir / 'last' / 'checkpoint.pt', weights_only=True)['progress']['history']
     draw_demo(history, probabilities, labels, files).savefig(DEMO_DIR / 'demo.png', dpi=120)
     right = int((probabilities.argmax(dim=-1).numpy() == labels).sum())
     accuracy = 100 * right / len(labels)

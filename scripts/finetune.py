@@ -1,72 +1,88 @@
-"""Fine-tune any timm or zoo model on a folder of pictures or a torchvision data set.
+"""Fine-tune any timm or zoo model on a folder of pictures, a torchvision data set, or one of the Hugging Face Hub.
 
     python scripts/finetune.py --data-dir flowers --model coatnet_pico_64 --epochs 20
     python scripts/finetune.py --data-dir data --dataset torch/cifar10 --dataset-download --model resnet18 --pretrained
     python scripts/finetune.py --data-dir flowers --model coatnet_pico_64 --epochs 20 --resume auto
+    torchrun --nproc-per-node 8 scripts/finetune.py --recipe coatnet_in1k --data-dir imagenet --model coatnet_0
 
 The folder has train/ and val/ (or validation/, test/), with one sub-folder per class in each. The run goes to
-OUTPUT/EXPERIMENT: best weights with their config, metrics.csv, curves.png and summary.json. Once `coatnet_zoo` is
-imported, `timm.create_model('local-dir:OUTPUT/EXPERIMENT', pretrained=True)` loads it.
+OUTPUT/EXPERIMENT: best weights with their config, metrics.csv, curves.png, confusion.png, misclassified.png and
+summary.json. Once `coatnet_zoo` is imported, `timm.create_model('local-dir:OUTPUT/EXPERIMENT', pretrained=True)`
+loads it. Exit codes: 2 for a setting that cannot work, 75 when a SIGTERM was answered by saving (--resume auto goes
+on from there), 1 for a loss that is not finite.
 """
 
-import ast
-import difflib
+import argparse
+import dataclasses
 import json
 import math
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import tyro
-from PIL import Image
-from run_folder import rank, write_config, write_file, write_json, write_metrics, write_weights
-from timm.data import create_dataset, create_transform, resolve_input_data_config
-from timm.models import parse_model_name, resolve_model_input_args, safe_model_name
-from timm.optim import create_optimizer_v2, list_optimizers
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from evaluation import predict
+from open_model import ModelSettings, check_model_settings, open_model
+from pictures import (
+    BadPictures,
+    DataSettings,
+    EpochSampler,
+    Pictures,
+    StreamedPictures,
+    batches,
+    open_pictures,
+    seed_of,
+    targets_of,
+)
+from plots import confusion_figure, misread_figure
+from processes import start
+from recipes import RECIPES, settings_of
+from run_folder import rank, write_config, write_figure, write_file, write_json, write_metrics, write_weights
+from safetensors.torch import load_file
+from settings import SettingsError, check_range, end_with_sentence, flag, one_line
+from timm.data import Mixup, create_transform
+from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
 from timm.utils import random_seed, unwrap_model
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Compose
 from tqdm import tqdm
+from training import build_optimizer, build_task, freeze_trunk, open_teacher, set_trunk_to_eval
 
-import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
+PREEMPTED = 75  # exit code: stopped by SIGTERM, everything saved
 
 
-@dataclass(frozen=True)
-class Settings:
-    data_dir: str  # Folder with train/ and val/ (or validation/, test/), or where --dataset keeps its files.
-    model: str  # Any name of timm.list_models(), or hf-hub:OWNER/NAME, or local-dir:FOLDER.
-    dataset: str = ''  # Empty for a folder of pictures, else a torchvision data set such as torch/cifar10.
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelSettings, DataSettings):
+    recipe: str = ''  # Settings by name, see scripts/recipes.py; flags given beside it win.
     train_split: str = 'train'  # Name of the training split.
     val_split: str = 'validation'  # Name of the split that picks the best epoch.
-    dataset_download: bool = False  # Let torchvision download the data set.
-
-    pretrained: bool = False  # Start from the model's pretrained weights; the classifier is made anew.
+    train_num_samples: int | None = None  # Training pictures of a stream that does not say it.
+    val_num_samples: int | None = None  # Held-out pictures of such a stream.
+    max_bad_images: float = 0.001  # Share of unreadable pictures that is reported and skipped before the run stops.
+    class_balanced: bool = False  # Draw every class equally often.
     initial_checkpoint: str = ''  # Start from this file of weights, whose classes must be the data's.
-    num_classes: int | None = None  # Number of classes; must be the data's (taken from there if not given).
-    img_size: int | None = None  # Height and width in pixels (the model's own if not given).
-    in_chans: int = 3  # Read pictures as RGB (3) or grey (1).
-    model_kwargs: tuple[str, ...] = ()  # More arguments of the model, as key=value.
-    mean: tuple[float, ...] = ()  # Mean of each channel, in 0..1 (the model's own if not given).
-    std: tuple[float, ...] = ()  # Standard deviation of each channel (the model's own if not given).
-    interpolation: str = ''  # Resizing method, such as bicubic (the model's own if not given).
-    crop_pct: float | None = None  # Share of the resized picture kept in evaluation (the model's own if not given).
 
-    batch_size: int = 64  # Pictures per training step.
+    batch_size: int = 64  # Pictures per training step and process.
     validation_batch_size: int | None = None  # Pictures per evaluation step (--batch-size if not given).
+    grad_accum_steps: int = 1  # Steps whose gradients are added up before the weights change.
     epochs: int = 10  # Passes over the training split.
+    patience: int | None = None  # Stop after this many epochs without a better one.
     opt: str = 'adamw'  # Any name of timm.optim.list_optimizers().
     lr: float = 5e-4  # Highest learning rate.
+    lr_base_size: int | None = None  # If given, --lr is for this many pictures a weight update, and scaled to theirs.
     weight_decay: float = 0.05  # Weight decay; not applied to biases and norms.
     momentum: float = 0.9  # Momentum of the optimizers that have one.
     layer_decay: float | None = None  # Factor on the learning rate per layer, counted from the classifier.
+    head_lr_scale: float = 1.0  # Factor on the learning rate of the classifier.
+    freeze_trunk: bool = False  # Train the classifier alone.
     clip_grad: float | None = 1.0  # Largest norm of the gradient.
     warmup_epochs: float = 1.0  # Epochs of linear warm-up; cosine decay follows, updated at each step.
     warmup_lr: float = 1e-6  # Learning rate at the start of the warm-up.
@@ -75,70 +91,92 @@ class Settings:
     smoothing: float = 0.1  # Label smoothing.
     drop: float | None = None  # Dropout before the classifier.
     drop_path: float | None = None  # Stochastic depth.
+    dropconnect: float | None = None  # Rate at which LightConv and DynamicConv drop weights.
+    train_img_sizes: tuple[int, ...] = ()  # Progressive sizes in pixels, each for an equal share of the epochs.
     scale: tuple[float, float] = (0.08, 1.0)  # Area of the random crop, as a share of the picture.
     hflip: float = 0.5  # Probability of a horizontal flip.
     color_jitter: float = 0.4  # Strength of random brightness, contrast and saturation.
     aa: str | None = None  # AutoAugment policy, such as rand-m9-mstd0.5-inc1.
     reprob: float = 0.0  # Probability of random erasing.
+    mixup: float = 0.0  # Alpha of mixup; 0 leaves it out.
+    cutmix: float = 0.0  # Alpha of cutmix; 0 leaves it out.
+    mixup_prob: float = 1.0  # Probability of mixing a batch.
+    mixup_switch_prob: float = 0.5  # Probability of cutmix where both are on.
+    mixup_off_epoch: int = 0  # Stop mixing after this epoch; 0 never.
+
+    teacher: str = ''  # Distil from this model, as --model names them: with weights, and with the data's classes.
+    kd_loss_weight: float = 0.5  # Share of the teacher in the loss.
+    kd_temperature: float = 1.0  # Divides the logits of both before they are compared.
 
     model_ema: bool = False  # Evaluate and release an exponential moving average of the weights.
     model_ema_decay: float = 0.9998  # Its decay, approached from 0 over the first steps.
     amp: bool = False  # Mixed precision.
     amp_dtype: str = 'bfloat16'  # bfloat16 or float16.
     channels_last: bool = True  # Memory format of pictures and weights.
-    device: str = 'auto'  # cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.
-    workers: int = 4  # Processes that read pictures; 0 reads in the training process.
+    grad_checkpointing: bool = False  # Compute activations twice instead of keeping them.
+    torchcompile: bool = False  # Compile the model.
+    device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
     seed: int = 42  # Fixes weights, order and augmentation; bit for bit on a CPU.
 
     output: str = 'output'  # Parent of the run folders.
     experiment: str = ''  # Name of the run folder (the model's name if not given).
     resume: str = ''  # auto continues the run folder if it has begun; a path continues that run folder.
+    recovery_interval: int = 0  # Also save every so many weight updates; 0 saves after epochs and on SIGTERM only.
+    tracker: str = ''  # tensorboard, wandb or trackio; metrics.csv is written in any case.
 
 
 # Settings that may differ when a run is resumed: they change where it is, not what it computes.
-FREE_ON_RESUME = ('dataset_download', 'output', 'experiment', 'resume', 'device')
-SPLIT_FOLDERS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'test')}
+FREE_ON_RESUME = (
+    'recipe', 'dataset_download', 'output', 'experiment', 'resume', 'device', 'recovery_interval', 'tracker')
 
 
-class SettingsError(ValueError):
-    """Something the user asked for cannot be done; the message is one sentence with the way out."""
+class Preempted(Exception):
+    """SIGTERM came, and the run is saved."""
 
 
-def one_line(error: Exception) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__
+@dataclass
+class Progress:
+    """How far a run is: what its checkpoint holds beside weights and optimizer."""
 
-
-def did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f'; did you mean {" or ".join(close)}?' if close else ''
+    epoch: int = 1  # the one under way
+    batch: int = 0  # batches of it that are done
+    updates: int = 0  # of the weights, since the start
+    loss_sum: float = 0.0  # over the pictures of this epoch
+    epoch_seconds: float = 0.0
+    train_seconds: float = 0.0
+    history: list[dict] = field(default_factory=list)
 
 
 def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
-    for name in ('epochs', 'batch_size', 'validation_batch_size', 'lr', 'clip_grad', 'img_size'):
+    for name in ('epochs', 'batch_size', 'validation_batch_size', 'lr', 'clip_grad', 'grad_accum_steps', 'patience',
+                 'lr_base_size', 'kd_temperature', 'train_num_samples', 'val_num_samples'):
         value = getattr(settings, name)
         if value is not None and not value > 0:
-            raise SettingsError(f'--{name.replace("_", "-")} must be greater than 0, got {value}.')
-    for name in ('workers', 'warmup_lr', 'weight_decay'):
+            raise SettingsError(f'{flag(name)} must be greater than 0, got {value}.')
+    for name in ('workers', 'warmup_lr', 'weight_decay', 'head_lr_scale', 'mixup', 'cutmix', 'recovery_interval',
+                 'mixup_off_epoch'):
         if not getattr(settings, name) >= 0:
-            raise SettingsError(f'--{name.replace("_", "-")} must be at least 0, got {getattr(settings, name)}.')
+            raise SettingsError(f'{flag(name)} must be at least 0, got {getattr(settings, name)}.')
     for name, least, most in (
             ('smoothing', 0, 0.999), ('hflip', 0, 1), ('reprob', 0, 1), ('color_jitter', 0, math.inf),
-            ('momentum', 0, 1), ('model_ema_decay', 0, 1), ('layer_decay', 1e-6, 1), ('crop_pct', 1e-6, 1),
-            ('seed', 0, 2**32 - 1), ('warmup_epochs', 0, settings.epochs), ('min_lr', 0, settings.lr)):
-        value = getattr(settings, name)
-        if value is not None and not least <= value <= most:
-            raise SettingsError(f'--{name.replace("_", "-")} must be from {least:g} to {most:g}, got {value}.')
+            ('momentum', 0, 1), ('model_ema_decay', 0, 1), ('layer_decay', 1e-6, 1), ('seed', 0, 2**32 - 1),
+            ('warmup_epochs', 0, settings.epochs), ('min_lr', 0, settings.lr), ('max_bad_images', 0, 1),
+            ('mixup_prob', 0, 1), ('mixup_switch_prob', 0, 1), ('kd_loss_weight', 0, 1)):
+        check_range(settings, name, least, most)
     if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
         raise SettingsError(f'--scale must be two rising shares of the picture from 0 to 1, got {settings.scale}.')
-    if any(not value > 0 for value in settings.std):
-        raise SettingsError(f'--std must be greater than 0 for each channel, got {settings.std}.')
-    if settings.in_chans not in (1, 3):
-        raise SettingsError(f'--in-chans must be 3 (pictures read as RGB) or 1 (as grey), got {settings.in_chans}.')
-    if settings.amp_dtype not in ('bfloat16', 'float16'):
-        raise SettingsError(f'--amp-dtype must be bfloat16 or float16, got {settings.amp_dtype!r}.')
-    if settings.dataset and not settings.dataset.startswith('torch/'):
-        raise SettingsError(f'--dataset must be empty (a folder) or start with torch/, got {settings.dataset!r}.')
+    if (settings.mixup or settings.cutmix) and settings.batch_size % 2:
+        raise SettingsError(f'--batch-size must be even with --mixup or --cutmix, got {settings.batch_size}.')
+    if any(size <= 0 for size in settings.train_img_sizes) or len(settings.train_img_sizes) > settings.epochs:
+        raise SettingsError(f'--train-img-sizes must be positive and no more than the {settings.epochs} epochs, '
+                            f'got {settings.train_img_sizes}.')
+    if settings.freeze_trunk and settings.layer_decay is not None:
+        raise SettingsError('--layer-decay has no layers to act on with --freeze-trunk; leave one of them out.')
+    if settings.tracker and settings.tracker not in (known := [str(t) for t in get_available_trackers()]):
+        raise SettingsError(f'--tracker must be the name of an installed tracker ({", ".join(known) or "none is"}), '
+                            f'got {settings.tracker!r}; pip install it.')
+    check_model_settings(settings)
 
 
 def find_run(settings: Settings) -> tuple[Path, Path | None]:
@@ -159,49 +197,12 @@ def find_run(settings: Settings) -> tuple[Path, Path | None]:
     return run_dir, None
 
 
-def choose_device(name: str) -> torch.device:
-    try:
-        device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f'--device {name} cannot be used here: {one_line(error)}; try --device auto.') from error
-    return device
-
-
-# Data
-
-
-def open_split(settings: Settings, split: str) -> tuple[Dataset, list[str]]:
-    """Open one split of the data and return it with its class names in label order."""
-    if settings.dataset:
-        try:
-            dataset = create_dataset(
-                settings.dataset, root=settings.data_dir, split=split, download=settings.dataset_download)
-            # torchvision's ImageNet has tuples of synonyms
-            return dataset, [name if isinstance(name, str) else name[0] for name in dataset.classes]
-        except (RuntimeError, AssertionError, AttributeError, OSError, ValueError) as error:
-            raise SettingsError(
-                f'--dataset {settings.dataset} cannot be read from --data-dir {settings.data_dir}: '
-                f'{one_line(error)}; --dataset-download fetches what torchvision offers.') from error
-
-    names = SPLIT_FOLDERS.get(split, (split,))
-    folder = next((path for name in names if (path := Path(settings.data_dir) / name).is_dir()), None)
-    layout = f'expected {settings.data_dir}/{names[0]}/CLASS/PICTURE.jpg (or .png)'
-    if folder is None:
-        raise SettingsError(f'--data-dir {settings.data_dir} has no folder {" or ".join(names)}; {layout}.')
-    try:
-        dataset = create_dataset('', root=str(folder), search_split=False)
-    except RuntimeError as error:
-        raise SettingsError(f'--data-dir {settings.data_dir}: no pictures found in {folder}; {layout}.') from error
-    return dataset, sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
-
-
 def open_data(settings: Settings) -> tuple[Dataset, Dataset, list[str]]:
     """Open both splits and check that their classes agree with each other and with --num-classes."""
-    if not settings.dataset_download and not Path(settings.data_dir).is_dir():
-        raise SettingsError(f'--data-dir {settings.data_dir} is not a folder; give the one that holds train/ and val/.')
-    train_set, class_names = open_split(settings, settings.train_split)
-    val_set, val_names = open_split(settings, settings.val_split)
+    shared = dict(batch_size=settings.batch_size, seed=settings.seed, num_classes=settings.num_classes)
+    train_set, class_names = open_pictures(
+        settings, settings.train_split, is_training=True, num_samples=settings.train_num_samples, **shared)
+    val_set, val_names = open_pictures(settings, settings.val_split, num_samples=settings.val_num_samples, **shared)
     if differing := sorted(set(class_names) ^ set(val_names)):
         raise SettingsError(f'--data-dir {settings.data_dir}: both splits must have the same classes, but '
                             f'{", ".join(differing)} are in one only; add pictures or remove the folders.')
@@ -214,95 +215,59 @@ def open_data(settings: Settings) -> tuple[Dataset, Dataset, list[str]]:
     return train_set, val_set, class_names
 
 
-def seed_worker(_: int) -> None:
-    np.random.seed(torch.initial_seed() % 2**32)  # torch itself seeds torch and random
+def training_transform(settings: Settings, data_config: dict, size: int | None = None) -> object:
+    """timm's augmentation at the model's size, or at a size in pixels."""
+    shape = data_config['input_size'] if size is None else (data_config['input_size'][0], size, size)
+    return create_transform(
+        shape, is_training=True, interpolation=data_config['interpolation'], mean=data_config['mean'],
+        std=data_config['std'], scale=settings.scale, hflip=settings.hflip, color_jitter=settings.color_jitter,
+        auto_augment=settings.aa, re_prob=settings.reprob, re_mode='pixel')
 
 
-def create_loaders(
-        settings: Settings, train_set: Dataset, val_set: Dataset, data_config: dict, device: torch.device,
-) -> tuple[DataLoader, DataLoader]:
-    """Give both data sets their transforms and wrap them in seeded loaders."""
-    to_mode = partial(Image.Image.convert, mode='RGB' if settings.in_chans == 3 else 'L')
+def create_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, data_config: dict,
+                   accelerator: Accelerator) -> tuple[DataLoader, DataLoader, EpochSampler | None]:
+    """Loaders over both splits, whose batches the processes share, and the sampler that decides the order."""
     try:
-        augment = create_transform(
-            **{key: data_config[key] for key in ('input_size', 'interpolation', 'mean', 'std')}, is_training=True,
-            scale=settings.scale, hflip=settings.hflip, color_jitter=settings.color_jitter,
-            auto_augment=settings.aa, re_prob=settings.reprob, re_mode='pixel',
-        )
-        train_set.transform = Compose([to_mode, augment])
-        val_set.transform = Compose([to_mode, create_transform(**data_config)])
+        transforms = training_transform(settings, data_config), create_transform(**data_config)
     except (ValueError, KeyError, AssertionError) as error:
         raise SettingsError(f'--aa, --interpolation or another setting of the pictures: {one_line(error)}.') from error
-    shared = dict(num_workers=settings.workers, worker_init_fn=seed_worker, pin_memory=device.type == 'cuda')
-    train_loader = DataLoader(
-        train_set, settings.batch_size, shuffle=True, generator=torch.Generator(),
-        drop_last=len(train_set) > settings.batch_size, **shared)
-    val_loader = DataLoader(val_set, settings.validation_batch_size or settings.batch_size, **shared)
-    return train_loader, val_loader
-
-
-# Model
-
-
-def create_model(settings: Settings, num_classes: int) -> tuple[nn.Module, dict]:
-    """Create the model and its data settings, and show it one picture so that it can refuse before training."""
-    try:
-        source, name = parse_model_name(settings.model)
-    except ValueError as error:
-        raise SettingsError(f'--model: {one_line(error)}') from error
-    if source is None and not timm.is_model(name):
-        raise SettingsError(f'--model {name} is not a name in timm.list_models()'
-                            f'{did_you_mean(name, timm.list_models()) or "."}')
-    if settings.initial_checkpoint and not Path(settings.initial_checkpoint).is_file():
-        raise SettingsError(f'--initial-checkpoint {settings.initial_checkpoint} is not a file; give one or leave it.')
-    if wrong := [item for item in settings.model_kwargs if '=' not in item]:
-        raise SettingsError(f'--model-kwargs must be key=value, got {wrong[0]!r}.')
-    flags = ('num_classes', 'in_chans', 'img_size', 'drop_rate', 'drop_path_rate', 'pretrained', 'checkpoint_path')
-    if wrong := [item for item in settings.model_kwargs if item.split('=')[0] in flags]:
-        raise SettingsError(f'--model-kwargs {wrong[0]}: this one has a flag of its own, use that.')
-    try:
-        # timm's rule: img_size goes to models built for one size, others just get pictures of that size
-        img_size = resolve_model_input_args(settings.model, {'img_size': settings.img_size}).get('img_size')
-        model = timm.create_model(
-            settings.model, pretrained=settings.pretrained, checkpoint_path=settings.initial_checkpoint,
-            num_classes=num_classes, in_chans=settings.in_chans, img_size=img_size, drop_rate=settings.drop,
-            drop_path_rate=settings.drop_path, **dict(map(parse_argument, settings.model_kwargs)),
-        )
-        data_config = resolve_input_data_config(model, {
-            'img_size': settings.img_size, 'interpolation': settings.interpolation, 'crop_pct': settings.crop_pct,
-            'mean': settings.mean or None, 'std': settings.std or None,
-        })
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *data_config['input_size']))
-    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
-        size = '' if settings.img_size is None else f' with --img-size {settings.img_size}'
-        raise SettingsError(f'--model {settings.model}{size} cannot be built: {one_line(error)}') from error
-    return model, data_config
-
-
-def parse_argument(item: str) -> tuple[str, object]:
-    """Read key=value as timm's train.py does: a Python literal if it is one, else a string."""
-    key, value = item.split('=', 1)
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
-# Training
+    mode = 'RGB' if settings.in_chans == 3 else 'L'
+    shared = dict(workers=settings.workers, pin_memory=accelerator.device.type == 'cuda')
+    val_batch = settings.validation_batch_size or settings.batch_size
+    if settings.dataset.startswith(('hfids/', 'wds/', 'tfds/')):  # timm's streams share their pictures out themselves
+        train, val = (StreamedPictures(dataset, transform, settings.seed, accelerator.process_index)
+                      for dataset, transform in zip((train_set, val_set), transforms, strict=True))
+        return (batches(train, None, settings.batch_size, drop_last=True, **shared),
+                batches(val, None, val_batch, **shared), None)
+    train = Pictures(train_set, transforms[0], settings.seed, mode, substitute=True)
+    val = Pictures(val_set, transforms[1], settings.seed, mode)
+    targets = targets_of(train_set) if settings.class_balanced else None
+    sampler = EpochSampler(len(train), settings.seed, shuffle=True, targets=targets)
+    batch = settings.batch_size * accelerator.num_processes
+    loaders = (batches(train, sampler, batch, drop_last=len(train) > batch, **shared),
+               batches(val, EpochSampler(len(val)), val_batch * accelerator.num_processes, **shared))
+    return *accelerator.prepare(*loaders), sampler
 
 
 def main(settings: Settings) -> dict:
     """Fine-tune as `settings` say, and return the summary that is also written to summary.json."""
     check_values(settings)
     run_dir, last = find_run(settings)
-    device = choose_device(settings.device)
+    accelerator = start(
+        settings.device, settings.amp, settings.amp_dtype, gradient_accumulation_steps=settings.grad_accum_steps,
+        log_with=settings.tracker or None, project_dir=run_dir if settings.tracker else None,
+        dynamo_backend='inductor' if settings.torchcompile else None)
+    writes, device = accelerator.is_main_process, accelerator.device
     train_set, val_set, class_names = open_data(settings)
     random_seed(settings.seed)
-    model, data_config = create_model(settings, len(class_names))
-    train_loader, val_loader = create_loaders(settings, train_set, val_set, data_config, device)
+    model, data_config = open_model(
+        settings, settings.initial_checkpoint, '--initial-checkpoint', use_train_size=True,
+        try_sizes=settings.train_img_sizes, num_classes=len(class_names), drop_rate=settings.drop,
+        drop_path_rate=settings.drop_path, dropconnect=settings.dropconnect)
+    train_loader, val_loader, sampler = create_loaders(settings, train_set, val_set, data_config, accelerator)
     facts = {name: value for name, value in asdict(settings).items() if name not in FREE_ON_RESUME}
-    facts |= {'classes': class_names, 'train_images': len(train_set), 'val_images': len(val_set)}
+    facts |= {'classes': class_names, 'train_images': len(train_set), 'val_images': len(val_set),
+              'processes': accelerator.num_processes}
     facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file they are compared with
 
     checkpoint = torch.load(last, map_location='cpu', weights_only=True) if last else None
@@ -310,133 +275,220 @@ def main(settings: Settings) -> dict:
                              for name, value in checkpoint['facts'].items() if facts.get(name) != value]):
         raise SettingsError(f'--resume {run_dir} needs the settings the run began with, but {"; ".join(changed)}; '
                             f'restore them, or start another --experiment.')
-    try:
-        optimizer = create_optimizer_v2(
-            model.to(device), settings.opt, lr=settings.lr, weight_decay=settings.weight_decay,
-            momentum=settings.momentum, layer_decay=settings.layer_decay)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise SettingsError(f'--opt {settings.opt}: {one_line(error)}; see timm.optim.list_optimizers()'
-                            f'{did_you_mean(settings.opt, list_optimizers()) or "."}') from error
-    try:
-        (run_dir / 'last').mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / 'args.json', asdict(settings))
-    except OSError as error:
-        raise SettingsError(f'--output {run_dir} cannot be written: {one_line(error)}; choose another.') from error
-    write_config(run_dir / 'config.json', model, class_names, data_config)
+    if settings.freeze_trunk:
+        freeze_trunk(model)
+    optimizer = build_optimizer(settings, model.to(device), settings.batch_size * accelerator.num_processes)
+    teacher = open_teacher(settings, class_names, data_config) if settings.teacher else None
+    if writes:
+        try:
+            (run_dir / 'last').mkdir(parents=True, exist_ok=True)
+            write_json(run_dir / 'args.json', asdict(settings))
+        except OSError as error:
+            raise SettingsError(f'--output {run_dir} cannot be written: {one_line(error)}; choose another.') from error
+        write_config(run_dir / 'config.json', model, class_names, data_config)
 
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
     model.to(memory_format=memory_format)
-    task = ClassificationTask(model, criterion_kwargs={'smoothing': settings.smoothing}, device=device)
+    if settings.grad_checkpointing:
+        model.set_grad_checkpointing()
+    task = build_task(settings, model, teacher, data_config, device)
     if settings.model_ema:
         task.setup_ema(settings.model_ema_decay, use_warmup=True)  # so that a short run is not stuck near its start
+    task.trainable_module, optimizer = accelerator.prepare(task.trainable_module, optimizer)
+
+    steps_per_epoch = len(train_loader) - len(train_loader) % settings.grad_accum_steps * (sampler is None)
     scheduler, _ = create_scheduler_v2(
-        optimizer, 'cosine', num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs, min_lr=settings.min_lr,
-        warmup_lr=settings.warmup_lr, step_on_epochs=False, updates_per_epoch=len(train_loader))
-    autocast = partial(torch.autocast, device.type, getattr(torch, settings.amp_dtype), settings.amp)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.amp and settings.amp_dtype == 'float16')
+        optimizer.optimizer, 'cosine', num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs,
+        min_lr=settings.min_lr * optimizer.optimizer.defaults['lr'] / settings.lr, warmup_lr=settings.warmup_lr,
+        step_on_epochs=False, updates_per_epoch=math.ceil(steps_per_epoch / settings.grad_accum_steps))
+    mixup = Mixup(
+        settings.mixup, settings.cutmix, prob=settings.mixup_prob, switch_prob=settings.mixup_switch_prob,
+        label_smoothing=settings.smoothing, num_classes=len(class_names)) if settings.mixup or settings.cutmix else None
 
-    def place(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images = images.to(device, memory_format=memory_format, non_blocking=True)
-        return images, targets.to(device, non_blocking=True)
-
-    history, train_seconds = [], 0.0
+    progress = Progress()
     if checkpoint:
         task.load_checkpoint_state(checkpoint['state_dict'])
         if settings.model_ema:
             task.load_checkpoint_state(checkpoint['state_dict_ema'], ema=True)
         optimizer.load_state_dict(checkpoint['optimizer'])
         scheduler.load_state_dict(checkpoint['scheduler'])
-        scaler.load_state_dict(checkpoint['scaler'])
-        history, train_seconds = checkpoint['history'], checkpoint['train_seconds']
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(checkpoint['scaler'])
+        progress = Progress(**checkpoint['progress'])
+        del checkpoint
 
-    def check_finite(loss: float, what: str, epoch: int, step: int) -> None:
+    def save() -> None:
+        """Written last of all: whatever is killed before it is done again, with the same result."""
+        if writes:
+            state = task.get_checkpoint_state() | (task.get_checkpoint_state(ema=True) if settings.model_ema else {})
+            state |= {'optimizer': optimizer.state_dict(), 'scheduler': scheduler.state_dict(), 'facts': facts,
+                      'scaler': accelerator.scaler.state_dict() if accelerator.scaler else None,
+                      'progress': asdict(progress)}
+            write_file(run_dir / 'last' / 'checkpoint.pt', partial(torch.save, state))
+
+    def check_finite(loss: float, what: str) -> None:
         if not math.isfinite(loss):
             saved = run_dir / 'last' / 'checkpoint.pt'
             raise FloatingPointError(
-                f'{what} loss is {loss} at step {step} (epoch {epoch}): start another --experiment with a lower --lr; '
-                f'the last good checkpoint is {saved if saved.exists() else "none, no epoch was finished"}.'
-            )
+                f'{what} loss is {loss} at step {(progress.epoch - 1) * steps_per_epoch + progress.batch + 1} '
+                f'(epoch {progress.epoch}): start another --experiment with a lower --lr; '
+                f'the last good checkpoint is {saved if saved.exists() else "none, no epoch was finished"}.')
 
-    first_epoch, steps_per_epoch = len(history) + 1, len(train_loader)
-    seen_per_epoch = steps_per_epoch * settings.batch_size if train_loader.drop_last else len(train_set)
-    print(f'{settings.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, '
-          f'{len(class_names)} classes, {len(train_set)} + {len(val_set)} pictures, {device} -> {run_dir}')
-    bar = tqdm(total=settings.epochs * seen_per_epoch, initial=len(history) * seen_per_epoch, unit='img',
-               unit_scale=True, dynamic_ncols=True, mininterval=0.5)
-    for epoch in range(first_epoch, settings.epochs + 1):
-        # All randomness of an epoch comes from (seed, epoch): a resumed run needs no saved generator states.
-        epoch_seed = int(np.random.SeedSequence((settings.seed, epoch)).generate_state(1)[0])
-        random_seed(epoch_seed)
-        train_loader.generator.manual_seed(epoch_seed)
-        bar.set_description(f'epoch {epoch}/{settings.epochs}')
-        task.train()
-        loss_sum, start = 0.0, time.perf_counter()
-        for step, (images, targets) in enumerate(train_loader, (epoch - 1) * steps_per_epoch + 1):
-            with autocast():
-                loss = task(*place(images, targets))['loss']
-            loss_value = loss.item()
-            check_finite(loss_value, 'training', epoch, step)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            if settings.clip_grad is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(task.get_clip_parameters(), settings.clip_grad)
-            lr = max(group['lr'] for group in optimizer.param_groups)
-            scaler.step(optimizer)
-            scaler.update()
-            scheduler.step_update(step)
-            task.update_ema(step)
-            loss_sum += loss_value * len(images)
-            bar.set_postfix(loss=f'{loss_value:.3f}', refresh=False)
-            bar.update(len(images))
-        seconds = time.perf_counter() - start
-        train_seconds += seconds
+    pictures_per_step = settings.batch_size * accelerator.num_processes
+    padded = sampler is not None and len(train_set) <= pictures_per_step  # one batch, smaller than a full one
+    seen_per_epoch = len(train_set) if padded else steps_per_epoch * pictures_per_step
+    bar = tqdm(total=settings.epochs * seen_per_epoch, unit='img', unit_scale=True, dynamic_ncols=True, mininterval=0.5,
+               initial=min(((progress.epoch - 1) * steps_per_epoch + progress.batch) * pictures_per_step,
+                           settings.epochs * seen_per_epoch), disable=not writes)
+    say = bar.write if writes else lambda _: None
+    say(f'{settings.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, '
+        f'{len(class_names)} classes, {len(train_set)} + {len(val_set)} pictures, '
+        f'{device} x {accelerator.num_processes} -> {run_dir}')
+    bad_train = BadPictures(train_set, settings.max_bad_images, say)
+    bad_val = BadPictures(val_set, settings.max_bad_images, say)
+    if settings.tracker:
+        accelerator.init_trackers('coatnet_zoo', {name: str(value) for name, value in asdict(settings).items()})
+    eval_model = task.get_eval_model(ema=settings.model_ema)
+    previous = signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
+    try:
+        while progress.epoch <= settings.epochs and not out_of_patience(settings, progress.history):
+            epoch = progress.epoch
+            if sampler is not None:
+                sampler.epoch, sampler.start = epoch, progress.batch * pictures_per_step
+                stream = iter(train_loader)
+            else:
+                train_loader.dataset.epoch = epoch
+                train_loader.dataset.dataset.set_epoch(epoch)
+                stream = islice(train_loader, progress.batch, steps_per_epoch)
+            if settings.train_img_sizes:
+                share = (epoch - 1) * len(settings.train_img_sizes) // settings.epochs
+                train_loader.dataset.transform = training_transform(
+                    settings, data_config, settings.train_img_sizes[share])
+            if mixup:
+                mixup.mixup_enabled = not settings.mixup_off_epoch or epoch <= settings.mixup_off_epoch
+            bar.set_description(f'epoch {epoch}/{settings.epochs}')
+            task.train()
+            if settings.freeze_trunk:
+                set_trunk_to_eval(unwrap_model(task.trainable_module))
+            begun = time.perf_counter()
+            for images, targets, bad in stream:
+                bad_train.add(accelerator.gather(bad.to(device)))
+                images = images.to(device, memory_format=memory_format, non_blocking=True)
+                targets = targets.to(device, non_blocking=True)
+                # All randomness of a step comes from (seed, epoch, batch): nothing to save but where we are.
+                random_seed(seed_of(settings.seed, epoch, progress.batch), accelerator.process_index)
+                if mixup:
+                    images, targets = mixup(images, targets)
+                with accelerator.accumulate(task.trainable_module):
+                    with accelerator.autocast():
+                        loss = task(images, targets)['loss']
+                    loss_value = accelerator.reduce(loss.detach().clone(), 'mean').item()
+                    check_finite(loss_value, 'training')
+                    accelerator.backward(loss)
+                    if settings.clip_grad is not None and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(task.get_clip_parameters(), settings.clip_grad)
+                    lr = max(group['lr'] for group in optimizer.param_groups)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                count = len(images) * accelerator.num_processes
+                progress.loss_sum += loss_value * count
+                progress.batch += 1
+                bar.set_postfix(loss=f'{loss_value:.3f}', refresh=False)
+                bar.update(count)
+                if accelerator.sync_gradients:
+                    progress.updates += 1
+                    scheduler.step_update(progress.updates)
+                    task.update_ema(progress.updates)
+                    due = settings.recovery_interval and progress.updates % settings.recovery_interval == 0
+                    stop = accelerator.check_trigger()
+                    if progress.batch < steps_per_epoch and (due or stop):
+                        progress.epoch_seconds += time.perf_counter() - begun
+                        begun = time.perf_counter()
+                        save()
+                    if stop:
+                        if progress.batch < steps_per_epoch:
+                            raise Preempted(f'stopped by SIGTERM in epoch {epoch}, saved after batch {progress.batch}')
+                        accelerator.set_trigger()  # the epoch is done: evaluate, save, and stop then
+            progress.epoch_seconds += time.perf_counter() - begun
+            progress.train_seconds += progress.epoch_seconds
 
-        eval_model = task.get_eval_model(ema=settings.model_ema)
-        eval_model.eval()
-        evaluator = task.create_evaluator()
-        for images, targets in val_loader:
-            images, targets = place(images, targets)
-            with torch.inference_mode(), autocast():
-                evaluator.update(eval_model(images), targets)
-        scores = evaluator.compute()
-        check_finite(scores['loss'], 'evaluation', epoch, step)
-        history.append({
-            'epoch': epoch, 'lr': lr, 'train_loss': loss_sum / seen_per_epoch, 'eval_loss': scores['loss'],
-            'eval_top1': scores['top1'], 'eval_top5': scores['top5'], 'images_per_second': seen_per_epoch / seconds,
-        })
-        best = max(history, key=rank)
-        bar.write(f'epoch {epoch:>3}/{settings.epochs}  lr {lr:.2e}  training loss {loss_sum / seen_per_epoch:.4f}  '
-                  f'held out: loss {scores["loss"]:.4f}  top-1 {scores["top1"]:.2f} %  top-5 {scores["top5"]:.2f} %  '
-                  f'{seen_per_epoch / seconds:.0f} images/s{"  best" if best is history[-1] else ""}')
-        if best is history[-1]:
-            write_weights(run_dir / 'model.safetensors', unwrap_model(eval_model))
-        write_metrics(run_dir, history)
-        state = task.get_checkpoint_state() | (task.get_checkpoint_state(ema=True) if settings.model_ema else {})
-        state |= {'optimizer': optimizer.state_dict(), 'scheduler': scheduler.state_dict(),
-                  'scaler': scaler.state_dict(), 'epoch': epoch, 'best': best, 'history': history,
-                  'train_seconds': train_seconds, 'facts': facts}
-        # Written last: whatever is killed before it is done again, with the same result.
-        write_file(run_dir / 'last' / 'checkpoint.pt', partial(torch.save, state))
-    bar.close()
+            scores = predict(eval_model, val_loader, accelerator, on_batch=bad_val.add).scores
+            check_finite(scores['loss'], 'evaluation')
+            speed = progress.batch * pictures_per_step / progress.epoch_seconds
+            row = {
+                'epoch': epoch, 'lr': lr, 'train_loss': progress.loss_sum / seen_per_epoch, 'eval_loss': scores['loss'],
+                'eval_top1': scores['top1'], 'eval_top5': scores['top5'], 'images_per_second': speed}
+            progress.history.append(row)
+            best = max(progress.history, key=rank)
+            say(f'epoch {epoch:>3}/{settings.epochs}  lr {lr:.2e}  training loss {row["train_loss"]:.4f}  '
+                f'held out: loss {scores["loss"]:.4f}  top-1 {scores["top1"]:.2f} %  top-5 {scores["top5"]:.2f} %  '
+                f'{speed:.0f} images/s{"  best" if best is row else ""}')
+            if settings.tracker:
+                accelerator.log(row, step=epoch)
+            if writes:
+                if best is row:
+                    write_weights(run_dir / 'model.safetensors', unwrap_model(eval_model).state_dict())
+                write_metrics(run_dir, progress.history)
+            progress.epoch, progress.batch, progress.loss_sum, progress.epoch_seconds = epoch + 1, 0, 0.0, 0.0
+            save()
+            if accelerator.check_trigger() and progress.epoch <= settings.epochs:
+                raise Preempted(f'stopped by SIGTERM, saved after epoch {epoch}')
 
-    best = max(history, key=rank)
+        # The released file once more, from disk: the pictures show what it does.
+        unwrap_model(eval_model).load_state_dict(load_file(run_dir / 'model.safetensors'))
+        predictions = predict(eval_model, val_loader, accelerator, on_batch=bad_val.add, keep_wrong=24)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        bar.close()
+
+    best = max(progress.history, key=rank)
     summary = {
-        'model': settings.model, 'num_classes': len(class_names), 'best_epoch': best['epoch'], 'epochs': len(history),
-        'top1': best['eval_top1'], 'top5': best['eval_top5'], 'loss': best['eval_loss'], 'seed': settings.seed,
-        'train_seconds': train_seconds, 'device': str(device), 'torch': torch.__version__, 'timm': timm.__version__,
-    }
-    write_json(run_dir / 'summary.json', summary)
-    print(f'best epoch {best["epoch"]}: top-1 {best["eval_top1"]:.2f} %. Load it with '
-          f'timm.create_model(\'local-dir:{run_dir}\', pretrained=True)')
+        'model': settings.model, 'num_classes': len(class_names), 'best_epoch': best['epoch'],
+        'epochs': len(progress.history), 'top1': best['eval_top1'], 'top5': best['eval_top5'],
+        'loss': best['eval_loss'], 'seed': settings.seed, 'train_seconds': progress.train_seconds,
+        'unreadable': [*bad_train.names(), *bad_val.names()],
+        'device': str(device), 'processes': accelerator.num_processes, 'torch': torch.__version__,
+        'timm': timm.__version__}
+    if writes:
+        write_figure(run_dir / 'confusion.png', confusion_figure(
+            predictions.labels, predictions.top5[:, 0], class_names))
+        write_figure(run_dir / 'misclassified.png', misread_figure(
+            predictions.wrong, class_names, data_config['mean'], data_config['std']))
+        write_json(run_dir / 'summary.json', summary)
+        print(f'best epoch {best["epoch"]}: top-1 {best["eval_top1"]:.2f} %. Load it with '
+              f'timm.create_model(\'local-dir:{run_dir}\', pretrained=True)')
+    accelerator.end_training()
     return summary
+
+
+def out_of_patience(settings: Settings, history: list[dict]) -> bool:
+    """Whether --patience epochs have passed since the best one."""
+    return bool(settings.patience and history and len(history) - max(history, key=rank)['epoch'] >= settings.patience)
+
+
+def read_settings(arguments: list[str] | None = None) -> Settings:
+    """The command line, over the settings of --recipe if there is one."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument('--recipe', default='')
+    first.add_argument('--model', default='')
+    given, _ = first.parse_known_args(arguments)
+    default = dict(model=tyro.MISSING)
+    if given.recipe:
+        if given.recipe not in RECIPES:
+            raise SettingsError(f'--recipe must be one of {", ".join(RECIPES)}, got {given.recipe!r}.')
+        default |= settings_of(given.recipe, given.model)
+    return tyro.cli(Settings, args=arguments, default=dataclasses.replace(Settings(model=''), **default),
+                    description=__doc__)
 
 
 if __name__ == '__main__':
     try:
-        main(tyro.cli(Settings, description=__doc__))
-    except SettingsError as error:
-        print(f'finetune.py: {error}', file=sys.stderr)
-        sys.exit(2)
+        end_with_sentence('finetune.py', lambda: main(read_settings()))
+    except Preempted as reason:
+        print(f'finetune.py: {reason}; --resume auto goes on from there.', file=sys.stderr)
+        sys.exit(PREEMPTED)
     except FloatingPointError as error:
         sys.exit(f'finetune.py: {error}')
+    except OSError as error:
+        sys.exit(f'finetune.py: {one_line(error)}; nothing saved before is lost, --resume auto goes on from there.')

@@ -7,6 +7,7 @@ import ablation
 import finetune
 import pytest
 import timm
+from settings import parse_argument
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def settings(folder: Path, **changes) -> ablation.Settings:
 @pytest.mark.parametrize('row', ablation.GRIDS['full'])
 def test_every_row_of_the_full_grid_can_be_built(row):
     options = ablation.model_kwargs(ablation.Settings('pictures'), row)
-    kwargs = dict(map(finetune.parse_argument, options))
+    kwargs = dict(map(parse_argument, options))
     model = timm.create_model('coatnet_pico', img_size=64, device='meta', **kwargs)
     assert model.cfg.layout == row.split()[0]
     for key, value in kwargs.items():

@@ -1,0 +1,103 @@
+"""What a model says of held-out pictures: timm's scores, and every prediction in the order of the data.
+
+Several processes share the batches and give the numbers of a single one: what pads the last batch is taken off again.
+"""
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.task import ClassificationEvaluator
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+__all__ = ['Predictions', 'expected_calibration_error', 'predict', 'reliability']
+
+
+@dataclass
+class Predictions:
+    """Predictions for N pictures in the order of the data; a label of -1 marks one that could not be read.
+
+    scores: loss (nats), top1 and top5 (%) of timm's evaluator over what could be read.
+    wrong: some of the pictures most confidently misread: (confidence, image (C, H, W), label, prediction).
+    """
+
+    scores: dict[str, float]
+    labels: torch.Tensor      # (N,) int64
+    top5: torch.Tensor        # (N, up to 5) int64, best first
+    confidence: torch.Tensor  # (N,) float32, probability of the best
+    wrong: list[tuple[float, torch.Tensor, int, int]] = field(default_factory=list)
+
+
+def predict(
+        model: nn.Module, loader: DataLoader, accelerator: Accelerator, *, classes: torch.Tensor | None = None,
+        on_batch: Callable[[torch.Tensor], object] = lambda bad: None, keep_wrong: int = 0) -> Predictions:
+    """Evaluate a model.
+
+    Args:
+        model: (B, C, H, W) -> (B, classes) logits; put into eval mode.
+        loader: Of `pictures.batches`; unless it is a stream, prepared by the accelerator.
+        accelerator: Its precision and its processes are used.
+        classes: Indices of the logits that count, in the order of the labels; all if not given.
+        on_batch: Called with the third item of every batch, for `BadPictures.add`.
+        keep_wrong: Number of misread pictures to keep in `wrong`, those of this process alone.
+    """
+    streamed = isinstance(loader.dataset, IterableDataset)  # a process reads its own part, of any length
+    evaluator = ClassificationEvaluator(device=accelerator.device)
+    parts, wrong = [], []
+    model.eval()
+    for images, labels, bad in loader:
+        images, labels = images.to(accelerator.device), labels.to(accelerator.device)
+        with torch.inference_mode(), accelerator.autocast():
+            logits = model(images)
+        logits = logits.float() if classes is None else logits.float()[:, classes.to(logits.device)]
+        if keep_wrong:
+            probabilities = logits.softmax(-1)
+            for i in (logits.argmax(-1) != labels).nonzero().flatten().tolist():
+                if labels[i] >= 0:
+                    guess = int(logits[i].argmax())
+                    # the count decides between equals: tensors have no order
+                    item = (float(probabilities[i, guess]), len(parts) * len(images) + i, images[i].cpu(),
+                            int(labels[i]), guess)
+                    (heapq.heappush if len(wrong) < keep_wrong else heapq.heappushpop)(wrong, item)
+        if not streamed:
+            logits, labels, bad = accelerator.gather_for_metrics((logits, labels, bad.to(accelerator.device)))
+        on_batch(bad)
+        read = labels >= 0
+        evaluator.update(logits[read], labels[read])
+        top5 = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+        confidence = logits.softmax(-1).max(-1).values
+        parts.append(tuple(tensor.cpu() for tensor in (labels, top5, confidence)))
+    across = streamed and accelerator.num_processes > 1
+    if across:
+        parts = gather_object(parts)
+    labels, top5, confidence = (torch.cat(column) for column in zip(*parts, strict=True))
+    ranked = [(sure, *rest) for sure, _, *rest in sorted(wrong, key=lambda item: item[:2], reverse=True)]
+    return Predictions(dict(evaluator.compute(distributed=across)), labels, top5, confidence, ranked)
+
+
+def reliability(predictions: Predictions, bins: int = 15) -> list[tuple[int, float, float]]:
+    """(pictures, mean confidence, share predicted right) of each bin of equal width over the confidence, 0 if empty."""
+    read = predictions.labels >= 0
+    confidence = predictions.confidence[read].double()
+    right = (predictions.top5[read, 0] == predictions.labels[read]).double()
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are (low, high], as in Guo et al.
+    rows = []
+    for i in range(bins):
+        inside = place == i
+        count = int(inside.sum())
+        rows.append((count, confidence[inside].mean().item() if count else 0.,
+                     right[inside].mean().item() if count else 0.))
+    return rows
+
+
+def expected_calibration_error(predictions: Predictions, bins: int = 15) -> float:
+    """ECE in percent: mean gap between confidence and accuracy over the bins, weighted by their pictures.
+
+    Guo et al., "On Calibration of Modern Neural Networks", equation 3 (https://arxiv.org/abs/1706.04599).
+    """
+    rows = reliability(predictions, bins)
+    total = sum(count for count, _, _ in rows)
+    return 100 * sum(count * abs(right - sure) for count, sure, right in rows) / max(total, 1)

@@ -1,0 +1,250 @@
+"""Pictures by timm's schemas: opened with checks, read so that a run repeats, unreadable ones counted and named.
+
+Whatever worker or process reads it, the augmentation of a picture follows from (seed, epoch, index) alone. Streams
+(hfids/, wds/, tfds/) have no index: theirs follows from (seed, epoch, process, worker, position).
+"""
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from settings import SettingsError, one_line
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.utils import random_seed
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+__all__ = [
+    'BadPictures', 'DataSettings', 'EpochSampler', 'Pictures', 'StreamedPictures', 'batches', 'open_pictures',
+    'picture_name', 'read_picture', 'seed_of', 'targets_of']
+
+SCHEMAS = ('torch/', 'hfds/', 'hfids/', 'wds/', 'tfds/')
+SPLIT_FOLDERS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'test')}
+# What PIL raises for a file that is no picture, cut short, or garbled.
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where pictures come from."""
+
+    data_dir: str = ''  # Folder with a sub-folder a split and in it one a class, or where --dataset keeps its files.
+    dataset: str = ''  # Empty for a folder; torch/cifar10, hfds/OWNER/NAME, hfids/OWNER/NAME (streamed), wds/ (shards).
+    dataset_download: bool = False  # Let torchvision download the data set.
+    class_map: str = ''  # File of class names in label order, for folders and streams.
+    input_key: str = ''  # Column of the pictures in hfds/, hfids/ and wds/ (image if not given).
+    target_key: str = ''  # Column of the labels there (label if not given).
+    workers: int = 4  # Processes that read pictures; 0 reads in the main one.
+
+
+def open_pictures(
+        settings: DataSettings, split: str, *, batch_size: int = 1, is_training: bool = False, seed: int = 0,
+        num_samples: int | None = None, num_classes: int | None = None) -> tuple[Dataset, list[str]]:
+    """Open one split and return timm's data set with its class names in label order.
+
+    Args:
+        settings: Where the pictures come from.
+        split: Name of the split; of a folder, 'validation' is also val/, valid/, eval/ or test/; '' the folder itself.
+        batch_size: Of the loader; streams split their pictures by it.
+        is_training: Streams shuffle.
+        seed: Of the order of a stream.
+        num_samples: Pictures of a stream that does not say it.
+        num_classes: Classes of a stream that has no names for them.
+    """
+    if settings.dataset and not settings.dataset.startswith(SCHEMAS):
+        raise SettingsError(
+            f'--dataset must be empty (a folder) or start with {", ".join(SCHEMAS)}, got {settings.dataset!r}.')
+    if not settings.dataset:
+        return _open_folder(settings, split)
+    streamed = settings.dataset.startswith(('hfids/', 'wds/', 'tfds/'))
+    options = dict(input_key=settings.input_key or None, target_key=settings.target_key or None)
+    try:
+        dataset = create_dataset(
+            settings.dataset, root=settings.data_dir or None, split=split, download=settings.dataset_download,
+            class_map=settings.class_map or None, batch_size=batch_size, is_training=is_training, seed=seed,
+            num_samples=num_samples, **({} if settings.dataset.startswith('torch/') else options))
+        if settings.dataset.startswith('torch/'):
+            # torchvision's ImageNet has tuples of synonyms
+            return dataset, [name if isinstance(name, str) else name[0] for name in dataset.classes]
+    except (ImportError, RuntimeError, AssertionError, AttributeError, OSError, ValueError, KeyError) as error:
+        raise SettingsError(
+            f'--dataset {settings.dataset} cannot be read from --data-dir {settings.data_dir}: {one_line(error)}; '
+            f'--dataset-download fetches what torchvision offers.') from error
+    labels = dataset.reader.class_to_idx
+    if not labels and num_classes is None:
+        raise SettingsError(f'--num-classes is needed: --dataset {settings.dataset} has no names for its classes.')
+    if streamed and not len(dataset):
+        raise SettingsError(f'--dataset {settings.dataset} does not say how many pictures {split} has; give the '
+                            f'number after a |, as in train-{{0000..0099}}.tar|100000.')
+    return dataset, sorted(labels, key=labels.get) or [str(label) for label in range(num_classes)]
+
+
+def _open_folder(settings: DataSettings, split: str) -> tuple[Dataset, list[str]]:
+    if not Path(settings.data_dir).is_dir() or not settings.data_dir:
+        raise SettingsError(f'--data-dir {settings.data_dir} is not a folder; give the one that holds the pictures.')
+    names = SPLIT_FOLDERS.get(split, (split,))
+    folder = next((path for name in names if (path := Path(settings.data_dir) / name).is_dir()), None)
+    layout = f'expected {Path(settings.data_dir) / names[0]}/CLASS/PICTURE.jpg (or .png)'
+    if folder is None:
+        raise SettingsError(f'--data-dir {settings.data_dir} has no folder {" or ".join(names)}; {layout}.')
+    if settings.class_map and not Path(settings.class_map).is_file():
+        raise SettingsError(f'--class-map {settings.class_map} is not a file; give one line for each class.')
+    try:
+        dataset = create_dataset('', root=str(folder), search_split=False, class_map=settings.class_map or None)
+    except RuntimeError as error:
+        raise SettingsError(f'--data-dir {settings.data_dir}: no pictures found in {folder}; {layout}.') from error
+    return dataset, sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed out of several whole numbers, such as (seed, epoch, index)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def read_picture(dataset: Dataset, index: int, mode: str = 'RGB') -> tuple[Image.Image, int]:
+    """Picture and label, without a transform; raises one of UNREADABLE."""
+    if not isinstance(dataset, ImageDataset):
+        image, label = dataset[index]
+        return image.convert(mode), label
+    file, label, *_ = dataset.reader[index]  # dataset[index] would pass over what it cannot read
+    with Image.open(file) as image:
+        return image.convert(mode), -1 if label is None else label
+
+
+def picture_name(dataset: Dataset, index: int) -> str:
+    """The path of a picture if it has one, else its place."""
+    name = dataset.filename(index, absolute=True) if isinstance(dataset, ImageDataset) else None
+    return str(name or f'picture {index}')
+
+
+def targets_of(dataset: Dataset) -> list[int]:
+    """The label of every picture of a data set that is not streamed."""
+    if isinstance(dataset, ImageDataset):
+        samples = getattr(dataset.reader, 'samples', None)
+        return [label for _, label in samples] if samples is not None else list(dataset.reader.iter_targets())
+    targets = getattr(dataset, 'targets', None)
+    return [int(label) for label in (targets if targets is not None else (label for _, label in dataset))]
+
+
+class Pictures(Dataset):
+    """(epoch, index) -> (image, label, index of the picture asked for if it is unreadable, else -1).
+
+    In training the next readable picture takes the place of an unreadable one; in evaluation nothing does: the image
+    is blank and the label -1, to be left out.
+
+    Args:
+        dataset: What `open_pictures` returned.
+        transform: PIL image to tensor.
+        seed: Of the augmentation.
+        mode: 'RGB' or 'L'.
+        substitute: Whether another picture takes the place of an unreadable one.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable, seed: int = 0, mode: str = 'RGB',
+                 substitute: bool = False):
+        self.dataset, self.transform, self.seed, self.mode, self.substitute = dataset, transform, seed, mode, substitute
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        epoch, index = key
+        for step in range(len(self) if self.substitute else 1):
+            try:
+                image, label = read_picture(self.dataset, (index + step) % len(self), self.mode)
+                bad = index if step else -1
+                break
+            except UNREADABLE:
+                continue
+        else:
+            image, label, bad = Image.new(self.mode, (1, 1)), -1, index
+        random_seed(seed_of(self.seed, epoch, index))
+        return self.transform(image), label, bad
+
+
+class StreamedPictures(IterableDataset):
+    """(image, label, -1) from a stream of timm, which reports and passes over what it cannot read itself."""
+
+    def __init__(self, dataset: IterableImageDataset, transform: Callable, seed: int = 0, rank: int = 0):
+        self.dataset, self.transform, self.seed, self.rank, self.epoch = dataset, transform, seed, rank, 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, int]]:
+        worker = info.id if (info := get_worker_info()) else 0
+        for position, (image, label) in enumerate(self.dataset):
+            random_seed(seed_of(self.seed, self.epoch, self.rank, worker, position))
+            yield self.transform(image), label, -1
+
+
+class EpochSampler(Sampler):
+    """(epoch, index) of every picture, in an order that follows from (seed, epoch); `start` passes over the first ones.
+
+    Args:
+        length: Pictures.
+        seed: Of the order.
+        shuffle: Whether it is random.
+        targets: Labels; given, classes are drawn equally often, with replacement.
+    """
+
+    def __init__(self, length: int, seed: int = 0, shuffle: bool = False, targets: Sequence[int] | None = None):
+        self.length, self.seed, self.shuffle, self.epoch, self.start = length, seed, shuffle, 0, 0
+        self.weights = None
+        if targets is not None:
+            labels = torch.as_tensor(targets)
+            self.weights = 1 / labels.bincount().double()[labels]
+
+    def __len__(self) -> int:
+        return self.length - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        if self.weights is not None:
+            order = torch.multinomial(self.weights, self.length, replacement=True, generator=generator).tolist()
+        elif self.shuffle:
+            order = torch.randperm(self.length, generator=generator).tolist()
+        else:
+            order = range(self.length)
+        return ((self.epoch, index) for index in order[self.start:])
+
+
+def batches(pictures: Pictures | StreamedPictures, sampler: EpochSampler | None, batch_size: int, workers: int,
+            drop_last: bool = False, pin_memory: bool = False) -> DataLoader:
+    """A loader of (images (B, C, H, W), labels (B,), bad (B,)); streams come in the order they have."""
+    shared = dict(num_workers=workers, pin_memory=pin_memory)
+    if isinstance(pictures, StreamedPictures):
+        pictures.dataset.set_loader_cfg(num_workers=workers)
+        return DataLoader(pictures, batch_size, drop_last=drop_last, **shared)
+    return DataLoader(pictures, batch_sampler=BatchSampler(sampler, batch_size, drop_last), **shared)
+
+
+class BadPictures:
+    """The unreadable pictures met so far; too many of them end the run.
+
+    Args:
+        dataset: What `open_pictures` returned.
+        most: Largest share of unreadable pictures.
+        report: Called with a line for each new one.
+    """
+
+    def __init__(self, dataset: Dataset, most: float, report: Callable[[str], object] = print):
+        self.dataset, self.most, self.report, self.found = dataset, most, report, set()
+
+    def names(self) -> list[str]:
+        return [picture_name(self.dataset, index) for index in sorted(self.found)]
+
+    def add(self, bad: torch.Tensor) -> None:
+        """Take note of the third item of a batch; raises SettingsError once they are too many."""
+        for index in sorted({index for index in bad.tolist() if index >= 0} - self.found):
+            self.found.add(index)
+            self.report(f'unreadable, skipped: {picture_name(self.dataset, index)}')
+            allowed = int(self.most * len(self.dataset))
+            if len(self.found) > allowed:
+                raise SettingsError(
+                    f'--max-bad-images {self.most:g} allows {allowed} unreadable among {len(self.dataset)} pictures, '
+                    f'and {picture_name(self.dataset, index)} is number {len(self.found)}; repair or remove those '
+                    f'named above, or allow more.')

@@ -1,0 +1,110 @@
+"""The pictures that runs leave: curves, confusion, what was misread."""
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ['confusion_figure', 'draw_curves', 'misread_figure', 'reliability_figure', 'to_picture']
+
+BLUE, GREY, LIGHT = '#2563eb', '#9ca3af', '#e5e7eb'
+MOST_NAMED = 40  # classes whose names are written beside a confusion matrix
+
+
+def draw_curves(loss_axes: Axes, accuracy_axes: Axes, history: list[dict], best: dict) -> None:
+    """Draw loss and accuracy against the epoch, with the best epoch marked."""
+    epochs = [row['epoch'] for row in history]
+    loss_axes.plot(epochs, [row['train_loss'] for row in history], '.-', color=GREY, label='training (augmented)')
+    loss_axes.plot(epochs, [row['eval_loss'] for row in history], '.-', color=BLUE, label='held out')
+    loss_axes.set(xlabel='epoch', ylabel='cross-entropy (nats)', title='Loss')
+    accuracy_axes.plot(epochs, [row['eval_top1'] for row in history], '.-', color=BLUE, label='held out, top-1')
+    accuracy_axes.plot(best['epoch'], best['eval_top1'], 'o', color=BLUE, clip_on=False)
+    accuracy_axes.set(xlabel='epoch', ylabel='accuracy (%)',
+                      title=f'Accuracy: best {best["eval_top1"]:.2f} % after epoch {best["epoch"]}')
+    for axes in (loss_axes, accuracy_axes):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(axis='y', color=LIGHT)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
+
+
+def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names: list[str]) -> Figure:
+    """Rows are true classes, columns predicted ones, in percent of the row; pictures labelled -1 are left out.
+
+    Args:
+        labels: (N,) int64.
+        predicted: (N,) int64.
+        class_names: In label order.
+    """
+    count = len(class_names)
+    read = labels >= 0
+    matrix = torch.bincount(labels[read] * count + predicted[read], minlength=count * count).view(count, count).double()
+    share = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
+    named = count <= MOST_NAMED
+    side = min(14, 3 + 0.35 * count) if named else 9
+    figure = Figure(figsize=(side + 1, side), layout='constrained')
+    axes = figure.subplots()
+    image = axes.imshow(share, cmap='Blues', vmin=0, vmax=100)
+    if named:
+        axes.set_xticks(range(count), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
+        axes.set_yticks(range(count), class_names)
+    if count <= 15:
+        for row, column in np.argwhere(share >= 0.5):
+            axes.text(column, row, f'{share[row, column]:.0f}', ha='center', va='center', fontsize=8,
+                      color='white' if share[row, column] > 60 else 'black')
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    right = 100 * matrix.diagonal().sum() / matrix.sum().clamp(min=1)
+    axes.set(xlabel='predicted', ylabel='true', title=f'{int(matrix.sum())} held-out pictures, {right:.2f} % right')
+    figure.colorbar(image, ax=axes, shrink=0.8, label='percent of the true class')
+    return figure
+
+
+def to_picture(image: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """A normalised (C, H, W) image as (H, W, 3) in 0..1, or (H, W) if it is grey."""
+    values = image.float() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    values = values.clamp(0, 1).permute(1, 2, 0).numpy()
+    return values[..., 0] if values.shape[-1] == 1 else values
+
+
+def misread_figure(wrong: list[tuple[float, torch.Tensor, int, int]], class_names: list[str],
+                   mean: tuple[float, ...], std: tuple[float, ...]) -> Figure:
+    """The pictures of `Predictions.wrong`, surest mistakes first, with what was predicted and what is true."""
+    columns = min(6, max(3, len(wrong)))
+    rows = max(1, -(-len(wrong) // columns))
+    figure = Figure(figsize=(1.9 * columns, 2.3 * rows + 0.5), layout='constrained')
+    figure.suptitle('Misread with most confidence' if wrong else 'Nothing was misread')
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis('off')
+    for axes, (sure, image, label, guess) in zip(figure.axes, wrong, strict=False):
+        axes.imshow(to_picture(image, mean, std), cmap='gray', vmin=0, vmax=1)
+        axes.set_title(f'{class_names[guess][:22]}, {100 * sure:.0f} %\nis {class_names[label][:22]}', fontsize=8)
+    return figure
+
+
+def reliability_figure(bins: list[tuple[int, float, float]], title: str) -> Figure:
+    """Accuracy against confidence, with how many pictures each bin has below.
+
+    Args:
+        bins: Of `evaluation.reliability`: pictures, mean confidence and share predicted right of each.
+        title: Above the figure.
+    """
+    figure = Figure(figsize=(5.5, 6.5), layout='constrained')
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width, total = 100 / len(bins), max(1, sum(count for count, _, _ in bins))
+    middles = [width * (index + 0.5) for index in range(len(bins))]
+    above.plot([0, 100], [0, 100], '--', color=GREY, label='calibrated')
+    above.bar(middles, [100 * right for _, _, right in bins], width * 0.9, color='#93b4f5', label='predicted right')
+    gaps = [(100 * sure, 100 * right) for count, sure, right in bins if count]
+    above.vlines([sure for sure, _ in gaps], *zip(*map(sorted, gaps), strict=True), color='#dc2626', label='gap')
+    above.plot([sure for sure, _ in gaps], [right for _, right in gaps], '.', color='#dc2626',
+               clip_on=False)
+    above.set(ylabel='accuracy (%)', title=title, xlim=(0, 100), ylim=(0, 100))
+    figure.legend(frameon=False, loc='outside lower center', ncols=3)
+    below.bar(middles, [100 * count / total for count, _, _ in bins], width * 0.9, color=GREY)
+    below.set(xlabel='confidence (%)', ylabel='pictures (%)')
+    for axes in (above, below):
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(axis='y', color=LIGHT)
+        axes.set_axisbelow(True)
+    return figure

@@ -1,0 +1,44 @@
+"""Settings of finetune.py by name: `--recipe NAME` sets these, and flags given beside it win.
+
+--batch-size counts pictures of one process. --lr is meant for --lr-base-size pictures a step, and is scaled to what a
+step really has, as in timm's train.py; so a recipe is the same on one GPU and on sixty-four.
+"""
+
+__all__ = ['RECIPES', 'settings_of']
+
+# CoAtNet, appendix A.2 (https://arxiv.org/abs/2106.04803): 4096 pictures a step, 10,000 steps of warm-up (32 epochs).
+# What the paper leaves open follows the same group's MaxViT settings.
+COATNET_IN1K = dict(
+    epochs=300, opt='adamw', lr=1e-3, lr_base_size=4096, min_lr=1e-5, warmup_epochs=32.0, weight_decay=0.05,
+    clip_grad=1.0, smoothing=0.1, aa='rand-m15-n2', mixup=0.8, color_jitter=0.0, batch_size=128, amp=True,
+    drop_path={'coatnet_0': 0.2, 'coatnet_1': 0.3, 'coatnet_2': 0.5, 'coatnet_3': 0.7})
+
+# Its fine-tuning at a larger size: constant learning rate, 512 pictures a step, released from the average of weights.
+COATNET_IN1K_384 = COATNET_IN1K | dict(
+    img_size=384, epochs=30, lr=5e-5, lr_base_size=512, min_lr=5e-5, warmup_epochs=0.0, weight_decay=1e-8,
+    model_ema=True, model_ema_decay=0.9999, batch_size=32)
+
+RECIPES = {
+    'coatnet_in1k': COATNET_IN1K,
+    'coatnet_in1k_384': COATNET_IN1K_384,
+    'coatnet_in1k_512': COATNET_IN1K_384 | dict(img_size=512, batch_size=16),
+    # Pretrained weights on some thousand pictures of one's own.
+    'finetune_small': dict(
+        epochs=30, lr=5e-4, layer_decay=0.75, warmup_epochs=3.0, weight_decay=0.05, drop_path=0.1,
+        aa='rand-m9-mstd0.5-inc1', reprob=0.25, mixup=0.2, cutmix=0.5, model_ema=True, model_ema_decay=0.999),
+    # How good the features are: nothing but the classifier learns.
+    'linear_probe': dict(
+        epochs=20, freeze_trunk=True, lr=3e-3, weight_decay=0.0, warmup_epochs=1.0, smoothing=0.0, color_jitter=0.0,
+        scale=(0.3, 1.0), clip_grad=None),
+}
+
+
+def settings_of(recipe: str, model: str) -> dict[str, object]:
+    """The settings of a recipe for a model: what depends on the model's name is looked up, or left alone."""
+    found = {}
+    for name, value in RECIPES[recipe].items():
+        if isinstance(value, dict):
+            value = value.get(model.split('.')[0])
+        if value is not None or name == 'clip_grad':
+            found[name] = value
+    return found

@@ -1,0 +1,99 @@
+"""What finetune.py trains: timm's task with its loss and teacher, and an optimizer that knows trunk from head."""
+from typing import TYPE_CHECKING
+
+import torch
+from open_model import ModelSettings, open_model
+from settings import SettingsError, did_you_mean, one_line
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.task import ClassificationTask, LogitDistillationTask
+from timm.task.task import TrainingTask
+from torch import nn
+
+if TYPE_CHECKING:
+    from finetune import Settings
+
+__all__ = ['build_optimizer', 'build_task', 'freeze_trunk', 'open_teacher', 'set_trunk_to_eval']
+
+
+def classifier_of(model: nn.Module) -> nn.Module:
+    """The last layer; refuses models that have none of their own, or several."""
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Module) or not list(classifier.parameters()):
+        raise SettingsError('--freeze-trunk and --head-lr-scale need a model with one classifier that has weights.')
+    return classifier
+
+
+def freeze_trunk(model: nn.Module) -> None:
+    """Let nothing but the classifier learn."""
+    classifier = classifier_of(model)
+    model.requires_grad_(False)
+    classifier.requires_grad_(True)
+
+
+def set_trunk_to_eval(model: nn.Module) -> None:
+    """Keep the statistics of a frozen trunk's BatchNorms, and its dropout off; the classifier trains."""
+    model.eval()
+    classifier_of(model).train()
+
+
+def build_optimizer(settings: 'Settings', model: nn.Module, batch_size: int) -> torch.optim.Optimizer:
+    """timm's optimizer; its learning rate is --lr times pictures per update / --lr-base-size, where that is given.
+
+    Args:
+        settings: Of finetune.py.
+        model: On its device.
+        batch_size: Pictures of a step over all processes.
+    """
+    lr = settings.lr
+    if settings.lr_base_size is not None:
+        lr *= batch_size * settings.grad_accum_steps / settings.lr_base_size
+    try:
+        optimizer = create_optimizer_v2(
+            model, settings.opt, lr=lr, weight_decay=settings.weight_decay, momentum=settings.momentum,
+            layer_decay=settings.layer_decay)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise SettingsError(f'--opt {settings.opt}: {one_line(error)}; see timm.optim.list_optimizers()'
+                            f'{did_you_mean(settings.opt, list_optimizers()) or "."}') from error
+    if settings.head_lr_scale != 1:
+        head = set(map(id, classifier_of(model).parameters()))
+        for group in list(optimizer.param_groups):
+            inside = [p for p in group['params'] if id(p) in head]
+            if inside:
+                group['params'] = [p for p in group['params'] if id(p) not in head]
+                # timm's schedulers multiply the learning rate of a group by its lr_scale
+                scale = group.get('lr_scale', 1.) * settings.head_lr_scale
+                optimizer.add_param_group({**group, 'params': inside, 'lr_scale': scale})
+        optimizer.param_groups = [group for group in optimizer.param_groups if group['params']]
+    return optimizer
+
+
+def open_teacher(settings: 'Settings', class_names: list[str], data_config: dict) -> nn.Module:
+    """The model of --teacher, once it is clear that it knows the classes and takes the pictures."""
+    try:
+        teacher, _ = open_model(ModelSettings(model=settings.teacher, pretrained=True, in_chans=settings.in_chans))
+        with torch.no_grad():
+            teacher(torch.zeros(1, *data_config['input_size']))
+    except (SettingsError, RuntimeError, AssertionError) as error:
+        raise SettingsError(f'--teacher {settings.teacher} cannot look at pictures of '
+                            f'{data_config["input_size"]}: {one_line(error)}') from error
+    if teacher.num_classes != len(class_names):
+        raise SettingsError(f'--teacher {settings.teacher} has {teacher.num_classes} classes, the data have '
+                            f'{len(class_names)}; fine-tune it on them first.')
+    names = teacher.pretrained_cfg.get('label_names')
+    if names and list(names) != class_names:
+        raise SettingsError(f'--teacher {settings.teacher} must have the classes of the data in their order '
+                            f'({", ".join(class_names[:3])}, ...), but has {", ".join(names[:3])}, ...; fine-tune it.')
+    return teacher
+
+
+def build_task(settings: 'Settings', model: nn.Module, teacher: nn.Module | None, data_config: dict,
+               device: torch.device) -> TrainingTask:
+    """Cross-entropy, on soft targets where pictures are mixed, with a share of the teacher's logits if there is one."""
+    loss = dict(soft_targets=True) if settings.mixup or settings.cutmix else dict(smoothing=settings.smoothing)
+    if teacher is None:
+        return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
+    # the task reads there what it takes the student's normalisation back with
+    model.pretrained_cfg = {**model.pretrained_cfg, 'mean': data_config['mean'], 'std': data_config['std']}
+    return LogitDistillationTask(
+        model, teacher.to(device), criterion_kwargs=loss, task_loss_weight=1 - settings.kd_loss_weight,
+        temperature=settings.kd_temperature, device=device, verbose=False)

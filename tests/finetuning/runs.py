@@ -1,0 +1,82 @@
+"""Tiny runs of scripts/finetune.py on generated pictures, and how two of them are compared."""
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import finetune
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ('blue', 'green', 'red')
+
+
+def write_pictures(folder: Path, classes=CLASSES, train: int = 12, val: int = 5) -> Path:
+    """Write noisy pictures whose colour tells the class."""
+    rng = np.random.default_rng(0)
+    for split, count in (('train', train), ('val', val)):
+        for number, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 150, (36, 40, 3), dtype=np.uint8)
+                pixels[..., 2 - number % 3] += 100
+                Image.fromarray(pixels).save(folder / split / name / f'{index}.png')
+    return folder
+
+
+def run(settings: finetune.Settings, **changes) -> Path:
+    """Fine-tune and return the run folder."""
+    settings = dataclasses.replace(settings, **changes)
+    finetune.main(settings)
+    return Path(settings.output) / settings.experiment
+
+
+def read_checkpoint(run_dir: Path) -> dict:
+    return torch.load(run_dir / 'last' / 'checkpoint.pt', weights_only=True)
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """Read metrics.csv without the speed, which no two runs share."""
+    with (run_dir / 'metrics.csv').open() as file:
+        return [{key: float(value) for key, value in row.items() if key != 'images_per_second'}
+                for row in csv.DictReader(file)]
+
+
+def assert_same_tensors(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys() and len(first) > 10
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert_same_tensors(load_file(first / 'model.safetensors'), load_file(second / 'model.safetensors'))
+    assert_same_tensors(read_checkpoint(first)['state_dict'], read_checkpoint(second)['state_dict'])
+    assert read_metrics(first) == read_metrics(second) != []
+
+
+def assert_everything_loads(run_dir: Path) -> int:
+    """Open each file that has its final name, and return how many there are."""
+    loaders = {
+        '.json': lambda path: json.loads(path.read_text()), '.csv': lambda path: read_metrics(path.parent)[0],
+        '.png': lambda path: Image.open(path).load(), '.safetensors': load_file,
+        '.pt': lambda path: torch.load(path, weights_only=True)}
+    files = [path for path in run_dir.rglob('*') if path.is_file() and not path.name.startswith('.')]
+    for path in files:
+        loaders[path.suffix](path)
+    return len(files)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the script may catch it."""
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '200', 'OMP_NUM_THREADS': '1'}
+    return subprocess.run(
+        [sys.executable, ROOT / 'scripts' / 'finetune.py', *arguments], capture_output=True, text=True, env=environment)

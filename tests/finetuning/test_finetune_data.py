@@ -1,0 +1,137 @@
+"""Where pictures come from, and those that cannot be read."""
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import DataSettings, EpochSampler, Pictures, open_pictures, targets_of
+from PIL import Image
+from runs import CLASSES, assert_same_run, read_checkpoint, read_metrics, run, write_pictures
+from settings import SettingsError
+from torchvision.transforms.functional import pil_to_tensor
+
+
+def spoil(path: Path) -> Path:
+    """Cut a picture short."""
+    path.write_bytes(path.read_bytes()[:100])
+    return path
+
+
+def test_unreadable_pictures_are_named_skipped_and_counted_once(settings, tmp_path, capsys):
+    data = write_pictures(tmp_path / 'own')
+    bad = [spoil(data / 'train' / 'red' / '3.png'), spoil(data / 'val' / 'blue' / '0.png')]
+    run_dir = run(settings, data_dir=str(data), max_bad_images=0.1)
+    printed = capsys.readouterr()
+    summary = json.loads((run_dir / 'summary.json').read_text())
+    assert summary['unreadable'] == list(map(str, bad))
+    for path in bad:
+        assert (printed.out + printed.err).count(f'unreadable, skipped: {path}') == 1
+
+    (data / 'val' / 'blue' / '0.png').unlink()  # held out, it counts neither as right nor as wrong
+    clean = run(settings, data_dir=str(data), max_bad_images=0.1, experiment='clean')
+    for with_bad, without in zip(read_metrics(run_dir), read_metrics(clean), strict=True):
+        assert with_bad == pytest.approx(without)
+
+
+def test_too_many_unreadable_pictures_stop_the_run(settings, tmp_path):
+    data = write_pictures(tmp_path / 'own')
+    path = spoil(data / 'train' / 'red' / '3.png')
+    with pytest.raises(SettingsError, match=r'--max-bad-images 0.001 allows 0 .* 36 pictures.*red/3.png.*number 1'):
+        run(settings, data_dir=str(data))
+    (data / 'train' / 'red' / '3.png').write_bytes(b'')
+    with pytest.raises(SettingsError, match=str(path)):
+        run(settings, data_dir=str(data), resume='auto')
+
+
+@pytest.mark.parametrize(
+    'content', [b'', b'no picture', b'\x89PNG\r\n\x1a\n' + bytes(50), b'GIF89a', b'\xff\xd8\xff\xe0junk'])
+def test_every_kind_of_broken_file_is_found(tmp_path, content):
+    data = write_pictures(tmp_path / 'own', train=2, val=1)
+    (data / 'train' / 'green' / '0.png').write_bytes(content)
+    dataset, _ = open_pictures(DataSettings(data_dir=str(data)), 'train')
+    index = next(i for i in range(6) if dataset.filename(i) == 'green/0.png')
+    image, label, bad = Pictures(dataset, pil_to_tensor)[0, index]
+    assert (label, bad) == (-1, index) and image.shape == (3, 1, 1)
+    image, label, bad = Pictures(dataset, pil_to_tensor, substitute=True)[0, index]
+    assert bad == index and label == targets_of(dataset)[(index + 1) % 6] and image.shape == (3, 36, 40)
+
+
+def test_order_follows_from_seed_and_epoch_and_goes_on_in_the_middle():
+    sampler = EpochSampler(50, seed=3, shuffle=True)
+    sampler.epoch = 2
+    whole = list(sampler)
+    assert sorted(index for _, index in whole) == list(range(50)) and {epoch for epoch, _ in whole} == {2}
+    sampler.start = 20
+    assert list(sampler) == whole[20:] and len(sampler) == 30
+    sampler.start, sampler.epoch = 0, 3
+    assert [index for _, index in sampler] != [index for _, index in whole]
+    assert list(EpochSampler(50, seed=4, shuffle=True)) != list(EpochSampler(50, seed=3, shuffle=True))
+
+
+def test_balanced_classes_are_drawn_equally_often():
+    labels = [0] * 900 + [1] * 90 + [2] * 10
+    drawn = torch.tensor([labels[index] for _, index in EpochSampler(1000, 0, True, labels)]).bincount()
+    assert drawn.min() > 270 and drawn.max() < 400
+
+
+def test_balanced_run_sees_another_order(settings, tmp_path):
+    data = write_pictures(tmp_path / 'own')
+    for index in range(2, 12):
+        (data / 'train' / 'red' / f'{index}.png').unlink()
+    plain, balanced = (run(settings, data_dir=str(data), experiment=str(on), class_balanced=on, epochs=1)
+                       for on in (False, True))
+    assert read_metrics(plain) != read_metrics(balanced)
+
+
+def test_class_map_sets_the_order_of_the_labels(settings, tmp_path):
+    names = tmp_path / 'classes.txt'
+    names.write_text('red\nblue\ngreen\n')
+    run_dir = run(settings, class_map=str(names), epochs=1)
+    assert json.loads((run_dir / 'config.json').read_text())['label_names'] == ['red', 'blue', 'green']
+
+
+def test_hub_data_sets_train_whole_and_streamed(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_DATASETS_OFFLINE', '1')
+    options = dict(data_dir=str(tmp_path / 'cache'), epochs=1, val_split='validation')
+    folder = write_pictures(tmp_path / 'own')
+    (folder / 'val').rename(folder / 'validation')
+    whole = run(settings, dataset=f'hfds/{folder}', experiment='whole', **options)
+    assert json.loads((whole / 'config.json').read_text())['label_names'] == list(CLASSES)
+    assert read_checkpoint(whole)['facts']['train_images'] == 36
+    streamed = run(settings, dataset=f'hfids/{folder}', experiment='streamed', train_num_samples=36, val_num_samples=15,
+                   **options)
+    assert json.loads((streamed / 'config.json').read_text())['label_names'] == list(CLASSES)
+    assert len(read_metrics(streamed)) == 1
+
+
+def write_shards(folder: Path, count: int = 24) -> Path:
+    """Write two training shards and one of held-out pictures, with the info file that timm reads."""
+    folder.mkdir()
+    splits = {}
+    for split, names in (('train', ('train-0.tar', 'train-1.tar')), ('validation', ('validation-0.tar',))):
+        for number, name in enumerate(names):
+            with tarfile.open(folder / name, 'w') as tar:
+                for index in range(count):
+                    label = index % 3
+                    picture, key = io.BytesIO(), f'{split}{number}_{index:03d}'
+                    Image.new('RGB', (40, 36), tuple(200 * (label == c) for c in range(3))).save(picture, 'PNG')
+                    for extension, content in (('png', picture.getvalue()), ('cls', str(label).encode())):
+                        info = tarfile.TarInfo(f'{key}.{extension}')
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+        splits[split] = dict(name=split, num_samples=count * len(names), filenames=list(names),
+                             shard_lengths=[count] * len(names))
+    (folder / '_info.json').write_text(json.dumps(dict(splits=splits)))
+    return folder
+
+
+def test_shards_train_the_same_twice(settings, tmp_path):
+    folder = write_shards(tmp_path / 'shards')
+    options = dict(data_dir=str(folder), dataset='wds/', num_classes=3, workers=1)
+    first, second = (run(settings, experiment=name, **options) for name in ('first', 'second'))
+    assert_same_run(first, second)
+    assert json.loads((first / 'config.json').read_text())['label_names'] == ['0', '1', '2']
+    with pytest.raises(SettingsError, match='--num-classes is needed'):
+        run(settings, data_dir=str(folder), dataset='wds/', experiment='third')

@@ -1,0 +1,46 @@
+"""Two processes on a CPU: the losses and the scores of one process with the same global batch."""
+import csv
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT, write_pictures
+
+MODEL = (
+    '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
+    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm sees one process's pictures
+
+
+def train(data: Path, output: Path, processes: int, batch_size: int, *flags: str) -> list[dict]:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    launch = ['-m', 'torch.distributed.run', f'--nproc-per-node={processes}', '--master-addr=127.0.0.1',
+              f'--master-port={port}'] if processes > 1 else []
+    command = [
+        sys.executable, *launch, ROOT / 'scripts' / 'finetune.py', '--data-dir', data, *MODEL, '--img-size', '32',
+        '--batch-size', str(batch_size), '--device', 'cpu', '--workers', '0', '--output', output,
+        '--experiment', f'{processes}', '--drop-path', '0', *flags]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count('best epoch') == 1  # one process speaks
+    with (output / f'{processes}' / 'metrics.csv').open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_first_20_losses_equal_those_of_one_process(tmp_path):
+    # a batch is the whole set, so that an epoch is a step, and the loss of an epoch that of a step
+    data = write_pictures(tmp_path / 'pictures', train=8, val=5)
+    flags = '--epochs', '20', '--warmup-epochs', '2', '--lr', '1e-3'
+    one = train(data, tmp_path, 1, 24, *flags)
+    two = train(data, tmp_path, 2, 12, *flags)
+    assert len(one) == 20 and one[0]['train_loss'] > one[-1]['train_loss'] + 0.05
+    for first, second in zip(one, two, strict=True):
+        assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
+        assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
+        # 15 held-out pictures: what pads them to 24 is taken off
+        assert (second['eval_top1'], second['lr']) == (first['eval_top1'], first['lr'])

@@ -1,0 +1,242 @@
+"""The same run again, and the rest of a run after an interruption."""
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import finetune
+import pytest
+import run_folder
+import torch
+from runs import (
+    ROOT,
+    assert_everything_loads,
+    assert_same_run,
+    assert_same_tensors,
+    read_checkpoint,
+    read_metrics,
+    run,
+    write_pictures,
+)
+from settings import SettingsError
+from timm.task import ClassificationTask
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the script may catch it."""
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_same_seed_gives_same_weights_and_another_seed_does_not(settings, workers):
+    first, second, other = (
+        run(settings, experiment=name, seed=seed, workers=workers, drop=0.2, reprob=0.3, aa='rand-m5-inc1')
+        for name, seed in (('first', 1), ('second', 1), ('other', 2)))
+    assert_same_run(first, second)
+    assert read_metrics(first) != read_metrics(other)
+
+
+def test_run_killed_at_any_write_resumes_to_the_same_weights(settings, monkeypatch):
+    options = dict(model_ema=True, drop=0.2, color_jitter=0.2)
+    whole = run(settings, experiment='whole', **options)
+    replace, resumed = os.replace, 0
+    for kill_at in range(1, 100):
+        calls = 0
+
+        def kill(*args, kill_at=kill_at):
+            nonlocal calls
+            calls += 1
+            if calls == kill_at:
+                raise Killed
+            return replace(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder.os, 'replace', kill)
+            try:
+                run_dir = run(settings, experiment=f'killed{kill_at}', **options)
+                break  # more writes allowed than there are
+            except Killed:
+                run_dir = Path(settings.output) / f'killed{kill_at}'
+        assert_everything_loads(run_dir)
+        resumed += (run_dir / 'last' / 'checkpoint.pt').exists()
+        assert_same_run(run(settings, experiment=run_dir.name, resume='auto', **options), whole)
+        assert_same_tensors(read_checkpoint(run_dir)['state_dict_ema'], read_checkpoint(whole)['state_dict_ema'])
+    assert kill_at > 9 and resumed >= 4 and calls == kill_at - 1
+
+
+def test_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    path, order = tmp_path / 'a.json', []
+    path.write_text('old')
+    for name in ('fsync', 'replace'):
+        call = getattr(os, name)
+        monkeypatch.setattr(run_folder.os, name, lambda *args, name=name, call=call: (order.append(name), call(*args)))
+
+    def stop_half_way(temporary: Path) -> None:
+        temporary.write_text('ne')
+        raise Killed
+
+    with pytest.raises(Killed):
+        run_folder.write_file(path, stop_half_way)
+    assert path.read_text() == 'old' and order == []
+    run_folder.write_file(path, lambda temporary: temporary.write_text('new'))
+    assert path.read_text() == 'new' and order == ['fsync', 'replace']
+
+
+def test_finished_run_resumes_to_the_same_summary_from_its_path(settings, tmp_path):
+    run_dir = run(settings)
+    before = json.loads((run_dir / 'summary.json').read_text())
+    after = finetune.main(dataclasses.replace(settings, output=str(tmp_path / 'elsewhere'), resume=str(run_dir)))
+    assert after == before
+    assert not (tmp_path / 'elsewhere').exists()
+
+
+def test_changed_settings_are_refused_on_resume_with_both_values(settings):
+    run_dir = run(settings)
+    before = (run_dir / 'args.json').read_bytes()
+    with pytest.raises(SettingsError) as error:
+        run(settings, resume='auto', lr=0.5, epochs=7)
+    for part in ('--resume', 'lr was 0.001, is 0.5', 'epochs was 2, is 7', 'another --experiment'):
+        assert part in str(error.value)
+    assert 'seed' not in str(error.value) and (run_dir / 'args.json').read_bytes() == before
+
+
+def test_changed_data_are_refused_on_resume(settings, tmp_path):
+    data = write_pictures(tmp_path / 'own', train=4, val=2)
+    run(settings, data_dir=str(data))
+    (data / 'train' / 'red' / '0.png').unlink()
+    with pytest.raises(SettingsError, match='train_images was 12, is 11'):
+        run(settings, data_dir=str(data), resume='auto')
+
+
+def test_older_run_is_never_overwritten(settings):
+    run_dir = run(settings)
+    before = {path: path.read_bytes() for path in run_dir.rglob('*') if path.is_file()}
+    with pytest.raises(SettingsError, match=r'already holds a run.*--resume auto.*--experiment'):
+        run(settings)
+    (run_dir / 'last' / 'checkpoint.pt').rename(run_dir.parent / 'taken_away.pt')
+    with pytest.raises(SettingsError, match='already holds a run'):
+        run(settings, resume='auto')
+    del before[run_dir / 'last' / 'checkpoint.pt']
+    assert {path: path.read_bytes() for path in before} == before and len(before) == 8
+
+
+def test_loss_that_is_not_finite_stops_with_the_step(settings):
+    with pytest.raises(FloatingPointError, match=r'loss is (nan|inf) at step \d+ .*lower --lr; .* none, no epoch'):
+        run(settings, lr=1e30, clip_grad=None, opt='sgd', warmup_epochs=0)
+    assert not (Path(settings.output) / 'run' / 'last' / 'checkpoint.pt').exists()
+
+
+def test_loss_that_turns_nan_later_names_the_last_good_checkpoint(settings, monkeypatch):
+    forward, steps = ClassificationTask.forward, []
+
+    def turn_nan(self, images, targets):
+        result = forward(self, images, targets)
+        steps.append(len(images))
+        return {**result, 'loss': result['loss'] * (float('nan') if len(steps) == 7 else 1)}
+
+    monkeypatch.setattr(ClassificationTask, 'forward', turn_nan)
+    run_dir = Path(settings.output) / 'run'
+    with pytest.raises(FloatingPointError, match=r'training loss is nan at step 7 \(epoch 2\)') as error:
+        run(settings)
+    assert str(run_dir / 'last' / 'checkpoint.pt') in str(error.value)
+    state = read_checkpoint(run_dir)
+    assert state['progress']['epoch'] == 2 and all(value.isfinite().all() for value in state['state_dict'].values())
+
+
+def kill_at_step(monkeypatch, step: int, kill) -> None:
+    """Let `kill` happen in the middle of a training step."""
+    forward, steps = ClassificationTask.forward, []
+
+    def count(self, *arguments):
+        steps.append(1)
+        if len(steps) == step:
+            kill()
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(ClassificationTask, 'forward', count)
+
+
+def stop() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_run_killed_at_random_moments_resumes_to_the_same_weights(settings, monkeypatch, workers):
+    options = dict(drop=0.2, reprob=0.3, mixup=0.5, epochs=3, grad_accum_steps=2, model_ema=True, workers=workers,
+                   batch_size=4)
+    whole = run(settings, experiment='whole', **options)
+    moments = random.Random(workers).sample(range(1, 28), 5)
+    in_mid_epoch = 0
+    for moment in moments:
+        name = f'killed{moment}'
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at_step(patch, moment, stop)
+            run(settings, experiment=name, recovery_interval=1, **options)
+        run_dir = Path(settings.output) / name
+        assert_everything_loads(run_dir)
+        if (run_dir / 'last' / 'checkpoint.pt').exists():
+            in_mid_epoch += read_checkpoint(run_dir)['progress']['batch'] > 0
+        assert_same_run(run(settings, experiment=name, resume='auto', **options), whole)
+        assert_same_tensors(read_checkpoint(run_dir)['state_dict_ema'], read_checkpoint(whole)['state_dict_ema'])
+    assert in_mid_epoch >= 2
+
+
+@pytest.mark.parametrize('moment', [2, 4, 7])  # in the first epoch, in its last step, in the second epoch
+def test_sigterm_saves_and_the_run_goes_on_from_there(settings, monkeypatch, moment):
+    whole = run(settings, experiment='whole', drop=0.2)
+    with monkeypatch.context() as patch, pytest.raises(finetune.Preempted, match=r'SIGTERM.*(saved after)'):
+        kill_at_step(patch, moment, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(settings, drop=0.2)
+    progress = read_checkpoint(Path(settings.output) / 'run')['progress']
+    steps = 36 // 8
+    assert (progress['epoch'] - 1) * steps + progress['batch'] == moment
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert_same_run(run(settings, drop=0.2, resume='auto'), whole)
+
+
+def start_process(settings: finetune.Settings, **changes) -> subprocess.Popen:
+    values = {**dataclasses.asdict(settings), **changes}
+    flags = [f'--{name.replace("_", "-")}={values[name]}' for name in (
+        'data_dir', 'model', 'img_size', 'epochs', 'batch_size', 'lr', 'warmup_epochs', 'workers', 'device', 'output',
+        'experiment', 'resume', 'recovery_interval')]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': str(torch.get_num_threads())}
+    return subprocess.Popen([sys.executable, ROOT / 'scripts' / 'finetune.py', *flags], env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGKILL, -9), (signal.SIGTERM, finetune.PREEMPTED)])
+def test_killed_process_resumes_to_the_same_weights(settings, number, code):
+    settings = dataclasses.replace(settings, epochs=8, workers=1)
+    process = start_process(settings, recovery_interval=1)
+    checkpoint = Path(settings.output) / 'run' / 'last' / 'checkpoint.pt'
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    printed = process.communicate()[0]
+    assert process.returncode == code, printed
+    assert assert_everything_loads(checkpoint.parents[1]) >= 3
+    done = read_checkpoint(checkpoint.parents[1])['progress']
+    assert done['epoch'] < 8
+    assert_same_run(run(settings, resume='auto'), run(settings, experiment='whole'))
+
+
+def test_full_disk_loses_nothing_that_was_saved(settings, monkeypatch):
+    save, calls = torch.save, []
+
+    def fill_up(state, path):
+        save(state, path)
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left'):
+        patch.setattr(torch, 'save', fill_up)
+        run(settings)
+    run_dir = Path(settings.output) / 'run'
+    assert read_checkpoint(run_dir)['progress']['epoch'] == 2
+    assert not list(run_dir.rglob('.*.tmp')) and assert_everything_loads(run_dir) == 6
+    assert_same_run(run(settings, resume='auto'), run(settings, experiment='whole'))

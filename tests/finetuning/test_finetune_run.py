@@ -1,0 +1,91 @@
+"""scripts/finetune.py: what a run leaves, and its command line."""
+import dataclasses
+import json
+from pathlib import Path
+
+import finetune
+import pytest
+import timm
+import torch
+from runs import CLASSES, assert_everything_loads, read_checkpoint, read_metrics, run, run_command
+from safetensors import safe_open
+from timm.data import create_dataset, create_transform, resolve_data_config
+
+
+def test_run_leaves_a_loadable_model_with_its_own_classes_and_data_settings(settings):
+    base = timm.create_model('test_resnet').pretrained_cfg
+    assert base['tag'] and base['crop_pct'] != 0.9  # or the checks below would pass with a leak
+    run_dir = run(settings, epochs=1, mean=(0.4, 0.5, 0.6), std=(0.3, 0.3, 0.2), crop_pct=0.9)
+
+    model = timm.create_model(f'local-dir:{run_dir}', pretrained=True).eval()
+    config = json.loads((run_dir / 'config.json').read_text())
+    assert config['label_names'] == list(CLASSES) == model.pretrained_cfg['label_names']
+    assert model.num_classes == config['num_classes'] == 3
+    assert not {'tag', 'license', 'origin_url', 'test_crop_pct', 'test_input_size', 'hf_hub_id'} & {
+        *config, *config['pretrained_cfg']}
+    data_config = resolve_data_config(model=model, use_test_size=True)
+    assert data_config['input_size'] == (3, 32, 32) or data_config['input_size'] == [3, 32, 32]
+    assert tuple(data_config['mean']) == (0.4, 0.5, 0.6) and tuple(data_config['std']) == (0.3, 0.3, 0.2)
+    assert data_config['crop_pct'] == 0.9
+
+    trained = timm.create_model('test_resnet', num_classes=3).eval()
+    trained.load_state_dict(read_checkpoint(run_dir)['state_dict'])
+    val_set = create_dataset(
+        '', root=f'{settings.data_dir}/val', search_split=False, transform=create_transform(**data_config))
+    images, labels = torch.utils.data.default_collate([val_set[index] for index in range(len(val_set))])
+    with torch.no_grad():
+        logits = model(images)
+        assert torch.equal(logits, trained(images)) and logits.std() > 0
+    summary = json.loads((run_dir / 'summary.json').read_text())
+    assert summary['top1'] == 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+    assert summary['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-4)
+
+
+def test_run_folder_is_complete_and_readable(settings):
+    run_dir = run(settings)
+    assert {path.relative_to(run_dir).as_posix() for path in run_dir.rglob('*') if path.is_file()} == {
+        'args.json', 'config.json', 'confusion.png', 'curves.png', 'last/checkpoint.pt', 'metrics.csv',
+        'misclassified.png', 'model.safetensors', 'summary.json'}
+    assert assert_everything_loads(run_dir) == 9
+    assert json.loads((run_dir / 'args.json').read_text())['lr'] == settings.lr
+    with safe_open(run_dir / 'model.safetensors', 'pt') as weights:
+        assert weights.metadata() == {'format': 'pt'}
+
+    history, summary = read_metrics(run_dir), json.loads((run_dir / 'summary.json').read_text())
+    assert [row['epoch'] for row in history] == [1, 2]
+    best = max(history, key=lambda row: (row['eval_top1'], -row['eval_loss']))
+    assert (summary['best_epoch'], summary['top1'], summary['loss']) == (
+        best['epoch'], best['eval_top1'], best['eval_loss'])
+    assert summary['torch'] == torch.__version__ and summary['seed'] == settings.seed
+    assert history[0]['lr'] > history[1]['lr'] > settings.min_lr
+
+
+def test_model_learns_the_colours(settings):
+    run_dir = run(settings, epochs=12, color_jitter=0.0, scale=(0.6, 1.0), lr=3e-3)
+    assert json.loads((run_dir / 'summary.json').read_text())['top1'] > 90
+
+
+# The command line
+
+
+def test_help_explains_each_setting():
+    result = run_command('--help')
+    assert result.returncode == 0
+    for field in dataclasses.fields(finetune.Settings):
+        assert f'--{field.name.replace("_", "-")} ' in result.stdout or f'--no-{field.name}'.replace('_', '-') in (
+            result.stdout), field.name
+    for text in ('Label smoothing.', 'Processes that read pictures', '(default: adamw)', '--amp, --no-amp'):
+        assert text in result.stdout
+
+
+def test_command_trains_and_a_bad_one_ends_with_code_2(settings):
+    arguments = ['--data-dir', settings.data_dir, '--model', 'test_resnet', '--img-size', '32', '--epochs', '1',
+                 '--batch-size', '8', '--workers', '0', '--no-channels-last', '--scale', '0.5', '1.0', '--model-kwargs',
+                 'zero_init_last=False', '--output', settings.output]
+    result = run_command(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert 'epoch   1/1' in result.stdout and 'img/s' in result.stderr
+    assert assert_everything_loads(Path(settings.output) / 'test_resnet') == 9
+    again = run_command(*arguments)
+    assert again.returncode == 2 and again.stdout == ''
+    assert again.stderr.startswith('finetune.py: --output') and again.stderr.count('\n') == 1
