@@ -1,0 +1,508 @@
+"""Write the features of pictures to safetensors or Parquet shards, and say how well they tell the classes apart.
+
+    python scripts/extract_features.py --data-dir flowers --model coatnet_0 --checkpoint coatnet_0.safetensors
+    python scripts/extract_features.py --data-dir flowers --model local-dir:output/coatnet_pico --pretrained \\
+        --knn --linear-probe
+    python scripts/extract_features.py --data-dir snapshots --split '' --model resnet50 --pretrained --format parquet
+    accelerate launch scripts/extract_features.py --data-dir flowers --model coatnet_0 --features pyramid \\
+        --out-indices 3 4 --dtype float16
+
+Pooled features are what the classifier takes, (C,) for a picture: the last map, pooled and normalised as the model does
+it, without the hidden layer `pre_logits` that some heads put between the two (CoAtNet's and MaxViT's ends in tanh, and
+is untrained in a model without classes). Attention pooling and the hidden layers of MobileNetV3, GhostNet,
+CAFormer and their like stay, as in timm's own embeddings. Pyramid features are the maps of timm's features_only=True,
+(C, H, W) each.
+
+OUTPUT/SPLIT/ holds the shards and index.json. A shard has a row for each picture that can be read: index (its place in
+the data), label (-1 where there are no classes), path, and embedding or level_0, level_1, ...; in safetensors the
+paths are a JSON list in the metadata. Pictures that cannot be read have no row, and index.json lists them. A run that
+was stopped, begun again with the same settings, writes the shards that are missing. Several processes share the shards
+out, so that the files are those of one process.
+"""
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from open_model import ModelSettings, open_model
+from pictures import BadPictures, DataSettings, Pictures, open_pictures, targets_of
+from processes import start
+from provenance import provenance
+from run_folder import write_file, write_json
+from safetensors import safe_open
+from safetensors.torch import save
+from settings import SettingsError, check_range, end_with_sentence, flag, one_line
+from timm.data import ImageDataset, create_transform
+from timm.models import safe_model_name
+from timm.utils import random_seed
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DataSettings, ModelSettings):
+    checkpoint: str = ''  # Load this file of weights.
+    split: str = 'train'  # Split to extract; '' takes the pictures of --data-dir itself, in class folders or not.
+    val_split: str = 'validation'  # Split that --knn and --linear-probe test on; extracted only for them.
+
+    features: str = 'pooled'  # pooled (a vector a picture) or pyramid (maps).
+    out_indices: tuple[int, ...] = ()  # Levels of the pyramid, as in timm (the last five if not given).
+    dtype: str = 'float32'  # float32 or float16, of what is written.
+    format: str = 'safetensors'  # safetensors or parquet.
+    shard_size: int = 1024  # Pictures in a shard; their features have to fit into memory.
+    max_bad_images: float = 0.001  # Share of unreadable pictures that is reported and left out before the run stops.
+
+    knn: bool = False  # Print the accuracy of the nearest neighbours in --split on --val-split.
+    knn_k: int = 20  # Neighbours that vote.
+    knn_temperature: float = 0.07  # A neighbour's vote weighs exp(cosine similarity / temperature).
+    linear_probe: bool = False  # Print the accuracy of a logistic regression fitted to --split on --val-split.
+
+    batch_size: int = 64  # Pictures per step of each process.
+    amp: bool = False  # Mixed precision.
+    amp_dtype: str = 'bfloat16'  # bfloat16 or float16.
+    device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
+    seed: int = 42  # Of weights that are not loaded, and of the pictures held out by --linear-probe.
+    output: str = 'output/features'  # Folder for the shards.
+
+
+CHOICES = {
+    'features': ('pooled', 'pyramid'), 'dtype': ('float32', 'float16'), 'format': ('safetensors', 'parquet')}
+PROBE_STRENGTHS = tuple(10. ** power for power in range(-6, 3))  # C of the logistic regression
+
+
+def check_values(settings: Settings) -> None:
+    """Refuse single values that cannot work, before anything is read."""
+    for name, known in CHOICES.items():
+        if getattr(settings, name) not in known:
+            raise SettingsError(f'{flag(name)} must be {" or ".join(known)}, got {getattr(settings, name)!r}.')
+    for name in ('shard_size', 'batch_size', 'knn_k', 'knn_temperature'):
+        if not getattr(settings, name) > 0:
+            raise SettingsError(f'{flag(name)} must be greater than 0, got {getattr(settings, name)}.')
+    if settings.workers < 0:
+        raise SettingsError(f'--workers must be at least 0, got {settings.workers}.')
+    check_range(settings, 'max_bad_images', 0, 1)
+    check_range(settings, 'seed', 0, 2**32 - 1)
+    if settings.out_indices and settings.features != 'pyramid':
+        raise SettingsError(f'--out-indices {settings.out_indices} needs --features pyramid, got {settings.features}.')
+    if settings.dataset.startswith(('hfids/', 'wds/', 'tfds/')):
+        raise SettingsError(f'--dataset {settings.dataset} is a stream, whose pictures have no index to resume at; '
+                            f'use a folder, torch/ or hfds/.')
+    if settings.knn or settings.linear_probe:
+        name = '--knn' if settings.knn else '--linear-probe'
+        if settings.features != 'pooled':
+            raise SettingsError(f'{name} needs --features pooled, got {settings.features}.')
+        if settings.val_split == settings.split:
+            raise SettingsError(f'{name} needs a --val-split other than --split, got {settings.split!r} for both.')
+    for wanted, package, name in (
+            (settings.format == 'parquet', 'pyarrow', '--format parquet'),
+            (settings.linear_probe, 'sklearn', '--linear-probe')):
+        if wanted:
+            try:
+                __import__(package)
+            except ImportError as error:
+                raise SettingsError(f'{name} needs {package.replace("sklearn", "scikit-learn")}, which is not '
+                                    f'installed; install it with pip, or leave the option.') from error
+
+
+# Data
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of the data: its name, pictures, labels (-1 without classes) and class names in label order."""
+
+    name: str
+    dataset: Dataset
+    labels: list[int]
+    class_names: list[str]
+
+    def path(self, index: int) -> str:
+        """The path of a picture inside the split if it has one, else its place."""
+        name = self.dataset.filename(index) if isinstance(self.dataset, ImageDataset) else None
+        return str(name or f'picture {index}')
+
+    def digest(self) -> str:
+        """SHA-256 of labels and class names, for folders of paths and file sizes too."""
+        digest = hashlib.sha256(json.dumps([self.labels, self.class_names]).encode())
+        for path, _ in getattr(getattr(self.dataset, 'reader', None), 'samples', ()):
+            path = Path(path)
+            size = path.stat().st_size if path.exists() else None  # a link that leads nowhere is an unreadable picture
+            digest.update(f'{path.relative_to(self.dataset.reader.root)}\n{size}\n'.encode())
+        return digest.hexdigest()
+
+
+def open_split(settings: Settings, name: str) -> Split:
+    """Open a split; a folder without sub-folders, or a hfds/ set without a column of labels, has no classes."""
+    # 0: a set without names for its labels needs none here
+    dataset, class_names = open_pictures(settings, name, num_classes=0)
+    if settings.dataset.startswith('hfds/') and not settings.target_key:
+        table = dataset.reader.dataset
+        if 'label' not in table.column_names:
+            dataset.reader.dataset = table.add_column('label', [-1] * len(table))  # the reader looks for one
+    if class_names == ['']:
+        return Split(name, dataset, [-1] * len(dataset), [])
+    try:
+        labels = [-1 if label is None else int(label) for label in targets_of(dataset)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SettingsError(f'--target-key {settings.target_key or "label"} of --dataset {settings.dataset} is no '
+                            f'column of whole numbers: {one_line(error)}; name the one with the labels.') from error
+    split = Split(name, dataset, labels, class_names)
+    if not settings.dataset and '' in class_names:
+        raise SettingsError(f'--data-dir {settings.data_dir}: {split.path(labels.index(class_names.index("")))} lies '
+                            f'beside folders of classes; move pictures into the folder of their class.')
+    return split
+
+
+def check_classes(settings: Settings, train: Split, val: Split) -> None:
+    """Refuse splits between which accuracy means nothing."""
+    name = '--knn' if settings.knn else '--linear-probe'
+    for split in (train, val):
+        if min(split.labels) < 0:
+            raise SettingsError(f'{name} needs labels, and split {split.name!r} has pictures without; put the '
+                                f'pictures of each class into a sub-folder of its own.')
+    if train.class_names != val.class_names:
+        differing = sorted(set(train.class_names) ^ set(val.class_names))
+        raise SettingsError(f'{name} needs the same classes in both splits, but {", ".join(differing[:10])} are in one '
+                            f'only; add pictures, or give the names of all in a --class-map.')
+    if settings.knn and settings.knn_k > len(train.labels):
+        raise SettingsError(f'--knn-k must be at most the {len(train.labels)} pictures of --split {train.name}, '
+                            f'got {settings.knn_k}.')
+
+
+# Model
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the state dict: names, dtypes, shapes and bytes in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class PooledFeatures(nn.Module):
+    """(B, 3, H, W) -> {'embedding': (B, C)}: what the classifier takes, without the hidden layer `pre_logits`.
+
+    timm's heads NormMlpClassifierHead (CoAtNet, MaxViT, this zoo), its channels-last sibling and MambaOut's have a
+    layer of this name between norm and classifier, VGG before the pooling; others have none, and lose the classifier
+    alone. Norms stay, which `reset(..., reset_other=True)` of timm's heads would remove.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        model.reset_classifier(0)  # first: it looks into pre_logits
+        for module in (model, getattr(model, 'head', None)):
+            if isinstance(getattr(module, 'pre_logits', None), nn.Module):
+                module.pre_logits = nn.Identity()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {'embedding': self.model(images)}
+
+
+class PyramidFeatures(nn.Module):
+    """(B, 3, H, W) -> {'level_I': (B, C, h, w)}: the maps of timm's forward_intermediates, as with features_only=True.
+
+    Args:
+        model: Any model of timm; what comes after the last level is removed.
+        out_indices: Levels, from the end if negative; the last five, or all of fewer, if not given.
+    """
+
+    def __init__(self, model: nn.Module, out_indices: tuple[int, ...] = ()):
+        super().__init__()
+        levels = model.prune_intermediate_layers(list(out_indices) or min(5, len(model.feature_info)))
+        self.levels = sorted(set(levels))  # the order in which forward_intermediates returns them
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = self.model.forward_intermediates(images, indices=self.levels, intermediates_only=True)
+        return {f'level_{level}': values for level, values in zip(self.levels, maps, strict=True)}
+
+
+def open_extractor(settings: Settings) -> tuple[nn.Module, dict, str, dict[str, list[int]]]:
+    """The extractor, the data settings of its model, the digest of its weights, and the shape of each feature."""
+    random_seed(settings.seed)  # weights that are not loaded are the same in every process
+    model, data_config = open_model(settings, settings.checkpoint, num_classes=settings.num_classes)
+    digest = weights_digest(model)
+    dimensions = {'pooled': 1, 'pyramid': 3}[settings.features]
+    try:
+        extractor = (PooledFeatures(model) if settings.features == 'pooled' else
+                     PyramidFeatures(model, settings.out_indices)).eval()
+        with torch.no_grad():
+            features = extractor(torch.zeros(1, *data_config['input_size']))
+        shapes = {name: list(values.shape[1:]) for name, values in features.items()}
+        if wrong := [shape for shape in shapes.values() if len(shape) != dimensions]:
+            raise ValueError(f'a feature has shape {wrong[0]}, not {dimensions} dimension{"s" * (dimensions > 1)}')
+    except (AttributeError, RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        indices = f' --out-indices {" ".join(map(str, settings.out_indices))}' if settings.out_indices else ''
+        raise SettingsError(f'--features {settings.features}{indices} cannot be had from --model {settings.model}: '
+                            f'{one_line(error)}; try other levels or the other kind.') from error
+    return extractor, data_config, digest, shapes
+
+
+# Shards
+
+
+def write_shard(path: Path, columns: dict[str, torch.Tensor], paths: list[str]) -> None:
+    """Write columns of N rows and N paths in the format of the suffix; in Parquet (N, C, ...) are fixed-size lists."""
+    if path.suffix == '.safetensors':
+        content = save({name: values.contiguous() for name, values in columns.items()}, {'paths': json.dumps(paths)})
+        write_file(path, lambda temporary: temporary.write_bytes(content))
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    def to_arrow(values: torch.Tensor) -> pyarrow.Array:
+        array = pyarrow.array(values.flatten().numpy())
+        for size in reversed(values.shape[1:]):
+            array = pyarrow.FixedSizeListArray.from_arrays(array, size)
+        return array
+
+    table = pyarrow.table({'path': paths, **{name: to_arrow(values) for name, values in columns.items()}})
+    write_file(path, lambda temporary: parquet.write_table(table, temporary))
+
+
+def read_column(path: Path, name: str) -> torch.Tensor:
+    """Read one column of numbers (N,) or vectors (N, C) of a shard."""
+    if path.suffix == '.safetensors':
+        with safe_open(path, 'pt') as shard:
+            return shard.get_tensor(name)
+    from pyarrow import parquet
+    column = parquet.read_table(path, columns=[name])[name].combine_chunks()
+    if not hasattr(column.type, 'list_size'):
+        return torch.tensor(column.to_numpy())
+    return torch.tensor(column.flatten().to_numpy()).reshape(-1, column.type.list_size)
+
+
+def shard_paths(settings: Settings, split: Split) -> dict[Path, range]:
+    """The file of each shard and the pictures that belong to it."""
+    folder = Path(settings.output) / (safe_model_name(split.name, remove_source=False) or 'pictures')
+    starts = range(0, len(split.labels), settings.shard_size)
+    return {folder / f'{number:05}-of-{len(starts):05}.{settings.format}':
+            range(start, min(start + settings.shard_size, len(split.labels))) for number, start in enumerate(starts)}
+
+
+def batches_of(shards: dict[Path, range], batch_size: int) -> Iterator[range]:
+    """Pictures of each batch; a batch ends where its shard ends, so that what shares one depends on nothing else."""
+    for members in shards.values():
+        for first in range(0, len(members), batch_size):
+            yield members[first:first + batch_size]
+
+
+def read_index(path: Path, facts: dict) -> dict:
+    """The index of a split, empty if there is none; refuses one that was begun with other settings or data."""
+    if not path.exists():
+        return {}
+    index = json.loads(path.read_text(encoding='utf-8'))
+    if changed := [f'{name} was {index.get(name)}, is {value}' for name, value in facts.items()
+                   if index.get(name) != value]:
+        raise SettingsError(f'--output {path.parent} was begun with other settings or data: {"; ".join(changed)}; '
+                            f'restore them, or choose another --output.')
+    return index
+
+
+def extract(settings: Settings, accelerator: Accelerator, extractor: nn.Module, data_config: dict, split: Split,
+            facts: dict) -> dict:
+    """Write the shards of a split that are missing, and its index, which the main process returns complete."""
+    shards = shard_paths(settings, split)
+    index_path = next(iter(shards)).parent / 'index.json'
+    facts = facts | {'split': split.name, 'data': split.digest(), 'pictures': len(split.labels)}
+    index = read_index(index_path, facts)
+    missing = {path: members for path, members in shards.items() if not path.exists()}
+    writes = accelerator.is_main_process
+    bad = BadPictures(split.dataset, settings.max_bad_images, tqdm.write if writes else lambda line: None)
+
+    def add_unreadable(finished: dict[Path, range]) -> None:
+        for path, members in finished.items():
+            bad.add(torch.tensor(sorted(set(members) - set(read_column(path, 'index').tolist())), dtype=torch.long))
+
+    try:
+        index_path.parent.mkdir(parents=True, exist_ok=True)
+        add_unreadable({path: members for path, members in shards.items() if path not in missing})
+        if index.get('complete') and not missing:
+            return index
+        accelerator.wait_for_everyone()  # now every process has seen which shards are missing
+        index = facts | {'class_names': split.class_names, 'complete': False}
+        if writes:
+            write_json(index_path, index)
+        with accelerator.split_between_processes(list(missing.items())) as share:
+            write_shards(settings, accelerator, extractor, data_config, split, dict(share), bad)
+        accelerator.wait_for_everyone()
+        if writes:
+            add_unreadable(missing)  # those of the other processes too
+            index |= {'complete': True, 'rows': len(split.labels) - len(bad.found),
+                      'unreadable': [split.path(number) for number in sorted(bad.found)],
+                      'shards': {path.name: len(set(members) - bad.found) for path, members in shards.items()},
+                      'provenance': provenance(accelerator.device.type)}
+            write_json(index_path, index)
+    except OSError as error:
+        raise SettingsError(f'--output {index_path.parent} cannot be written: {one_line(error)}; choose '
+                            f'another.') from error
+    return index
+
+
+def write_shards(settings: Settings, accelerator: Accelerator, extractor: nn.Module, data_config: dict, split: Split,
+                 shards: dict[Path, range], bad: BadPictures) -> None:
+    """Write these shards, one after the other."""
+    pictures = Pictures(split.dataset, create_transform(**data_config), settings.seed,
+                        'RGB' if settings.in_chans == 3 else 'L')
+    keys = ([(0, number) for number in batch] for batch in batches_of(shards, settings.batch_size))
+    loaded = iter(DataLoader(pictures, batch_sampler=keys, num_workers=settings.workers,
+                             pin_memory=accelerator.device.type == 'cuda'))
+    labels = torch.tensor(split.labels)
+    bar = tqdm(total=sum(map(len, shards.values())), unit='img', unit_scale=True, dynamic_ncols=True, mininterval=0.5,
+               desc=split.name or 'pictures', disable=not accelerator.is_main_process)
+    for path, members in shards.items():
+        rows, parts = [], []
+        for batch in batches_of({path: members}, settings.batch_size):
+            images, _, unreadable = next(loaded)
+            bad.add(unreadable)
+            with torch.inference_mode(), accelerator.autocast():
+                features = extractor(images.to(accelerator.device, non_blocking=True))
+            read = unreadable < 0
+            rows.append(torch.tensor(batch)[read])
+            parts.append({name: values.float().cpu()[read].to(getattr(torch, settings.dtype))
+                          for name, values in features.items()})
+            for name, values in parts[-1].items():
+                if len(wrong := rows[-1][~values.flatten(1).isfinite().all(1)]):
+                    raise SettingsError(f'{name} of {split.path(int(wrong[0]))} is not finite in '
+                                        f'--dtype {settings.dtype}; take float32 and no --amp, or sound weights.')
+            bar.update(len(images))
+        rows = torch.cat(rows)
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        columns |= {'index': rows, 'label': labels[rows]}
+        write_shard(path, columns, [split.path(row) for row in rows.tolist()])
+    bar.close()
+
+
+def read_split(settings: Settings, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (N, C) in float32 and labels (N,) of all shards of a split."""
+    paths = shard_paths(settings, split)
+    return (torch.cat([read_column(path, 'embedding').float() for path in paths]),
+            torch.cat([read_column(path, 'label') for path in paths]))
+
+
+# Accuracy
+
+
+def knn_top1(train: torch.Tensor, train_labels: torch.Tensor, val: torch.Tensor, val_labels: torch.Tensor,
+             k: int = 20, temperature: float = 0.07) -> float:
+    """Top-1 (%) of the k nearest neighbours: each votes for its class with exp(cosine similarity / temperature).
+
+    As in DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294), after Wu et al. 2018
+    (https://arxiv.org/abs/1805.01978).
+
+    Args:
+        train, val: Features (N, C) and (M, C), float32.
+        train_labels, val_labels: (N,) and (M,), int64, from 0.
+        k: Neighbours, at most N.
+        temperature: Greater than 0.
+    """
+    train, classes, right = F.normalize(train), int(train_labels.max()) + 1, 0
+    for features, labels in zip(F.normalize(val).split(256), val_labels.split(256), strict=True):
+        similarity, nearest = (features @ train.T).topk(k)
+        votes = torch.zeros(len(features), classes, device=train.device)
+        votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
+        right += int((votes.argmax(1) == labels).sum())
+    return 100 * right / len(val)
+
+
+def linear_probe(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray,
+                 seed: int = 0) -> dict[str, float | bool]:
+    """Logistic regression on standardised features: its top-1 (%) on val, and how it was fitted.
+
+    The strength C of the L2 penalty is the best of PROBE_STRENGTHS on a fifth of train held out of each class; then
+    all of train is fitted with it. Val has no part in either.
+
+    Args:
+        train, val: Features (N, C) and (M, C).
+        train_labels, val_labels: (N,) and (M,).
+        seed: Of the fifth.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    most = 1000
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=most)),
+        {'logisticregression__C': PROBE_STRENGTHS}, cv=StratifiedShuffleSplit(1, test_size=0.2, random_state=seed))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', ConvergenceWarning)  # told by 'converged'
+            search.fit(train, train_labels)
+    except ValueError as error:
+        raise SettingsError(f'--linear-probe needs more pictures or classes in --split: {one_line(error)}.') from error
+    return {
+        'top1': 100 * float(search.score(val, val_labels)), 'C': search.best_params_['logisticregression__C'],
+        'held_out_top1': 100 * float(search.best_score_),
+        'converged': bool(search.best_estimator_[-1].n_iter_.max() < most)}
+
+
+def main(settings: Settings) -> dict:
+    """Extract as `settings` say; the main process returns the summary that is also written to summary.json."""
+    check_values(settings)
+    accelerator = start(settings.device, settings.amp, settings.amp_dtype)
+    with accelerator.main_process_first():  # a download is done once
+        splits = [open_split(settings, settings.split)]
+        if settings.knn or settings.linear_probe:
+            splits.append(open_split(settings, settings.val_split))
+            check_classes(settings, *splits)
+    extractor, data_config, weights, shapes = open_extractor(settings)
+    facts = {name: asdict(settings)[name] for name in (
+        'model', 'model_kwargs', 'features', 'dtype', 'format', 'shard_size', 'dataset', 'input_key')}
+    facts |= {'weights': weights, 'shapes': shapes, 'amp': settings.amp_dtype if settings.amp else '', **{
+        name: data_config[name] for name in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}}
+    facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file they are compared with
+
+    accelerator.print(f'{settings.model}: {settings.features} features {shapes}, '
+                      f'{" + ".join(str(len(split.labels)) for split in splits)} pictures, '
+                      f'{accelerator.num_processes} x {accelerator.device.type} -> {settings.output}')
+    extractor.to(accelerator.device)
+    begun = time.perf_counter()
+    indices = [extract(settings, accelerator, extractor, data_config, split, facts) for split in splits]
+    seconds = time.perf_counter() - begun
+    summary = {'model': settings.model, 'weights': weights, 'features': settings.features, 'seconds': seconds}
+    if accelerator.is_main_process:
+        for split, index in zip(splits, indices, strict=True):
+            print(f'{split.name or "pictures"}: {index["rows"]} rows, {len(index["unreadable"])} unreadable, '
+                  f'{len(index["shards"])} x {settings.format}')
+        summary['rows'] = {split.name: index['rows'] for split, index in zip(splits, indices, strict=True)}
+        summary |= measure(settings, splits, accelerator.device)
+        summary['provenance'] = provenance(accelerator.device.type)
+        write_json(Path(settings.output) / 'summary.json', summary)
+    accelerator.end_training()
+    return summary
+
+
+def measure(settings: Settings, splits: list[Split], device: torch.device) -> dict:
+    """What --knn and --linear-probe ask for."""
+    if len(splits) == 1:
+        return {}
+    tensors = [tensor for split in splits for tensor in read_split(settings, split)]
+    scores = {}
+    if settings.knn:
+        top1 = knn_top1(*(tensor.to(device) for tensor in tensors), settings.knn_k, settings.knn_temperature)
+        scores['knn'] = {'top1': top1, 'k': settings.knn_k, 'temperature': settings.knn_temperature}
+        print(f'{settings.knn_k} nearest neighbours: top-1 {top1:.2f} %')
+    if settings.linear_probe:
+        scores['linear_probe'] = found = linear_probe(*(tensor.numpy() for tensor in tensors), settings.seed)
+        print(f'linear probe: top-1 {found["top1"]:.2f} % (C {found["C"]:g}, by {found["held_out_top1"]:.2f} % on a '
+              f'fifth of {settings.split}{"" if found["converged"] else "; not converged"})')
+    return scores
+
+
+if __name__ == '__main__':
+    end_with_sentence('extract_features.py', lambda: main(tyro.cli(Settings, description=__doc__)))
