@@ -1,0 +1,183 @@
+"""What a model looked at: attention of T stages, predicted kernels of D stages, Grad-CAM of any timm model.
+
+Attention and kernels are those that the block itself uses, computed again from its own input with its own weights. No
+class enters them. Grad-CAM is of one class.
+"""
+from dataclasses import dataclass
+
+import torch
+from settings import SettingsError
+from torch import nn
+
+from coatnet_zoo.blocks.dynamicconv import DynamicConv2d
+from coatnet_zoo.blocks.transformer import RelativeAttention2d
+from coatnet_zoo.models.backbone import Backbone
+
+__all__ = [
+    'KINDS', 'Target', 'attention_weights', 'choose_target', 'dynamic_kernels', 'expected_distance', 'gradcam',
+    'run_with_input', 'share_on_padding', 'tap_distances']
+
+KINDS = ('attention', 'kernels', 'gradcam')
+LETTERS = {'attention': 'T', 'kernels': 'D'}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is shown: a kind out of KINDS and, for attention and kernels, where it is computed."""
+
+    kind: str
+    module: RelativeAttention2d | DynamicConv2d | None = None
+    stage: int = 0  # 1 to 4
+
+
+def choose_target(model: nn.Module, name: str, explain: str = 'auto', stage: int | None = None) -> Target:
+    """The last block of `stage`, or of the last stage of the letter that `explain` needs ('auto': the last T or D).
+
+    Args:
+        model: Any model; only those of the zoo have T and D.
+        name: Of the model, for messages.
+        explain: 'auto' or one of KINDS; 'auto' is Grad-CAM for models without T and D.
+        stage: 1 to 4.
+    """
+    if explain not in ('auto', *KINDS):
+        raise SettingsError(f'--explain must be auto, {", ".join(KINDS)}, got {explain!r}.')
+    word = model.cfg.layout if isinstance(model, Backbone) else ''
+    has = f'{name} has the stages {word}' if word else f'{name} is not a model of this zoo'
+    if stage is not None and (explain == 'gradcam' or not set(word) & {'T', 'D'}):
+        raise SettingsError(f'--stage chooses a stage of letter T or D, but Grad-CAM is shown ({has}); leave it out.')
+    if stage is not None and not 1 <= stage <= len(word):
+        raise SettingsError(f'--stage must be from 1 to {len(word)}, got {stage}.')
+    wanted = 'TD' if explain == 'auto' else LETTERS.get(explain, '')
+    stages = [i for i, letter in enumerate(word, 1) if letter in wanted and stage in (None, i)]
+    if not stages and (stage is not None or explain in LETTERS):
+        where = 'a stage' if stage is None else f'--stage {stage} to be one'
+        raise SettingsError(f'--explain {explain} needs {where} of letter {" or ".join(wanted)}, but {has}; '
+                            f'choose another or leave it out.')
+    if not stages:
+        return Target('gradcam')
+    block = model.stages[stages[-1] - 1].blocks[-1]
+    if word[stages[-1] - 1] == 'T':
+        return Target('attention', block.attn, stages[-1])
+    return Target('kernels', block.conv, stages[-1])
+
+
+@torch.no_grad()
+def run_with_input(model: nn.Module, module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's output for `images`, and what `module` inside it was given."""
+    seen = []
+    hook = module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    try:
+        return model(images), seen[-1]
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def attention_weights(attention: RelativeAttention2d, x: torch.Tensor) -> torch.Tensor:
+    """The matrix A of y = Proj(A V): input (B, H, W, dim) -> (B, heads, N, N) float32, queries in rows, N = H * W.
+
+    Rows sum to 1, except under rel_bias='post', where the bias is added after the softmax and A may be negative.
+    """
+    B, H, W, _ = x.shape
+    qkv = attention.qkv(x).float().reshape(B, H * W, 3, attention.num_heads, attention.head_dim)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+    logits = q @ k.transpose(-2, -1) * attention.scale
+    if attention.rel_bias is None:
+        return logits.softmax(-1)
+    bias = attention.rel_bias(H, W).float()
+    return logits.softmax(-1) + bias if attention.bias_after else (logits + bias).softmax(-1)
+
+
+@torch.no_grad()
+def dynamic_kernels(conv: DynamicConv2d, x: torch.Tensor) -> torch.Tensor:
+    """The kernels that y = DynamicConv(x) uses: input (B, C, H, W) -> (B, heads, Kh, Kw, H, W) float32.
+
+    Taps sum to 1 under normalize='softmax'. The static branch, where there is one, is not among them.
+    """
+    B, _, H, W = x.shape
+    logits = conv.logits(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).float()
+    taps = logits.reshape(B, -1, conv.kernel_size[0] * conv.kernel_size[1], H, W)
+    if conv.normalize == 'softmax':
+        taps = taps.softmax(2)
+    return taps.reshape(B, -1, *conv.kernel_size, H, W)
+
+
+def _offsets(size: int) -> torch.Tensor:
+    return torch.arange(size) - size // 2
+
+
+def tap_distances(size: tuple[int, int], step: tuple[float, float]) -> torch.Tensor:
+    """Length of the offset of each tap from the centre, (Kh, Kw), in the unit of `step` between (rows, columns)."""
+    rows, columns = _offsets(size[0]) * step[0], _offsets(size[1]) * step[1]
+    return (rows[:, None] ** 2 + columns ** 2).sqrt()
+
+
+def expected_distance(kernels: torch.Tensor, step: tuple[float, float]) -> torch.Tensor:
+    """How far from its centre each kernel looks: (B, heads, Kh, Kw, H, W) -> (B, H, W), mean over the heads.
+
+    sum_{u,v} |k[u, v]| d[u, v] / sum_{u,v} |k[u, v]| with d of `tap_distances`. Taps on the padding count too.
+    """
+    distance = tap_distances(kernels.shape[2:4], step)[..., None, None].to(kernels)
+    weight = kernels.abs()
+    return ((weight * distance).sum((2, 3)) / weight.sum((2, 3))).mean(1)
+
+
+def share_on_padding(kernels: torch.Tensor) -> torch.Tensor:
+    """Share of |weight| that lies on the zeros around the map: (B, heads, Kh, Kw, H, W) -> (B, H, W)."""
+    height, width = kernels.shape[-2:]
+    rows = _offsets(kernels.shape[2])[:, None] + torch.arange(height)
+    columns = _offsets(kernels.shape[3])[:, None] + torch.arange(width)
+    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[None, :, None]
+    weight = kernels.abs()
+    return 1 - ((weight * inside.to(kernels)).sum((2, 3)) / weight.sum((2, 3))).mean(1)
+
+
+def gradcam(model: nn.Module, images: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grad-CAM of the class that each image is given: (B, C, H, W) -> logits (B, classes), maps (B, h, w) >= 0.
+
+    L = ReLU(sum_c a_c F_c), a_c = mean over the positions of d logit / d F_c. Selvaraju et al. 2017, equations 1 and 2
+    (https://arxiv.org/abs/1610.02391). F is the last map of features that the logit depends on: that of
+    `forward_features`, or, where a class token is all the head reads, the input of the last block.
+
+    Raises SettingsError for a model that has no such map.
+    """
+    tokens, modules = [], dict(model.named_modules())
+    blocks = [info['module'] for info in getattr(model, 'feature_info', ()) if isinstance(info, dict)]
+    hooks = [modules[block].register_forward_hook(lambda *seen: tokens.insert(0, seen[-1]))
+             for block in blocks if block in modules]
+    try:
+        with torch.enable_grad():
+            features = model.forward_features(images.detach().requires_grad_())
+            if not isinstance(features, torch.Tensor) or features.ndim not in (3, 4):
+                raise SettingsError(f'--explain gradcam needs one map of features, and {name} has none; '
+                                    f'choose another model.')
+            # a copy, or a head that works in place would change what is shown
+            logits = model.forward_head(features.clone())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    earlier = [seen for seen in tokens if isinstance(seen, torch.Tensor) and seen.ndim == features.ndim == 3]
+    candidates = [features, *earlier]
+    gradients = torch.autograd.grad(logits.max(-1).values.sum(), candidates, materialize_grads=True)
+    positions = features.shape[1] - getattr(model, 'num_prefix_tokens', 0)  # of tokens; class tokens come first
+    for pair in zip(candidates, gradients, strict=True):
+        seen, gradient = (_as_map(tensor.detach().float(), positions, model, images, name) for tensor in pair)
+        if gradient.any() or not gradients[0].any():  # a head of zeros reads no map, and none speaks for a class
+            return logits.detach(), (gradient.mean((2, 3), keepdim=True) * seen).sum(1).relu()
+    raise SettingsError(f'--explain gradcam needs a map of features that the prediction depends on, and {name} has '
+                        f'none; choose another model.')
+
+
+def _as_map(
+        features: torch.Tensor, positions: int, model: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:
+    """(B, C, h, w), (B, h, w, C) or tokens (B, . + positions, C) as (B, C, h, w)."""
+    if features.ndim == 4:
+        channels = model.num_features
+        last = getattr(model, 'output_fmt', '') == 'NHWC' or features.shape[3] == channels != features.shape[1]
+        return features.permute(0, 3, 1, 2) if last else features
+    height = round((positions * images.shape[2] / images.shape[3]) ** 0.5)
+    width = positions // max(height, 1)
+    if height * width != positions or features.shape[1] < positions:
+        raise SettingsError(f'--explain gradcam needs tokens that form a grid, and {name} has {positions} '
+                            f'for {images.shape[2]} x {images.shape[3]} pixels; choose another model.')
+    return features[:, -positions:].transpose(1, 2).unflatten(2, (height, width))
