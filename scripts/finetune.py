@@ -24,7 +24,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import timm
 import torch
 import tyro
 from accelerate import Accelerator
@@ -44,6 +43,7 @@ from pictures import (
 )
 from plots import confusion_figure, misread_figure
 from processes import start
+from provenance import provenance
 from recipes import RECIPES, settings_of
 from run_folder import rank, write_config, write_figure, write_file, write_json, write_metrics, write_weights
 from safetensors.torch import load_file
@@ -447,8 +447,7 @@ def main(settings: Settings) -> dict:
         'epochs': len(progress.history), 'top1': best['eval_top1'], 'top5': best['eval_top5'],
         'loss': best['eval_loss'], 'seed': settings.seed, 'train_seconds': progress.train_seconds,
         'unreadable': [*bad_train.names(), *bad_val.names()],
-        'device': str(device), 'processes': accelerator.num_processes, 'torch': torch.__version__,
-        'timm': timm.__version__}
+        'processes': accelerator.num_processes, **provenance(device.type)}
     if writes:
         write_figure(run_dir / 'confusion.png', confusion_figure(
             predictions.labels, predictions.top5[:, 0], class_names))

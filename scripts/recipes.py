@@ -22,6 +22,10 @@ RECIPES = {
     'coatnet_in1k': COATNET_IN1K,
     'coatnet_in1k_384': COATNET_IN1K_384,
     'coatnet_in1k_512': COATNET_IN1K_384 | dict(img_size=512, batch_size=16),
+    # From nothing, on some ten thousand small pictures: what results/imagenette_64_cpu.json was made with.
+    'imagenette_64': dict(
+        img_size=64, crop_pct=1.0, epochs=10, batch_size=64, lr=1e-3, scale=(0.35, 1.0), color_jitter=0.0, amp=True,
+        model_kwargs={'coatnet_pico_64': ('conv_norm_momentum=0.1',)}),
     # Pretrained weights on some thousand pictures of one's own.
     'finetune_small': dict(
         epochs=30, lr=5e-4, layer_decay=0.75, warmup_epochs=3.0, weight_decay=0.05, drop_path=0.1,
