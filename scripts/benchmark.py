@@ -1,13 +1,15 @@
 """Time one model against another, side by side in one run: images/s, peak memory and the ratio.
 
-Two words in front ask for other tables: `ops` times the operators by themselves (benchmark_ops.py), `scaling` models
-over image sizes (benchmark_scaling.py); each has a --help of its own.
+Three words in front ask for other tables: `ops` times the operators by themselves (benchmark_ops.py), `scaling`
+models over image sizes (benchmark_scaling.py), `loader` the reading of pictures (benchmark_loader.py); each has a
+--help of its own.
 
     python scripts/benchmark.py --model coatnet_0 --against coatnet_0_224
     python scripts/benchmark.py --model coatnet_0 --model-kwargs flavor=timm --against coatnet_0_224 --modes inference
     python scripts/benchmark.py --model coatnet_0 --against coatnet_0_224 --amp --device cuda --compile
     python scripts/benchmark.py ops --op dynamic --kernels 7
     python scripts/benchmark.py scaling --models lightconvnet_pico coatnet_pico
+    python scripts/benchmark.py loader --data-dir imagenette
 
 Inference is timed in the inference form of both (`timm.utils.reparameterize_model`, which leaves a model as it is
 where it has nothing to fold), training as forward, backward and a step of SGD. The two take turns, a window of at
@@ -179,7 +181,7 @@ def main(settings: Settings) -> dict:
 
 def dispatch(arguments: list[str]) -> None:
     """Take the command line, without the name of the script."""
-    if arguments[:1] in (['ops'], ['scaling']):
+    if arguments[:1] in (['ops'], ['scaling'], ['loader']):
         word, *rest = arguments
         mode = importlib.import_module(f'benchmark_{word}')  # here, since it imports this file
         mode.main(tyro.cli(mode.Settings, args=rest, prog=f'benchmark.py {word}', description=mode.__doc__))

@@ -21,7 +21,9 @@ import coatnet_zoo
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'results'
-DOCUMENTS = ('README.md', 'MODEL_CARD.md')
+DOCUMENTS = ('README.md', 'MODEL_CARD.md', 'scripts/launch/README.md')
+# epochs and pictures of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and of its 21k set
+PAPER_RUNS = {'ImageNet-1k, 300 epochs': (300, 1_281_167), 'ImageNet-21k, 90 epochs': (90, 14_197_122)}
 
 
 def count_models() -> dict:
@@ -135,6 +137,57 @@ def ablation() -> str:
               f'![Top-1 of every row](results/{file.stem}.png)')
 
 
+def training() -> str:
+    """Runs under one recipe from random weights."""
+    file = RESULTS / 'imagenette_64_cpu.json'
+    if not file.exists():
+        return 'Training side by side: not measured.'
+    report = json.loads(file.read_text())
+    rows = [
+        [f'`{name}`', f'{run["metrics"][-1]["eval_top1"]:.2f}', f'{run["summary"]["top1"]:.2f}',
+         f'{run["parameters"] / 1e6:.2f}', f'{run["summary"]["train_seconds"] / 60:.0f}']
+        for name, run in report['runs'].items()]
+    recipe = report['recipe']
+    return (table(['model', 'top-1 of the last epoch (%)', 'of the best epoch', 'parameters (M)', 'minutes'], rows)
+            + f'\n\nImagenette at {recipe["img_size"]} px, random start, {recipe["epochs"]} epochs, '
+              f'seed {recipe["seed"]}, one run each,\n{report["hardware"]}, 1 thread. A point or two may be chance.\n\n'
+              f'![Held-out accuracy over epochs and minutes](results/{file.stem}.png)')
+
+
+def loader() -> str:
+    """Pictures a second that are read, and that are trained on."""
+    file = RESULTS / 'loader_cpu.json'
+    if not file.exists():
+        return 'Reading of pictures: not measured.'
+    report = json.loads(file.read_text())
+    rates, settings = report['images_per_second'], report['settings']
+    return (table(list(rates), [[f'{rate:.0f}' for rate in rates.values()]])
+            + f'\n\nImages/s read by that many processes and, on one thread, trained on by `{settings["model"]}` at '
+              f'64 px; {report["hardware"]}.')
+
+
+def budget() -> str:
+    """Hours of one device for the paper's recipes, out of every training speed that was recorded."""
+    rows = []
+    for file in sorted(RESULTS.glob('benchmark_*.json')):
+        report = json.loads(file.read_text())
+        measured, settings = report['results'].get('training'), report['settings']
+        if not measured or settings['model_kwargs']:
+            continue
+        rate, memory = (measured[key]['model'] for key in ('images_per_second', 'peak_memory_mib'))
+        hours = [f'{epochs * pictures / rate / 3600:,.0f}' for epochs, pictures in PAPER_RUNS.values()]
+        row = [f'`{settings["model"]}`', report['hardware'] + (', 1 thread' if settings['device'] == 'cpu' else ''),
+               f'{rate:.2f}', f'{memory:.0f}', *hours]
+        if row[:2] not in [other[:2] for other in rows]:
+            rows.append(row)
+    header = ['model', 'device', 'images/s in training', 'peak MiB', *(f'hours, {name}' for name in PAPER_RUNS)]
+    return table(header, rows) + (
+        '\n\nHours are epochs times pictures over images/s, for one such device: divide by the number of devices,\n'
+        'and multiply by their price an hour for the cost. On GPUs: not measured. A row more is\n'
+        '`python scripts/benchmark.py --model NAME --against OTHER --device cuda --amp --modes training\n'
+        '--results-file results/benchmark_NAME_gpu.json`.')
+
+
 def demo() -> str:
     """What the demo reached when it was recorded."""
     file = RESULTS / 'demo_cpu.json'
@@ -148,7 +201,7 @@ def demo() -> str:
 
 def render(text: str) -> str:
     """`text` with what stands between <!-- NAME --> and <!-- /NAME --> made anew."""
-    for section in (family, speed, scaling, ops, ablation, demo):
+    for section in (family, speed, scaling, ops, ablation, training, loader, budget, demo):
         name = section.__name__
         pattern = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
         if pattern.search(text):

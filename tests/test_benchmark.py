@@ -1,7 +1,9 @@
 """scripts/benchmark.py: what it measures, writes and refuses."""
 
 import benchmark
+import benchmark_loader
 import pytest
+from PIL import Image
 
 
 def settings(**changes) -> benchmark.Settings:
@@ -30,3 +32,22 @@ def test_bad_settings_end_in_one_sentence(changes, message, monkeypatch):
     monkeypatch.setattr(benchmark.torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit, match=message):
         benchmark.main(settings(**changes))
+
+
+def write_pictures(folder, count: int = 24) -> None:
+    for split in ('train', 'val'):
+        for name in ('a', 'b'):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new('RGB', (40, 40), (index, 0, 0)).save(folder / split / name / f'{index}.png')
+
+
+def test_loader_is_timed_beside_training(tmp_path):
+    write_pictures(tmp_path / 'pictures')
+    report = benchmark_loader.main(benchmark_loader.Settings(
+        data_dir=str(tmp_path / 'pictures'), workers=(0, 1), batch_size=4, rounds=2, window=0.05,
+        results_file=str(tmp_path / 'loader.json')))
+    assert set(report['images_per_second']) == {'0 workers', '1 workers', 'training'}
+    assert min(report['images_per_second'].values()) > 0 and (tmp_path / 'loader.json').is_file()
+    with pytest.raises(SystemExit, match=r'benchmark.py loader: --data-dir no/where'):
+        benchmark_loader.main(benchmark_loader.Settings(data_dir='no/where'))

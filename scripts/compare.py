@@ -1,0 +1,103 @@
+"""Set finished runs of finetune.py side by side: a table, their curves, and a file with both and where they come from.
+
+    python scripts/compare.py output/imagenette_64/coatnet_pico_64 output/imagenette_64/convnextv2_femto \
+        --results-file results/imagenette_64_cpu.json
+"""
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import timm
+import tyro
+from matplotlib.figure import Figure
+from provenance import provenance
+from run_folder import write_figure, write_json
+from settings import SettingsError, end_with_sentence, parse_argument
+from timm.models import resolve_model_input_args
+
+import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
+
+# What may differ between runs that are compared: who they are, not how they were trained.
+OWN = {'model', 'model_kwargs', 'output', 'experiment', 'resume', 'workers', 'tracker', 'recovery_interval', 'device'}
+COLOURS = '#2563eb', '#d97706', '#059669', '#7c3aed', '#6b7280'
+
+
+@dataclass(frozen=True)
+class Settings:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]  # Run folders.
+    results_file: str = ''  # JSON to write, and a plot beside it as .png.
+
+
+def read_run(folder: Path) -> dict:
+    """Summary, settings and metrics of a run folder."""
+    try:
+        parts = {name: json.loads((folder / f'{name}.json').read_text()) for name in ('summary', 'args')}
+        with (folder / 'metrics.csv').open(newline='', encoding='utf-8') as file:
+            return parts | {'metrics': [
+                {key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]}
+    except FileNotFoundError as error:
+        raise SettingsError(f'{folder} must be the folder of a finished run of finetune.py, but has no '
+                            f'{Path(error.filename).name}; give another, or let it finish.') from error
+
+
+def parameters(run: dict) -> int:
+    """Parameters of the model that was trained."""
+    args = run['args']
+    img_size = resolve_model_input_args(args['model'], {'img_size': args['img_size']}).get('img_size')
+    model = timm.create_model(
+        args['model'], num_classes=run['summary']['num_classes'], img_size=img_size,
+        **dict(map(parse_argument, args['model_kwargs'])))
+    return sum(p.numel() for p in model.parameters())
+
+
+def draw(runs: dict[str, dict]) -> Figure:
+    """Held-out accuracy over epochs and over time of training."""
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    by_epoch, by_time = figure.subplots(1, 2, sharey=True)
+    for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
+        top1 = [row['eval_top1'] for row in run['metrics']]
+        share = [row['epoch'] / len(top1) for row in run['metrics']]
+        minutes = [part * run['summary']['train_seconds'] / 60 for part in share]
+        by_epoch.plot([row['epoch'] for row in run['metrics']], top1, '.-', color=colour, label=name)
+        by_time.plot(minutes, top1, '.-', color=colour)
+    by_epoch.set(xlabel='epoch', ylabel='held out, top-1 (%)', title='Same number of pictures seen')
+    by_time.set(xlabel='minutes of training', title=f'On {run["summary"]["hardware"]}')
+    by_epoch.legend(frameon=False)
+    for axes in (by_epoch, by_time):
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(axis='y', color='#e5e7eb')
+        axes.set_axisbelow(True)
+    return figure
+
+
+def main(settings: Settings) -> dict:
+    """Print the table, write the files, and return what they hold."""
+    if not 2 <= len(settings.runs) <= len(COLOURS):
+        raise SettingsError(f'RUNS must be two to {len(COLOURS)} run folders, got {len(settings.runs)}.')
+    if settings.results_file and Path(settings.results_file).suffix != '.json':
+        raise SettingsError(f'--results-file must end in .json, got {settings.results_file}.')
+    runs = {Path(run).name: read_run(Path(run)) for run in settings.runs}
+    first, *others = (run['args'] for run in runs.values())
+    for other in others:
+        if differing := sorted(name for name in first if name not in OWN and first[name] != other.get(name)):
+            raise SettingsError(f'RUNS must share their recipe, but {", ".join(differing)} differ between '
+                                f'{first["model"]} and {other["model"]}.')
+    for name, run in runs.items():
+        last, summary = run['metrics'][-1], run['summary']
+        print(f'{name:28} top-1 after the last epoch {last["eval_top1"]:6.2f} %   best {summary["top1"]:6.2f} %   '
+              f'{summary["train_seconds"] / 60:6.1f} min')
+    origin = provenance('cpu') | {'hardware': ' and '.join({run['summary']['hardware'] for run in runs.values()})}
+    report = {'recipe': {key: value for key, value in first.items() if key not in OWN}, 'runs': {
+        name: {'model_kwargs': run['args']['model_kwargs'], 'summary': run['summary'], 'metrics': run['metrics'],
+               'parameters': parameters(run)}
+        for name, run in runs.items()}, **origin}
+    if settings.results_file:
+        write_figure(Path(settings.results_file).with_suffix('.png'), draw(runs))
+        write_json(Path(settings.results_file), report)
+    return report
+
+
+if __name__ == '__main__':
+    end_with_sentence('compare.py', lambda: main(tyro.cli(Settings, description=__doc__)))

@@ -1,0 +1,59 @@
+"""scripts/compare.py: runs of one recipe side by side, and nothing else."""
+import json
+import shutil
+from pathlib import Path
+
+import compare
+import finetune
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+from settings import SettingsError
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory) -> list[str]:
+    """Two finished runs of one epoch."""
+    root = tmp_path_factory.mktemp('runs')
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for name in ('a', 'b'):
+            (root / 'data' / split / name).mkdir(parents=True)
+            for index in range(3):
+                pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / 'data' / split / name / f'{index}.png')
+    for model in ('test_resnet', 'test_vit'):
+        finetune.main(finetune.Settings(
+            data_dir=str(root / 'data'), model=model, img_size=32, epochs=1, workers=0, device='cpu', batch_size=4,
+            output=str(root)))
+    return [str(root / 'test_resnet'), str(root / 'test_vit')]
+
+
+def test_runs_stand_side_by_side_with_what_they_reached(runs, tmp_path, capsys):
+    report = compare.main(compare.Settings(runs=tuple(runs), results_file=str(tmp_path / 'two.json')))
+    assert json.loads((tmp_path / 'two.json').read_text()) == json.loads(json.dumps(report))
+    printed = capsys.readouterr().out
+    for folder in map(Path, runs):
+        summary = json.loads((folder / 'summary.json').read_text())
+        run = report['runs'][folder.name]
+        assert run['summary'] == summary and run['metrics'][-1]['eval_top1'] == summary['top1']
+        model = timm.create_model(f'local-dir:{folder}', pretrained=False)
+        assert run['parameters'] == sum(p.numel() for p in model.parameters())
+        assert f'{folder.name:28} top-1 after the last epoch {summary["top1"]:6.2f} %' in printed
+    assert Image.open(tmp_path / 'two.png').size[0] > 500
+    assert report['recipe']['epochs'] == 1 and 'model' not in report['recipe']
+
+
+def test_what_cannot_be_compared_is_refused(runs, tmp_path):
+    other = tmp_path / 'other'
+    shutil.copytree(runs[1], other)
+    args = json.loads((other / 'args.json').read_text())
+    (other / 'args.json').write_text(json.dumps(args | {'lr': 0.5, 'seed': 1}))
+    for settings, message in (
+            (dict(runs=(runs[0], str(other))), 'lr, seed differ between test_resnet and test_vit'),
+            (dict(runs=(runs[0],)), 'two to 5 run folders, got 1'),
+            (dict(runs=(runs[0], str(tmp_path))), 'has no summary.json'),
+            (dict(runs=tuple(runs), results_file='two.csv'), r'must end in \.json, got two\.csv')):
+        with pytest.raises(SettingsError, match=message):
+            compare.main(compare.Settings(**settings))
