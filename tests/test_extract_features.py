@@ -16,7 +16,7 @@ import run_folder
 import timm
 import torch
 import torch.nn.functional as F
-from extract_features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
+from features import PROBE_STRENGTHS, PooledFeatures, PyramidFeatures, knn_top1, linear_probe
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -481,7 +481,7 @@ def test_linear_probe_is_a_logistic_regression_that_never_saw_val():
     train, train_labels, val, val_labels = features[:150], labels[:150], features[150:], labels[150:]
     found = linear_probe(train, train_labels, val, val_labels)
     shuffled = linear_probe(train, train_labels, val[::-1] * 3, np.roll(val_labels, 1))
-    assert found['converged'] and found['C'] in extract_features.PROBE_STRENGTHS
+    assert found['converged'] and found['C'] in PROBE_STRENGTHS
     assert (found['C'], found['held_out_top1']) == (shuffled['C'], shuffled['held_out_top1'])
     assert shuffled['top1'] < found['top1']
 

@@ -1,0 +1,107 @@
+"""Features out of any model of timm, and how well they tell classes apart."""
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from settings import SettingsError, one_line
+from torch import nn
+
+__all__ = ['PooledFeatures', 'PyramidFeatures', 'knn_top1', 'linear_probe']
+
+PROBE_STRENGTHS = tuple(10. ** power for power in range(-6, 3))  # C of the logistic regression
+
+
+class PooledFeatures(nn.Module):
+    """(B, 3, H, W) -> {'embedding': (B, C)}: what the classifier takes, without the hidden layer `pre_logits`.
+
+    timm's heads NormMlpClassifierHead (CoAtNet, MaxViT, this zoo), its channels-last sibling and MambaOut's have a
+    layer of this name between norm and classifier, VGG before the pooling; others have none, and lose the classifier
+    alone. Norms stay, which `reset(..., reset_other=True)` of timm's heads would remove.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        model.reset_classifier(0)  # first: it looks into pre_logits
+        for module in (model, getattr(model, 'head', None)):
+            if isinstance(getattr(module, 'pre_logits', None), nn.Module):
+                module.pre_logits = nn.Identity()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {'embedding': self.model(images)}
+
+
+class PyramidFeatures(nn.Module):
+    """(B, 3, H, W) -> {'level_I': (B, C, h, w)}: the maps of timm's forward_intermediates, as with features_only=True.
+
+    Args:
+        model: Any model of timm; what comes after the last level is removed.
+        out_indices: Levels, from the end if negative; the last five, or all of fewer, if not given.
+    """
+
+    def __init__(self, model: nn.Module, out_indices: tuple[int, ...] = ()):
+        super().__init__()
+        levels = model.prune_intermediate_layers(list(out_indices) or min(5, len(model.feature_info)))
+        self.levels = sorted(set(levels))  # the order in which forward_intermediates returns them
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = self.model.forward_intermediates(images, indices=self.levels, intermediates_only=True)
+        return {f'level_{level}': values for level, values in zip(self.levels, maps, strict=True)}
+
+
+def knn_top1(train: torch.Tensor, train_labels: torch.Tensor, val: torch.Tensor, val_labels: torch.Tensor,
+             k: int = 20, temperature: float = 0.07) -> float:
+    """Top-1 (%) of the k nearest neighbours: each votes for its class with exp(cosine similarity / temperature).
+
+    As in DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294), after Wu et al. 2018
+    (https://arxiv.org/abs/1805.01978).
+
+    Args:
+        train, val: Features (N, C) and (M, C), float32.
+        train_labels, val_labels: (N,) and (M,), int64, from 0.
+        k: Neighbours, at most N.
+        temperature: Greater than 0.
+    """
+    train, classes, right = F.normalize(train), int(train_labels.max()) + 1, 0
+    for features, labels in zip(F.normalize(val).split(256), val_labels.split(256), strict=True):
+        similarity, nearest = (features @ train.T).topk(k)
+        votes = torch.zeros(len(features), classes, device=train.device)
+        votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
+        right += int((votes.argmax(1) == labels).sum())
+    return 100 * right / len(val)
+
+
+def linear_probe(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray,
+                 seed: int = 0) -> dict[str, float | bool]:
+    """Logistic regression on standardised features: its top-1 (%) on val, and how it was fitted.
+
+    The strength C of the L2 penalty is the best of PROBE_STRENGTHS on a fifth of train held out of each class; then
+    all of train is fitted with it. Val has no part in either.
+
+    Args:
+        train, val: Features (N, C) and (M, C).
+        train_labels, val_labels: (N,) and (M,).
+        seed: Of the fifth.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    most = 1000
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=most)),
+        {'logisticregression__C': PROBE_STRENGTHS}, cv=StratifiedShuffleSplit(1, test_size=0.2, random_state=seed))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', ConvergenceWarning)  # told by 'converged'
+            search.fit(train, train_labels)
+    except ValueError as error:
+        raise SettingsError(f'--linear-probe needs more pictures or classes in --split: {one_line(error)}.') from error
+    return {
+        'top1': 100 * float(search.score(val, val_labels)), 'C': search.best_params_['logisticregression__C'],
+        'held_out_top1': 100 * float(search.best_score_),
+        'converged': bool(search.best_estimator_[-1].n_iter_.max() < most)}
