@@ -180,3 +180,20 @@ def test_tracker_gets_the_rows_of_the_table(settings):
     events = EventAccumulator(str(next(run_dir.rglob('events.out.tfevents.*')).parent)).Reload()
     top1 = [event.value for event in events.Scalars('eval_top1')]
     assert top1 == pytest.approx([row['eval_top1'] for row in read_metrics(run_dir)])
+
+
+@pytest.mark.parametrize('change', [
+    dict(drop=0.5), dict(drop_path=0.5), dict(reprob=1.0), dict(aa='rand-m9-n2'), dict(hflip=0.0), dict(smoothing=0.0),
+    dict(color_jitter=0.0), dict(scale=(0.9, 1.0)), dict(interpolation='nearest'), dict(weight_decay=2.0, lr=0.1),
+    dict(clip_grad=1e-3, opt='sgd', lr=0.1), dict(warmup_lr=1e-3),
+], ids=str)
+def test_option_changes_what_is_learned(settings, change):
+    base = {name: value for name, value in change.items() if name in ('lr', 'opt')} | dict(epochs=1, model='test_vit')
+    plain, changed = (read_checkpoint(run(settings, experiment=name, **options))['state_dict']
+                      for name, options in (('plain', base), ('changed', base | change)))
+    assert any(not torch.equal(plain[key], changed[key]) for key in plain)
+
+
+def test_memory_format_changes_no_result(settings):
+    rows = [read_metrics(run(settings, experiment=str(on), channels_last=on))[0] for on in (False, True)]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3)

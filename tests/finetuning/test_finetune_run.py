@@ -5,10 +5,12 @@ from pathlib import Path
 
 import finetune
 import pytest
+import recipes
 import timm
 import torch
 from runs import CLASSES, assert_everything_loads, read_checkpoint, read_metrics, run, run_command
 from safetensors import safe_open
+from settings import SettingsError
 from timm.data import create_dataset, create_transform, resolve_data_config
 
 
@@ -89,3 +91,36 @@ def test_command_trains_and_a_bad_one_ends_with_code_2(settings):
     again = run_command(*arguments)
     assert again.returncode == 2 and again.stdout == ''
     assert again.stderr.startswith('finetune.py: --output') and again.stderr.count('\n') == 1
+
+
+# Recipes
+
+
+@pytest.mark.parametrize('recipe', recipes.RECIPES)
+def test_recipe_holds_settings_that_can_work(recipe):
+    finetune.check_values(finetune.Settings(
+        model='coatnet_0', data_dir='pictures', **recipes.settings_of(recipe, 'coatnet_0')))
+
+
+def test_recipe_is_taken_from_the_command_line_and_flags_win():
+    arguments = ['--data-dir', 'imagenet', '--model', 'coatnet_1', '--lr', '0.002']
+    for flags in (['--recipe', 'coatnet_in1k'], ['--recipe=coatnet_in1k']):
+        settings = finetune.read_settings([*arguments, *flags])
+        assert (settings.epochs, settings.mixup, settings.aa, settings.drop_path) == (300, 0.8, 'rand-m15-n2', 0.3)
+        assert (settings.lr, settings.lr_base_size, settings.weight_decay) == (0.002, 4096, 0.05)
+    larger = finetune.read_settings([*arguments[:4], '--recipe', 'coatnet_in1k_384'])
+    assert (larger.img_size, larger.epochs, larger.lr, larger.min_lr, larger.model_ema) == (384, 30, 5e-5, 5e-5, True)
+    assert finetune.read_settings(arguments) == finetune.Settings(data_dir='imagenet', model='coatnet_1', lr=0.002)
+    with pytest.raises(SettingsError, match=r'--recipe must be one of coatnet_in1k, .*, got .coatnet.'):
+        finetune.read_settings([*arguments, '--recipe', 'coatnet'])
+
+
+@pytest.mark.parametrize('recipe', ['coatnet_in1k', 'coatnet_in1k_384', 'finetune_small', 'linear_probe'])
+def test_recipe_runs_from_one_command(settings, recipe):
+    small = ('depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)', 'stem_width=16')
+    chosen = finetune.read_settings([
+        '--recipe', recipe, '--model', 'coatnet_0', '--data-dir', settings.data_dir, '--output', settings.output,
+        '--experiment', 'run', '--model-kwargs', *small, '--img-size', '32', '--epochs', '1', '--warmup-epochs', '0',
+        '--batch-size', '12', '--workers', '0', '--device', 'cpu'])
+    finetune.main(chosen)
+    assert assert_everything_loads(Path(settings.output) / 'run') == 9
