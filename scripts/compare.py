@@ -53,19 +53,19 @@ def parameters(run: dict) -> int:
 
 
 def draw(runs: dict[str, dict]) -> Figure:
-    """Held-out accuracy over epochs and over time of training."""
+    """Held-out accuracy and loss over epochs."""
     figure = Figure(figsize=(10, 4), layout='constrained')
-    by_epoch, by_time = figure.subplots(1, 2, sharey=True)
+    accuracy, loss = figure.subplots(1, 2)
     for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
-        top1 = [row['eval_top1'] for row in run['metrics']]
-        share = [row['epoch'] / len(top1) for row in run['metrics']]
-        minutes = [part * run['summary']['train_seconds'] / 60 for part in share]
-        by_epoch.plot([row['epoch'] for row in run['metrics']], top1, '.-', color=colour, label=name)
-        by_time.plot(minutes, top1, '.-', color=colour)
-    by_epoch.set(xlabel='epoch', ylabel='held out, top-1 (%)', title='Same number of pictures seen')
-    by_time.set(xlabel='minutes of training', title=f'On {run["summary"]["hardware"]}')
-    by_epoch.legend(frameon=False)
-    for axes in (by_epoch, by_time):
+        epochs = [row['epoch'] for row in run['metrics']]
+        accuracy.plot(epochs, [row['eval_top1'] for row in run['metrics']], '.-', color=colour, label=name)
+        loss.plot(epochs, [row['eval_loss'] for row in run['metrics']], '.-', color=colour)
+        loss.plot(epochs, [row['train_loss'] for row in run['metrics']], ':', color=colour)
+    accuracy.set(xlabel='epoch', ylabel='held out, top-1 (%)', title='Accuracy')
+    loss.set(xlabel='epoch', ylabel='cross-entropy (nats)', title='Loss held out; dotted, in training (augmented)')
+    accuracy.legend(frameon=False)
+    for axes in (accuracy, loss):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(axis='y', color='#e5e7eb')
         axes.set_axisbelow(True)
@@ -86,8 +86,7 @@ def main(settings: Settings) -> dict:
                                 f'{first["model"]} and {other["model"]}.')
     for name, run in runs.items():
         last, summary = run['metrics'][-1], run['summary']
-        print(f'{name:28} top-1 after the last epoch {last["eval_top1"]:6.2f} %   best {summary["top1"]:6.2f} %   '
-              f'{summary["train_seconds"] / 60:6.1f} min')
+        print(f'{name:28} top-1 after the last epoch {last["eval_top1"]:6.2f} %   best {summary["top1"]:6.2f} %')
     origin = provenance('cpu') | {'hardware': ' and '.join({run['summary']['hardware'] for run in runs.values()})}
     report = {'recipe': {key: value for key, value in first.items() if key not in OWN}, 'runs': {
         name: {'model_kwargs': run['args']['model_kwargs'], 'summary': run['summary'], 'metrics': run['metrics'],

@@ -145,13 +145,13 @@ def training() -> str:
     report = json.loads(file.read_text())
     rows = [
         [f'`{name}`', f'{run["metrics"][-1]["eval_top1"]:.2f}', f'{run["summary"]["top1"]:.2f}',
-         f'{run["parameters"] / 1e6:.2f}', f'{run["summary"]["train_seconds"] / 60:.0f}']
+         f'{run["parameters"] / 1e6:.2f}']
         for name, run in report['runs'].items()]
     recipe = report['recipe']
-    return (table(['model', 'top-1 of the last epoch (%)', 'of the best epoch', 'parameters (M)', 'minutes'], rows)
+    return (table(['model', 'top-1 of the last epoch (%)', 'of the best epoch', 'parameters (M)'], rows)
             + f'\n\nImagenette at {recipe["img_size"]} px, random start, {recipe["epochs"]} epochs, '
               f'seed {recipe["seed"]}, one run each,\n{report["hardware"]}, 1 thread. A point or two may be chance.\n\n'
-              f'![Held-out accuracy over epochs and minutes](results/{file.stem}.png)')
+              f'![Held-out accuracy and loss over epochs](results/{file.stem}.png)')
 
 
 def loader() -> str:
