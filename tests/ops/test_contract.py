@@ -252,7 +252,16 @@ def test_convolutions_that_cpus_do_not_do_well_are_widened(channels, dtype, kern
         assert seen.dtypes == [computed] and out.dtype == dtype
 
 
-@pytest.mark.parametrize('shape', [(2, 6, 0, 4), (2, 6, 5, 0), (0, 6, 5, 4), (2, 0, 5, 4)])
+def pads_no_channels() -> bool:
+    try:
+        return torch.nn.functional.pad(torch.empty(1, 1, 1, 1, 0), [0, 0, 0, 0, 1, 1]).shape[2] == 3
+    except RuntimeError:
+        return False
+
+
+@pytest.mark.parametrize('shape', [
+    (2, 6, 0, 4), (2, 6, 5, 0), (0, 6, 5, 4),
+    pytest.param((2, 0, 5, 4), marks=pytest.mark.skipif(not pads_no_channels(), reason='torch pads no empty map'))])
 def test_empty_maps_give_empty_maps(shape):
     x = torch.randn(shape, requires_grad=True)
     for out in (lightconv2d(x, WEIGHT), dynamicconv2d(x, torch.randn(shape[0], 45, *shape[2:]), (3, 5))):
