@@ -79,6 +79,8 @@ def main(settings: Settings) -> dict:
     if settings.results_file and Path(settings.results_file).suffix != '.json':
         raise SettingsError(f'--results-file must end in .json, got {settings.results_file}.')
     runs = {Path(run).name: read_run(Path(run)) for run in settings.runs}
+    if len(runs) < len(settings.runs):
+        raise SettingsError(f'RUNS must differ in the names of their folders, got {" ".join(settings.runs)}.')
     first, *others = (run['args'] for run in runs.values())
     for other in others:
         if differing := sorted(name for name in first if name not in OWN and first[name] != other.get(name)):

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import pickle
 import signal
 import sys
 import time
@@ -28,7 +29,8 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from evaluation import predict
+from accelerate.utils import broadcast
+from evaluation import Predictions, predict
 from open_model import ModelSettings, check_model_settings, open_model
 from pictures import (
     BadPictures,
@@ -84,7 +86,7 @@ class Settings(ModelSettings, DataSettings):
     head_lr_scale: float = 1.0  # Factor on the learning rate of the classifier.
     freeze_trunk: bool = False  # Train the classifier alone.
     clip_grad: float | None = 1.0  # Largest norm of the gradient.
-    warmup_epochs: float = 1.0  # Epochs of linear warm-up; cosine decay follows, updated at each step.
+    warmup_epochs: float = 1.0  # Epochs of linear warm-up, in place of the start of the cosine decay.
     warmup_lr: float = 1e-6  # Learning rate at the start of the warm-up.
     min_lr: float = 1e-6  # Learning rate at the end.
 
@@ -127,7 +129,8 @@ class Settings(ModelSettings, DataSettings):
 
 # Settings that may differ when a run is resumed: they change where it is, not what it computes.
 FREE_ON_RESUME = (
-    'recipe', 'dataset_download', 'output', 'experiment', 'resume', 'device', 'recovery_interval', 'tracker')
+    'recipe', 'dataset_download', 'output', 'experiment', 'resume', 'device', 'recovery_interval', 'tracker',
+    'max_bad_images')
 
 
 class Preempted(Exception):
@@ -145,6 +148,8 @@ class Progress:
     epoch_seconds: float = 0.0
     train_seconds: float = 0.0
     history: list[dict] = field(default_factory=list)
+    bad_train: list[int] = field(default_factory=list)  # places of unreadable pictures
+    bad_val: list[int] = field(default_factory=list)
 
 
 def check_values(settings: Settings) -> None:
@@ -176,7 +181,13 @@ def check_values(settings: Settings) -> None:
     if settings.tracker and settings.tracker not in (known := [str(t) for t in get_available_trackers()]):
         raise SettingsError(f'--tracker must be the name of an installed tracker ({", ".join(known) or "none is"}), '
                             f'got {settings.tracker!r}; pip install it.')
+    if settings.class_balanced and is_stream(settings):
+        raise SettingsError('--class-balanced needs all labels before the start, which a stream does not have.')
     check_model_settings(settings)
+
+
+def is_stream(settings: Settings) -> bool:
+    return settings.dataset.startswith(('hfids/', 'wds/', 'tfds/'))
 
 
 def find_run(settings: Settings) -> tuple[Path, Path | None]:
@@ -206,6 +217,9 @@ def open_data(settings: Settings) -> tuple[Dataset, Dataset, list[str]]:
     if differing := sorted(set(class_names) ^ set(val_names)):
         raise SettingsError(f'--data-dir {settings.data_dir}: both splits must have the same classes, but '
                             f'{", ".join(differing)} are in one only; add pictures or remove the folders.')
+    if '' in class_names:
+        raise SettingsError(f'--data-dir {settings.data_dir}: every picture must lie in the folder of its class, but '
+                            f'some lie beside these folders; move them.')
     if len(class_names) < 2:
         raise SettingsError(f'--data-dir {settings.data_dir}: at least 2 classes are needed, found {len(class_names)}; '
                             f'put the pictures of each class into a sub-folder of its own.')
@@ -234,7 +248,7 @@ def create_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, dat
     mode = 'RGB' if settings.in_chans == 3 else 'L'
     shared = dict(workers=settings.workers, pin_memory=accelerator.device.type == 'cuda')
     val_batch = settings.validation_batch_size or settings.batch_size
-    if settings.dataset.startswith(('hfids/', 'wds/', 'tfds/')):  # timm's streams share their pictures out themselves
+    if is_stream(settings):  # timm's streams share their pictures out themselves
         train, val = (StreamedPictures(dataset, transform, settings.seed, accelerator.process_index)
                       for dataset, transform in zip((train_set, val_set), transforms, strict=True))
         return (batches(train, None, settings.batch_size, drop_last=True, **shared),
@@ -244,6 +258,10 @@ def create_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, dat
     targets = targets_of(train_set) if settings.class_balanced else None
     sampler = EpochSampler(len(train), settings.seed, shuffle=True, targets=targets)
     batch = settings.batch_size * accelerator.num_processes
+    odd = len(train) % 2 and (settings.mixup or settings.cutmix)
+    if len(train) < batch and (accelerator.num_processes > 1 or odd):
+        raise SettingsError(f'--batch-size {settings.batch_size} in {accelerator.num_processes} processes must be at '
+                            f'most the {len(train)} training pictures; give a smaller one.')
     loaders = (batches(train, sampler, batch, drop_last=len(train) > batch, **shared),
                batches(val, EpochSampler(len(val)), val_batch * accelerator.num_processes, **shared))
     return *accelerator.prepare(*loaders), sampler
@@ -270,7 +288,11 @@ def main(settings: Settings) -> dict:
               'processes': accelerator.num_processes}
     facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file they are compared with
 
-    checkpoint = torch.load(last, map_location='cpu', weights_only=True) if last else None
+    try:
+        checkpoint = torch.load(last, map_location='cpu', weights_only=True) if last else None
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise SettingsError(f'--resume: {last} cannot be read: {one_line(error)}; start another '
+                            f'--experiment.') from error
     if last and (changed := [f'{name} was {value}, is {facts.get(name)}'
                              for name, value in checkpoint['facts'].items() if facts.get(name) != value]):
         raise SettingsError(f'--resume {run_dir} needs the settings the run began with, but {"; ".join(changed)}; '
@@ -297,6 +319,9 @@ def main(settings: Settings) -> dict:
     task.trainable_module, optimizer = accelerator.prepare(task.trainable_module, optimizer)
 
     steps_per_epoch = len(train_loader) - len(train_loader) % settings.grad_accum_steps * (sampler is None)
+    if not steps_per_epoch:
+        raise SettingsError(f'--grad-accum-steps {settings.grad_accum_steps} must be at most the {len(train_loader)} '
+                            f'batches of an epoch.')
     scheduler, _ = create_scheduler_v2(
         optimizer.optimizer, 'cosine', num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs,
         min_lr=settings.min_lr * optimizer.optimizer.defaults['lr'] / settings.lr, warmup_lr=settings.warmup_lr,
@@ -319,18 +344,25 @@ def main(settings: Settings) -> dict:
 
     def save() -> None:
         """Written last of all: whatever is killed before it is done again, with the same result."""
+        progress.bad_train, progress.bad_val = sorted(bad_train.found), sorted(bad_val.found)
         if writes:
             state = task.get_checkpoint_state() | (task.get_checkpoint_state(ema=True) if settings.model_ema else {})
             state |= {'optimizer': optimizer.state_dict(), 'scheduler': scheduler.state_dict(), 'facts': facts,
                       'scaler': accelerator.scaler.state_dict() if accelerator.scaler else None,
                       'progress': asdict(progress)}
-            write_file(run_dir / 'last' / 'checkpoint.pt', partial(torch.save, state))
+            write_file(run_dir / 'last' / 'checkpoint.pt', partial(write_state, state))
 
-    def check_finite(loss: float, what: str) -> None:
-        if not math.isfinite(loss):
+    def evaluate(keep_wrong: int = 0) -> Predictions:
+        model = unwrap_model(eval_model)  # DDP would wait for a process that has fewer batches
+        for buffer in model.buffers() if accelerator.num_processes > 1 else ():
+            broadcast(buffer)  # what the first process releases
+        return predict(model, val_loader, accelerator, on_batch=bad_val.add, keep_wrong=keep_wrong)
+
+    def check_finite(value: float, what: str, step: int) -> None:
+        if not math.isfinite(value):
             saved = run_dir / 'last' / 'checkpoint.pt'
             raise FloatingPointError(
-                f'{what} loss is {loss} at step {(progress.epoch - 1) * steps_per_epoch + progress.batch + 1} '
+                f'{what} is {value} at step {(progress.epoch - 1) * steps_per_epoch + step} '
                 f'(epoch {progress.epoch}): start another --experiment with a lower --lr; '
                 f'the last good checkpoint is {saved if saved.exists() else "none, no epoch was finished"}.')
 
@@ -346,6 +378,7 @@ def main(settings: Settings) -> dict:
         f'{device} x {accelerator.num_processes} -> {run_dir}')
     bad_train = BadPictures(train_set, settings.max_bad_images, say)
     bad_val = BadPictures(val_set, settings.max_bad_images, say)
+    bad_train.found, bad_val.found = set(progress.bad_train), set(progress.bad_val)
     if settings.tracker:
         accelerator.init_trackers('coatnet_zoo', {name: str(value) for name, value in asdict(settings).items()})
     eval_model = task.get_eval_model(ema=settings.model_ema)
@@ -353,6 +386,10 @@ def main(settings: Settings) -> dict:
     try:
         while progress.epoch <= settings.epochs and not out_of_patience(settings, progress.history):
             epoch = progress.epoch
+            if settings.train_img_sizes:  # before the workers start
+                share = (epoch - 1) * len(settings.train_img_sizes) // settings.epochs
+                train_loader.dataset.transform = training_transform(
+                    settings, data_config, settings.train_img_sizes[share])
             if sampler is not None:
                 sampler.epoch, sampler.start = epoch, progress.batch * pictures_per_step
                 stream = iter(train_loader)
@@ -360,10 +397,6 @@ def main(settings: Settings) -> dict:
                 train_loader.dataset.epoch = epoch
                 train_loader.dataset.dataset.set_epoch(epoch)
                 stream = islice(train_loader, progress.batch, steps_per_epoch)
-            if settings.train_img_sizes:
-                share = (epoch - 1) * len(settings.train_img_sizes) // settings.epochs
-                train_loader.dataset.transform = training_transform(
-                    settings, data_config, settings.train_img_sizes[share])
             if mixup:
                 mixup.mixup_enabled = not settings.mixup_off_epoch or epoch <= settings.mixup_off_epoch
             bar.set_description(f'epoch {epoch}/{settings.epochs}')
@@ -383,10 +416,12 @@ def main(settings: Settings) -> dict:
                     with accelerator.autocast():
                         loss = task(images, targets)['loss']
                     loss_value = accelerator.reduce(loss.detach().clone(), 'mean').item()
-                    check_finite(loss_value, 'training')
+                    check_finite(loss_value, 'training loss', progress.batch + 1)
                     accelerator.backward(loss)
                     if settings.clip_grad is not None and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(task.get_clip_parameters(), settings.clip_grad)
+                        norm = accelerator.clip_grad_norm_(task.get_clip_parameters(), settings.clip_grad)
+                        if not accelerator.scaler:  # which would leave this step out
+                            check_finite(float(norm), 'gradient norm of the training loss', progress.batch + 1)
                     lr = max(group['lr'] for group in optimizer.param_groups)
                     optimizer.step()
                     optimizer.zero_grad()
@@ -412,8 +447,8 @@ def main(settings: Settings) -> dict:
             progress.epoch_seconds += time.perf_counter() - begun
             progress.train_seconds += progress.epoch_seconds
 
-            scores = predict(eval_model, val_loader, accelerator, on_batch=bad_val.add).scores
-            check_finite(scores['loss'], 'evaluation')
+            scores = evaluate().scores
+            check_finite(scores['loss'], 'evaluation loss', progress.batch)
             speed = progress.batch * pictures_per_step / progress.epoch_seconds
             row = {
                 'epoch': epoch, 'lr': lr, 'train_loss': progress.loss_sum / seen_per_epoch, 'eval_loss': scores['loss'],
@@ -436,7 +471,7 @@ def main(settings: Settings) -> dict:
 
         # The released file once more, from disk: the pictures show what it does.
         unwrap_model(eval_model).load_state_dict(load_file(run_dir / 'model.safetensors'))
-        predictions = predict(eval_model, val_loader, accelerator, on_batch=bad_val.add, keep_wrong=24)
+        predictions = evaluate(keep_wrong=24)
     finally:
         signal.signal(signal.SIGTERM, previous)
         bar.close()
@@ -449,15 +484,20 @@ def main(settings: Settings) -> dict:
         'unreadable': [*bad_train.names(), *bad_val.names()],
         'processes': accelerator.num_processes, **provenance(device.type)}
     if writes:
+        write_json(run_dir / 'summary.json', summary)
         write_figure(run_dir / 'confusion.png', confusion_figure(
             predictions.labels, predictions.top5[:, 0], class_names))
         write_figure(run_dir / 'misclassified.png', misread_figure(
             predictions.wrong, class_names, data_config['mean'], data_config['std']))
-        write_json(run_dir / 'summary.json', summary)
         print(f'best epoch {best["epoch"]}: top-1 {best["eval_top1"]:.2f} %. Load it with '
               f'timm.create_model(\'local-dir:{run_dir}\', pretrained=True)')
     accelerator.end_training()
     return summary
+
+
+def write_state(state: dict, path: Path) -> None:
+    with path.open('wb') as file:  # to a path of its own torch.save hides a full disk behind a RuntimeError
+        torch.save(state, file)
 
 
 def out_of_patience(settings: Settings, history: list[dict]) -> bool:

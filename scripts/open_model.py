@@ -4,6 +4,7 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from settings import SettingsError, did_you_mean, one_line, parse_argument
 from timm.data import resolve_input_data_config
 from timm.models import parse_model_name, resolve_model_input_args
@@ -43,7 +44,8 @@ def check_model_settings(settings: ModelSettings) -> None:
         raise SettingsError(f'--in-chans must be 3 (pictures read as RGB) or 1 (as grey), got {settings.in_chans}.')
     if wrong := [item for item in settings.model_kwargs if '=' not in item]:
         raise SettingsError(f'--model-kwargs must be key=value, got {wrong[0]!r}.')
-    flags = ('num_classes', 'in_chans', 'img_size', 'drop_rate', 'drop_path_rate', 'pretrained', 'checkpoint_path')
+    flags = ('num_classes', 'in_chans', 'img_size', 'drop_rate', 'drop_path_rate', 'pretrained', 'checkpoint_path',
+             'features_only')
     if wrong := [item for item in settings.model_kwargs if item.split('=')[0] in flags]:
         raise SettingsError(f'--model-kwargs {wrong[0]}: this one has a flag of its own, use that.')
     try:
@@ -89,7 +91,8 @@ def open_model(
             model(torch.zeros(1, *data_config['input_size']))
             for size in try_sizes:
                 model(torch.zeros(1, settings.in_chans, size, size))
-    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, AttributeError, ZeroDivisionError,
+            SafetensorError) as error:
         size = '' if settings.img_size is None else f' with --img-size {settings.img_size}'
         size += f' and pictures of {try_sizes} pixels' if try_sizes else ''
         raise SettingsError(f'--model {settings.model}{size} cannot be built: {one_line(error)}') from error

@@ -3,6 +3,7 @@
 Whatever worker or process reads it, the augmentation of a picture follows from (seed, epoch, index) alone. Streams
 (hfids/, wds/, tfds/) have no index: theirs follows from (seed, epoch, process, worker, position).
 """
+import signal
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from settings import SettingsError, one_line
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
-from timm.utils import random_seed
+from timm.utils import natural_key, random_seed
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 __all__ = [
@@ -94,6 +95,13 @@ def _open_folder(settings: DataSettings, split: str) -> tuple[Dataset, list[str]
         raise SettingsError(f'--class-map {settings.class_map} is not a file; give one line for each class.')
     try:
         dataset = create_dataset('', root=str(folder), search_split=False, class_map=settings.class_map or None)
+        names = sorted(dataset.reader.class_to_idx, key=lambda name: (natural_key(name), name))
+        if not settings.class_map and len({name.lower() for name in names}) < len(names):
+            # timm leaves the order of names that differ by case to the hash of strings, another one in each process
+            class_map = {name: label for label, name in enumerate(names)}
+            dataset = create_dataset('', root=str(folder), search_split=False, class_map=class_map)
+    except AssertionError as error:
+        raise SettingsError(f'--class-map {settings.class_map} must be a .txt file with a class a line.') from error
     except RuntimeError as error:
         raise SettingsError(f'--data-dir {settings.data_dir}: no pictures found in {folder}; {layout}.') from error
     return dataset, sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
@@ -111,6 +119,8 @@ def read_picture(dataset: Dataset, index: int, mode: str = 'RGB') -> tuple[Image
         return image.convert(mode), label
     file, label, *_ = dataset.reader[index]  # dataset[index] would pass over what it cannot read
     with Image.open(file) as image:
+        if image.mode.startswith('I;16'):  # convert() would cut all above 255 off
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert(mode), -1 if label is None else label
 
 
@@ -215,11 +225,16 @@ class EpochSampler(Sampler):
 def batches(pictures: Pictures | StreamedPictures, sampler: EpochSampler | None, batch_size: int, workers: int,
             drop_last: bool = False, pin_memory: bool = False) -> DataLoader:
     """A loader of (images (B, C, H, W), labels (B,), bad (B,)); streams come in the order they have."""
-    shared = dict(num_workers=workers, pin_memory=pin_memory)
+    shared = dict(num_workers=workers, pin_memory=pin_memory, worker_init_fn=ignore_sigterm)
     if isinstance(pictures, StreamedPictures):
         pictures.dataset.set_loader_cfg(num_workers=workers)
         return DataLoader(pictures, batch_size, drop_last=drop_last, **shared)
     return DataLoader(pictures, batch_sampler=BatchSampler(sampler, batch_size, drop_last), **shared)
+
+
+def ignore_sigterm(_: int) -> None:
+    """A signal to the whole group must leave the readers to the main process, which saves first."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class BadPictures:

@@ -37,6 +37,7 @@ def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names:
         class_names: In label order.
     """
     count = len(class_names)
+    class_names = [plain(name) for name in class_names]
     read = labels >= 0
     matrix = torch.bincount(labels[read] * count + predicted[read], minlength=count * count).view(count, count).double()
     share = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
@@ -60,6 +61,11 @@ def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names:
     return figure
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib shows it unread: between two dollars it would see a formula."""
+    return name.replace('$', r'\$')
+
+
 def to_picture(image: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """A normalised (C, H, W) image as (H, W, 3) in 0..1, or (H, W) if it is grey."""
     values = image.float() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
@@ -78,7 +84,8 @@ def misread_figure(wrong: list[tuple[float, torch.Tensor, int, int]], class_name
         axes.axis('off')
     for axes, (sure, image, label, guess) in zip(figure.axes, wrong, strict=False):
         axes.imshow(to_picture(image, mean, std), cmap='gray', vmin=0, vmax=1)
-        axes.set_title(f'{class_names[guess][:22]}, {100 * sure:.0f} %\nis {class_names[label][:22]}', fontsize=8)
+        axes.set_title(f'{plain(class_names[guess][:22])}, {100 * sure:.0f} %\nis {plain(class_names[label][:22])}',
+                       fontsize=8)
     return figure
 
 

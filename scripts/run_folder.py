@@ -24,7 +24,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with temporary.open('rb+') as file:
             os.fsync(file.fileno())
-    except OSError:
+    except Exception:
         temporary.unlink(missing_ok=True)  # a full disk should not stay full of halves
         raise
     os.replace(temporary, path)

@@ -4,9 +4,10 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from pictures import DataSettings, EpochSampler, Pictures, open_pictures, targets_of
+from pictures import DataSettings, EpochSampler, Pictures, open_pictures, read_picture, targets_of
 from PIL import Image
 from runs import CLASSES, assert_same_run, read_checkpoint, read_metrics, run, write_pictures
 from settings import SettingsError
@@ -135,3 +136,38 @@ def test_shards_train_the_same_twice(settings, tmp_path):
     assert json.loads((first / 'config.json').read_text())['label_names'] == ['0', '1', '2']
     with pytest.raises(SettingsError, match='--num-classes is needed'):
         run(settings, data_dir=str(folder), dataset='wds/', experiment='third')
+
+
+def test_names_that_differ_by_case_have_one_order_and_formulas_stay_names(settings, tmp_path):
+    names = ('a', 'A', 'b', 'B', '$1', '$5')
+    data = write_pictures(tmp_path / 'own', classes=names, train=2, val=1)
+    dataset, found = open_pictures(DataSettings(data_dir=str(data)), 'train')
+    assert found == ['$1', '$5', 'A', 'a', 'B', 'b']
+    assert all(Path(dataset.filename(i)).parent.name == found[label] for i, label in enumerate(targets_of(dataset)))
+    run_dir = run(settings, data_dir=str(data), epochs=1)
+    assert json.loads((run_dir / 'config.json').read_text())['label_names'] == found
+
+
+def test_sixteen_bits_of_grey_are_scaled(tmp_path):
+    data = write_pictures(tmp_path / 'own', train=2, val=1)
+    values = (np.arange(36 * 40, dtype=np.uint16) * 45).reshape(36, 40)
+    Image.fromarray(values).save(data / 'train' / 'blue' / '0.png')
+    dataset, _ = open_pictures(DataSettings(data_dir=str(data)), 'train')
+    image, _ = read_picture(dataset, 0)
+    assert np.array_equal(np.asarray(image)[..., 0], values >> 8)
+
+
+def test_pictures_beside_the_classes_are_refused(settings, tmp_path):
+    data = write_pictures(tmp_path / 'own', train=2, val=1)
+    for split in ('train', 'val'):
+        (data / split / 'stray.png').write_bytes((data / 'train' / 'red' / '0.png').read_bytes())
+    with pytest.raises(SettingsError, match='in the folder of its class'):
+        run(settings, data_dir=str(data))
+
+
+def test_unreadable_pictures_are_remembered_over_a_resume(settings, tmp_path):
+    data = write_pictures(tmp_path / 'own')
+    path = spoil(data / 'train' / 'red' / '3.png')
+    run_dir = run(settings, data_dir=str(data), max_bad_images=0.1)
+    run(settings, data_dir=str(data), max_bad_images=0.2, resume='auto')
+    assert json.loads((run_dir / 'summary.json').read_text())['unreadable'] == [str(path)]

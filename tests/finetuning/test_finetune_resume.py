@@ -41,7 +41,7 @@ def test_same_seed_gives_same_weights_and_another_seed_does_not(settings, worker
 
 
 def test_run_killed_at_any_write_resumes_to_the_same_weights(settings, monkeypatch):
-    options = dict(model_ema=True, drop=0.2, color_jitter=0.2)
+    options = dict(model_ema=True, drop=0.2, color_jitter=0.2, epochs=1)
     whole = run(settings, experiment='whole', **options)
     replace, resumed = os.replace, 0
     for kill_at in range(1, 100):
@@ -65,7 +65,7 @@ def test_run_killed_at_any_write_resumes_to_the_same_weights(settings, monkeypat
         resumed += (run_dir / 'last' / 'checkpoint.pt').exists()
         assert_same_run(run(settings, experiment=run_dir.name, resume='auto', **options), whole)
         assert_same_tensors(read_checkpoint(run_dir)['state_dict_ema'], read_checkpoint(whole)['state_dict_ema'])
-    assert kill_at > 9 and resumed >= 4 and calls == kill_at - 1
+    assert kill_at > 9 and resumed >= 3 and calls == kill_at - 1
 
 
 def test_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def start_process(settings: finetune.Settings, **changes) -> subprocess.Popen:
 
 @pytest.mark.parametrize(('number', 'code'), [(signal.SIGKILL, -9), (signal.SIGTERM, finetune.PREEMPTED)])
 def test_killed_process_resumes_to_the_same_weights(settings, number, code):
-    settings = dataclasses.replace(settings, epochs=8, workers=1)
+    settings = dataclasses.replace(settings, epochs=5, workers=1)
     process = start_process(settings, recovery_interval=1)
     checkpoint = Path(settings.output) / 'run' / 'last' / 'checkpoint.pt'
     while process.poll() is None and not checkpoint.exists():
@@ -220,7 +220,7 @@ def test_killed_process_resumes_to_the_same_weights(settings, number, code):
     assert process.returncode == code, printed
     assert assert_everything_loads(checkpoint.parents[1]) >= 3
     done = read_checkpoint(checkpoint.parents[1])['progress']
-    assert done['epoch'] < 8
+    assert done['epoch'] < 5
     assert_same_run(run(settings, resume='auto'), run(settings, experiment='whole'))
 
 
@@ -240,3 +240,33 @@ def test_full_disk_loses_nothing_that_was_saved(settings, monkeypatch):
     assert read_checkpoint(run_dir)['progress']['epoch'] == 2
     assert not list(run_dir.rglob('.*.tmp')) and assert_everything_loads(run_dir) == 6
     assert_same_run(run(settings, resume='auto'), run(settings, experiment='whole'))
+
+
+def test_checkpoint_that_finds_no_room_is_an_os_error():
+    with pytest.raises(OSError, match='No space left'):
+        finetune.write_state({'weights': torch.zeros(10 ** 6)}, Path('/dev/full'))
+
+
+def test_half_a_checkpoint_is_refused_by_name(settings):
+    run_dir = run(settings, epochs=1)
+    path = run_dir / 'last' / 'checkpoint.pt'
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(SettingsError, match=r'last/checkpoint.pt cannot be read'):
+        run(settings, epochs=1, resume='auto')
+
+
+def test_unfinite_gradient_stops_before_it_reaches_the_weights(settings, monkeypatch):
+    forward, steps = ClassificationTask.forward, []
+
+    def spoil(self, images, targets):
+        result = forward(self, images, targets)
+        steps.append(1)
+        if len(steps) == 3:
+            result['loss'].register_hook(lambda gradient: gradient * float('nan'))
+        return result
+
+    monkeypatch.setattr(ClassificationTask, 'forward', spoil)
+    with pytest.raises(FloatingPointError, match=r'gradient norm of the training loss is nan at step 3'):
+        run(settings, recovery_interval=1)
+    state = read_checkpoint(Path(settings.output) / 'run')
+    assert state['progress']['batch'] == 2 and all(value.isfinite().all() for value in state['state_dict'].values())
