@@ -30,6 +30,7 @@ from pictures import (
     Pictures,
     StreamedPictures,
     batches,
+    is_stream,
     open_pictures,
     picture_name,
 )
@@ -172,7 +173,7 @@ def evaluate_part(settings: Settings, part: Part, model: nn.Module, data_config:
     except (ValueError, KeyError, AssertionError) as error:
         raise SettingsError(f'--interpolation, --crop-mode or another setting of the pictures: '
                             f'{one_line(error)}.') from error
-    sampler, streamed = EpochSampler(len(part.dataset)), settings.dataset.startswith(('hfids/', 'wds/', 'tfds/'))
+    sampler, streamed = EpochSampler(len(part.dataset)), is_stream(settings)
     pictures = (StreamedPictures(part.dataset, transform) if streamed else
                 Pictures(part.dataset, transform, mode='RGB' if data_config['input_size'][0] == 3 else 'L'))
     batch_size = settings.batch_size * (1 if streamed else accelerator.num_processes)

@@ -31,7 +31,7 @@ import tyro
 from accelerate import Accelerator
 from features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
 from open_model import ModelSettings, open_model
-from pictures import BadPictures, DataSettings, Pictures, open_pictures, targets_of
+from pictures import BadPictures, DataSettings, Pictures, is_stream, open_pictures, targets_of
 from processes import start
 from provenance import provenance
 from run_folder import write_file, write_json
@@ -90,7 +90,7 @@ def check_values(settings: Settings) -> None:
     check_range(settings, 'seed', 0, 2**32 - 1)
     if settings.out_indices and settings.features != 'pyramid':
         raise SettingsError(f'--out-indices {settings.out_indices} needs --features pyramid, got {settings.features}.')
-    if settings.dataset.startswith(('hfids/', 'wds/', 'tfds/')):
+    if is_stream(settings):
         raise SettingsError(f'--dataset {settings.dataset} is a stream, whose pictures have no index to resume at; '
                             f'use a folder, torch/ or hfds/.')
     if settings.knn or settings.linear_probe:

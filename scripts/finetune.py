@@ -39,6 +39,7 @@ from pictures import (
     Pictures,
     StreamedPictures,
     batches,
+    is_stream,
     open_pictures,
     seed_of,
     targets_of,
@@ -184,10 +185,6 @@ def check_values(settings: Settings) -> None:
     if settings.class_balanced and is_stream(settings):
         raise SettingsError('--class-balanced needs all labels before the start, which a stream does not have.')
     check_model_settings(settings)
-
-
-def is_stream(settings: Settings) -> bool:
-    return settings.dataset.startswith(('hfids/', 'wds/', 'tfds/'))
 
 
 def find_run(settings: Settings) -> tuple[Path, Path | None]:

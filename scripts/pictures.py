@@ -19,8 +19,8 @@ from timm.utils import natural_key, random_seed
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 __all__ = [
-    'BadPictures', 'DataSettings', 'EpochSampler', 'Pictures', 'StreamedPictures', 'batches', 'open_pictures',
-    'picture_name', 'read_picture', 'seed_of', 'targets_of']
+    'BadPictures', 'DataSettings', 'EpochSampler', 'Pictures', 'StreamedPictures', 'batches', 'is_stream',
+    'open_pictures', 'picture_name', 'read_picture', 'seed_of', 'targets_of']
 
 SCHEMAS = ('torch/', 'hfds/', 'hfids/', 'wds/', 'tfds/')
 SPLIT_FOLDERS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'test')}
@@ -39,6 +39,11 @@ class DataSettings:
     input_key: str = ''  # Column of the pictures in hfds/, hfids/ and wds/ (image if not given).
     target_key: str = ''  # Column of the labels there (label if not given).
     workers: int = 4  # Processes that read pictures; 0 reads in the main one.
+
+
+def is_stream(settings: DataSettings) -> bool:
+    """Whether pictures come in an order of their own, without an index."""
+    return settings.dataset.startswith(('hfids/', 'wds/', 'tfds/'))
 
 
 def open_pictures(
@@ -60,7 +65,6 @@ def open_pictures(
             f'--dataset must be empty (a folder) or start with {", ".join(SCHEMAS)}, got {settings.dataset!r}.')
     if not settings.dataset:
         return _open_folder(settings, split)
-    streamed = settings.dataset.startswith(('hfids/', 'wds/', 'tfds/'))
     options = dict(input_key=settings.input_key or None, target_key=settings.target_key or None)
     try:
         dataset = create_dataset(
@@ -77,7 +81,7 @@ def open_pictures(
     labels = dataset.reader.class_to_idx
     if not labels and num_classes is None:
         raise SettingsError(f'--num-classes is needed: --dataset {settings.dataset} has no names for its classes.')
-    if streamed and not len(dataset):
+    if is_stream(settings) and not len(dataset):
         raise SettingsError(f'--dataset {settings.dataset} does not say how many pictures {split} has; give the '
                             f'number after a |, as in train-{{0000..0099}}.tar|100000.')
     return dataset, sorted(labels, key=labels.get) or [str(label) for label in range(num_classes)]

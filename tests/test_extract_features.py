@@ -75,7 +75,7 @@ def read_rows(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     columns, paths = [], []
     for path in shards_of(folder):
         with safe_open(path, 'pt') as shard:
-            columns.append({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
+            columns.append({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118  safe_open is no dict
             paths += json.loads(shard.metadata()['paths'])
     return {name: torch.cat([part[name] for part in columns]) for name in columns[0]}, paths
 
