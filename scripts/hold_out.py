@@ -1,0 +1,55 @@
+"""Take some pictures of each class out of a training folder, so that settings are not chosen on the validation split.
+
+    python scripts/hold_out.py tiny-imagenet/train tin200 --per-class 10
+
+fills tin200/train and tin200/validation with links to the pictures, the last ones of each class in natural order in
+validation; the folder it reads stays as it is. finetune.py takes --data-dir tin200, and the real validation split is
+looked at once, at the end, by eval_imagenet.py.
+"""
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from settings import SettingsError, end_with_sentence, one_line
+from timm.utils import natural_key
+
+
+@dataclass(frozen=True)
+class Settings:
+    train_dir: tyro.conf.Positional[Path]  # Folder with a sub-folder of pictures for each class.
+    output: tyro.conf.Positional[Path]  # New folder to fill with train/ and validation/.
+    per_class: int = 10  # Pictures of each class to hold out.
+
+
+def main(settings: Settings) -> dict[str, int]:
+    """Fill the new folder, and return how many pictures went where."""
+    classes = sorted(path for path in settings.train_dir.glob('*') if path.is_dir())
+    if not classes:
+        raise SettingsError(f'TRAIN_DIR {settings.train_dir} must hold a sub-folder for each class, but has none.')
+    if settings.output.exists():
+        raise SettingsError(f'OUTPUT {settings.output} exists, and is never written over; remove it or name another.')
+    counts = {'train': 0, 'validation': 0}
+    for folder in classes:
+        pictures = [path for path in folder.iterdir() if path.is_file()]
+        pictures.sort(key=lambda path: natural_key(path.name))
+        if not 0 < settings.per_class < len(pictures):
+            raise SettingsError(f'--per-class must be from 1 to {len(pictures) - 1}, all but one of the pictures in '
+                                f'{folder}, got {settings.per_class}.')
+        for place, picture in enumerate(pictures):
+            split = 'train' if place < len(pictures) - settings.per_class else 'validation'
+            link = settings.output / split / folder.name / picture.name
+            try:
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(os.path.relpath(picture, link.parent))  # so that both may move together
+            except OSError as error:
+                raise SettingsError(f'OUTPUT {settings.output} cannot be written: {one_line(error)}.') from error
+            counts[split] += 1
+    print(f'{counts["train"]} pictures to train on and {counts["validation"]} held out, of {len(classes)} classes, '
+          f'in {settings.output}')
+    return counts
+
+
+if __name__ == '__main__':
+    end_with_sentence('hold_out.py', lambda: main(tyro.cli(Settings, description=__doc__, args=sys.argv[1:])))

@@ -1,0 +1,42 @@
+"""scripts/hold_out.py: every picture once, the original folder untouched, refusals in a sentence."""
+from pathlib import Path
+
+import pytest
+from hold_out import Settings, main
+from settings import SettingsError
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for name in ('cat', 'dog'):
+        (tmp_path / 'all' / name).mkdir(parents=True)
+        for number in range(12):
+            (tmp_path / 'all' / name / f'{name}_{number}.jpg').write_text(f'{name} {number}')
+    return tmp_path / 'all'
+
+
+def test_every_picture_goes_to_one_split(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(Settings(Path('all'), Path('split'), per_class=3)) == {'train': 18, 'validation': 6}
+    held = sorted(path.name for path in (tmp_path / 'split/validation/cat').iterdir())
+    assert held == ['cat_10.jpg', 'cat_11.jpg', 'cat_9.jpg']  # natural order, not the order of strings
+    texts = [path.read_text() for path in (tmp_path / 'split').rglob('*.jpg')]
+    assert sorted(texts) == sorted(path.read_text() for path in pictures.rglob('*.jpg'))
+    assert not any(path.is_symlink() for path in pictures.rglob('*'))
+
+
+@pytest.mark.parametrize('per_class', (0, 12))
+def test_a_class_keeps_a_picture_in_each_split(pictures, tmp_path, per_class):
+    with pytest.raises(SettingsError, match='--per-class must be from 1 to 11'):
+        main(Settings(pictures, tmp_path / 'split', per_class=per_class))
+
+
+def test_no_folder_is_written_over(pictures, tmp_path):
+    main(Settings(pictures, tmp_path / 'split', per_class=1))
+    with pytest.raises(SettingsError, match=r'OUTPUT .* exists'):
+        main(Settings(pictures, tmp_path / 'split', per_class=1))
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match=r'TRAIN_DIR .* must hold a sub-folder for each class'):
+        main(Settings(tmp_path, tmp_path / 'split'))
