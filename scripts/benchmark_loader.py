@@ -16,6 +16,8 @@ from time import perf_counter
 import benchmark
 import finetune
 import torch
+from loaders import open_data, training_transform
+from open_model import open_model
 from pictures import EpochSampler, Pictures, batches
 from provenance import provenance
 from recipes import settings_of
@@ -68,9 +70,9 @@ def measure(settings: Settings) -> dict:
     recipe = finetune.Settings(
         **settings_of(settings.recipe, settings.model) | dict(
             data_dir=settings.data_dir, model=settings.model, batch_size=settings.batch_size))
-    train_set, _, class_names = finetune.open_data(recipe)
-    _, data_config = finetune.open_model(recipe, use_train_size=True, num_classes=len(class_names))
-    pictures = Pictures(train_set, finetune.training_transform(recipe, data_config), substitute=True)
+    train_set, _, class_names = open_data(recipe)
+    _, data_config = open_model(recipe, use_train_size=True, num_classes=len(class_names))
+    pictures = Pictures(train_set, training_transform(recipe, data_config), substitute=True)
     sampler = EpochSampler(len(pictures), shuffle=True)
     timing = benchmark.Settings(
         model='', against='', batch_size=settings.batch_size, img_size=data_config['input_size'][-1],

@@ -3,18 +3,20 @@
 Whatever worker or process reads it, the augmentation of a picture follows from (seed, epoch, index) alone. Streams
 (hfids/, wds/, tfds/) have no index: theirs follows from (seed, epoch, process, worker, position).
 """
+import pickle
 import signal
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from settings import SettingsError, one_line
-from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data import ImageDataset, IterableImageDataset, add_img_extensions, create_dataset
 from timm.utils import natural_key, random_seed
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
@@ -24,6 +26,7 @@ __all__ = [
 
 SCHEMAS = ('torch/', 'hfds/', 'hfids/', 'wds/', 'tfds/')
 SPLIT_FOLDERS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'test')}
+add_img_extensions(('.webp', '.bmp', '.tif', '.tiff'))  # timm's folders list .jpg, .jpeg and .png alone
 # What PIL raises for a file that is no picture, cut short, or garbled.
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -48,7 +51,8 @@ def is_stream(settings: DataSettings) -> bool:
 
 def open_pictures(
         settings: DataSettings, split: str, *, batch_size: int = 1, is_training: bool = False, seed: int = 0,
-        num_samples: int | None = None, num_classes: int | None = None) -> tuple[Dataset, list[str]]:
+        num_samples: int | None = None, num_classes: int | None = None, in_chans: int = 3,
+) -> tuple[Dataset, list[str]]:
     """Open one split and return timm's data set with its class names in label order.
 
     Args:
@@ -59,6 +63,7 @@ def open_pictures(
         seed: Of the order of a stream.
         num_samples: Pictures of a stream that does not say it.
         num_classes: Classes of a stream that has no names for them.
+        in_chans: Streams convert to RGB (3) or grey (1).
     """
     if settings.dataset and not settings.dataset.startswith(SCHEMAS):
         raise SettingsError(
@@ -66,11 +71,15 @@ def open_pictures(
     if not settings.dataset:
         return _open_folder(settings, split)
     options = dict(input_key=settings.input_key or None, target_key=settings.target_key or None)
+    if is_stream(settings):
+        options |= dict(input_img_mode='RGB' if in_chans == 3 else 'L')
+    create = partial(
+        create_dataset, settings.dataset, root=settings.data_dir or None, split=split,
+        download=settings.dataset_download, class_map=settings.class_map or None, batch_size=batch_size,
+        seed=seed, num_samples=num_samples,
+        **({} if settings.dataset.startswith('torch/') else options))
     try:
-        dataset = create_dataset(
-            settings.dataset, root=settings.data_dir or None, split=split, download=settings.dataset_download,
-            class_map=settings.class_map or None, batch_size=batch_size, is_training=is_training, seed=seed,
-            num_samples=num_samples, **({} if settings.dataset.startswith('torch/') else options))
+        dataset = create(is_training=is_training)
         if settings.dataset.startswith('torch/'):
             # torchvision's ImageNet has tuples of synonyms
             return dataset, [name if isinstance(name, str) else name[0] for name in dataset.classes]
@@ -78,6 +87,7 @@ def open_pictures(
         raise SettingsError(
             f'--dataset {settings.dataset} cannot be read from --data-dir {settings.data_dir}: {one_line(error)}; '
             f'--dataset-download fetches what torchvision offers.') from error
+    _try_first(partial(create, is_training=False), settings, split, is_training)
     labels = dataset.reader.class_to_idx
     if not labels and num_classes is None:
         raise SettingsError(f'--num-classes is needed: --dataset {settings.dataset} has no names for its classes.')
@@ -85,6 +95,30 @@ def open_pictures(
         raise SettingsError(f'--dataset {settings.dataset} does not say how many pictures {split} has; give the '
                             f'number after a |, as in train-{{0000..0099}}.tar|100000.')
     return dataset, sorted(labels, key=labels.get) or [str(label) for label in range(num_classes)]
+
+
+def _try_first(create: Callable[[], Dataset], settings: DataSettings, split: str, is_training: bool) -> None:
+    """Read one picture, and count the shards: what is wrong with either would show in a worker, or in none."""
+    try:
+        dataset = create()  # another one, because timm's streams are set up for good by the first read
+        next(iter(dataset))
+    except (StopIteration, KeyError, ValueError, TypeError, RuntimeError, AssertionError, OSError) as error:
+        raise SettingsError(
+            f'--dataset {settings.dataset}: no picture of {split} can be read with --input-key '
+            f'{settings.input_key or "left out"} and --target-key {settings.target_key or "left out"}'
+            f'{"" if isinstance(error, StopIteration) else f": {one_line(error)}"}; name the columns that hold the '
+            f'pictures and their labels.') from error
+    reader = dataset.reader
+    if not is_stream(settings) or (not is_training and reader.dist_num_replicas == 1):
+        return  # a reader without a shard is idle, no more
+    if settings.dataset.startswith('wds/'):
+        shards = len(reader.split_info.filenames) // reader.dist_num_replicas
+    else:
+        shards = getattr(getattr(reader, 'ds', None), 'num_shards', settings.workers)
+    if max(settings.workers, 1) > shards:
+        raise SettingsError(f'--workers must be at most the shards that {split} of --dataset {settings.dataset} has '
+                            f'for each process, {shards}, got {settings.workers}: a reader without a shard would wait '
+                            f'for ever; give fewer, or more shards.')
 
 
 def _open_folder(settings: DataSettings, split: str) -> tuple[Dataset, list[str]]:
@@ -97,6 +131,8 @@ def _open_folder(settings: DataSettings, split: str) -> tuple[Dataset, list[str]
         raise SettingsError(f'--data-dir {settings.data_dir} has no folder {" or ".join(names)}; {layout}.')
     if settings.class_map and not Path(settings.class_map).is_file():
         raise SettingsError(f'--class-map {settings.class_map} is not a file; give one line for each class.')
+    if settings.class_map.lower().endswith('.txt'):
+        _check_names(settings.class_map)
     try:
         dataset = create_dataset('', root=str(folder), search_split=False, class_map=settings.class_map or None)
         names = sorted(dataset.reader.class_to_idx, key=lambda name: (natural_key(name), name))
@@ -104,11 +140,31 @@ def _open_folder(settings: DataSettings, split: str) -> tuple[Dataset, list[str]
             # timm leaves the order of names that differ by case to the hash of strings, another one in each process
             class_map = {name: label for label, name in enumerate(names)}
             dataset = create_dataset('', root=str(folder), search_split=False, class_map=class_map)
-    except AssertionError as error:
+    except (AssertionError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise SettingsError(f'--class-map {settings.class_map} must be a .txt file with a class a line.') from error
     except RuntimeError as error:
+        if settings.class_map:
+            raise SettingsError(f'--class-map {settings.class_map} names no folder of {folder} that holds pictures; '
+                                f'give the names of its folders, one a line.') from error
         raise SettingsError(f'--data-dir {settings.data_dir}: no pictures found in {folder}; {layout}.') from error
     return dataset, sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+
+
+def _check_names(class_map: str) -> None:
+    """Refuse blank lines, which timm takes for classes, and names given twice, of which it keeps the last label."""
+    places = {}
+    try:
+        with Path(class_map).open(encoding='utf-8') as file:
+            names = [line.strip() for line in file]
+    except ValueError as error:
+        raise SettingsError(f'--class-map {class_map} must be text in UTF-8: {one_line(error)}; save it so.') from error
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise SettingsError(f'--class-map {class_map} must have a class on each line, line {number} is blank; '
+                                f'remove it.')
+        if places.setdefault(name, number) != number:
+            raise SettingsError(f'--class-map {class_map} must name each class once, {name} stands on lines '
+                                f'{places[name]} and {number}; remove one.')
 
 
 def seed_of(*numbers: int) -> int:

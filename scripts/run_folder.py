@@ -54,7 +54,7 @@ def write_config(path: Path, model: nn.Module, class_names: list[str], data_conf
         'tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes', 'label_names',
         'label_descriptions', 'label_offset', 'test_input_size', 'test_crop_pct', 'test_pool_size'}
     model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in described}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(prefix='.config', dir=path.parent) as scratch:  # timm writes weights beside it
         save_for_hf(model, scratch, {'label_names': class_names}, data_config=data_config, safe_serialization=True)
         config = json.loads((Path(scratch) / 'config.json').read_text(encoding='utf-8'))
     write_json(path, config)

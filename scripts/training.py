@@ -1,4 +1,5 @@
 """What finetune.py trains: timm's task with its loss and teacher, and an optimizer that knows trunk from head."""
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 if TYPE_CHECKING:
     from finetune import Settings
 
-__all__ = ['build_optimizer', 'build_task', 'freeze_trunk', 'open_teacher', 'set_trunk_to_eval']
+__all__ = ['build_optimizer', 'build_task', 'check_training', 'freeze_trunk', 'open_teacher', 'set_trunk_to_eval']
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
@@ -36,6 +37,18 @@ def set_trunk_to_eval(model: nn.Module) -> None:
     classifier_of(model).train()
 
 
+def check_training(settings: 'Settings', model: nn.Module, data_config: dict) -> None:
+    """Refuse what would fail in the first step."""
+    if settings.batch_size > 1:
+        return
+    # statistics of BatchNorm need two values, which a map of 1 x 1 gives only from two pictures
+    try:
+        copy.deepcopy(model).train()(torch.zeros(1, *data_config['input_size']))
+    except ValueError as error:
+        raise SettingsError(f'--batch-size {settings.batch_size} is too small for --model {settings.model}: '
+                            f'{one_line(error)}; give at least 2.') from error
+
+
 def build_optimizer(settings: 'Settings', model: nn.Module, batch_size: int) -> torch.optim.Optimizer:
     """timm's optimizer; its learning rate is --lr times pictures per update / --lr-base-size, where that is given.
 
@@ -54,6 +67,9 @@ def build_optimizer(settings: 'Settings', model: nn.Module, batch_size: int) -> 
     except (ValueError, TypeError, AssertionError) as error:
         raise SettingsError(f'--opt {settings.opt}: {one_line(error)}; see timm.optim.list_optimizers()'
                             f'{did_you_mean(settings.opt, list_optimizers()) or "."}') from error
+    if getattr(optimizer, 'is_second_order', False):
+        raise SettingsError(f'--opt {settings.opt} needs second derivatives, which this script does not compute; '
+                            f'choose another.')
     if settings.head_lr_scale != 1:
         head = set(map(id, classifier_of(model).parameters()))
         for group in list(optimizer.param_groups):
@@ -73,9 +89,12 @@ def open_teacher(settings: 'Settings', class_names: list[str], data_config: dict
         teacher, _ = open_model(ModelSettings(model=settings.teacher, pretrained=True, in_chans=settings.in_chans))
         with torch.no_grad():
             teacher(torch.zeros(1, *data_config['input_size']))
+            for size in settings.train_img_sizes:
+                teacher(torch.zeros(1, settings.in_chans, size, size))
     except (SettingsError, RuntimeError, AssertionError) as error:
-        raise SettingsError(f'--teacher {settings.teacher} cannot look at pictures of '
-                            f'{data_config["input_size"]}: {one_line(error)}') from error
+        sizes = f'{data_config["input_size"]} {settings.train_img_sizes or ""}'.strip()
+        raise SettingsError(f'--teacher {settings.teacher} cannot look at pictures of {sizes}: '
+                            f'{one_line(error)}') from error
     if teacher.num_classes != len(class_names):
         raise SettingsError(f'--teacher {settings.teacher} has {teacher.num_classes} classes, the data have '
                             f'{len(class_names)}; fine-tune it on them first.')

@@ -1,10 +1,12 @@
 """Tiny runs of scripts/finetune.py on generated pictures, and how two of them are compared."""
 import csv
 import dataclasses
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import finetune
@@ -27,6 +29,28 @@ def write_pictures(folder: Path, classes=CLASSES, train: int = 12, val: int = 5)
                 pixels = rng.integers(0, 150, (36, 40, 3), dtype=np.uint8)
                 pixels[..., 2 - number % 3] += 100
                 Image.fromarray(pixels).save(folder / split / name / f'{index}.png')
+    return folder
+
+
+def write_shards(folder: Path, count: int = 24, held_out: int = 1) -> Path:
+    """Write two training shards and some of held-out pictures, with the info file that timm reads."""
+    folder.mkdir()
+    splits = {}
+    for split, shards in (('train', 2), ('validation', held_out)):
+        names = [f'{split}-{number}.tar' for number in range(shards)]
+        for number, name in enumerate(names):
+            with tarfile.open(folder / name, 'w') as tar:
+                for index in range(count):
+                    label = index % 3
+                    picture, key = io.BytesIO(), f'{split}{number}_{index:03d}'
+                    Image.new('RGB', (40, 36), tuple(200 * (label == c) for c in range(3))).save(picture, 'PNG')
+                    for extension, content in (('png', picture.getvalue()), ('cls', str(label).encode())):
+                        info = tarfile.TarInfo(f'{key}.{extension}')
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+        splits[split] = dict(name=split, num_samples=count * len(names), filenames=names,
+                             shard_lengths=[count] * len(names))
+    (folder / '_info.json').write_text(json.dumps(dict(splits=splits)))
     return folder
 
 

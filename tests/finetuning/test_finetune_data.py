@@ -1,7 +1,5 @@
 """Where pictures come from, and those that cannot be read."""
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 import torch
 from pictures import DataSettings, EpochSampler, Pictures, open_pictures, read_picture, targets_of
 from PIL import Image
-from runs import CLASSES, assert_same_run, read_checkpoint, read_metrics, run, write_pictures
+from runs import CLASSES, assert_same_run, read_checkpoint, read_metrics, run, write_pictures, write_shards
 from settings import SettingsError
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -105,27 +103,15 @@ def test_hub_data_sets_train_whole_and_streamed(settings, tmp_path, monkeypatch)
                    **options)
     assert json.loads((streamed / 'config.json').read_text())['label_names'] == list(CLASSES)
     assert len(read_metrics(streamed)) == 1
-
-
-def write_shards(folder: Path, count: int = 24) -> Path:
-    """Write two training shards and one of held-out pictures, with the info file that timm reads."""
-    folder.mkdir()
-    splits = {}
-    for split, names in (('train', ('train-0.tar', 'train-1.tar')), ('validation', ('validation-0.tar',))):
-        for number, name in enumerate(names):
-            with tarfile.open(folder / name, 'w') as tar:
-                for index in range(count):
-                    label = index % 3
-                    picture, key = io.BytesIO(), f'{split}{number}_{index:03d}'
-                    Image.new('RGB', (40, 36), tuple(200 * (label == c) for c in range(3))).save(picture, 'PNG')
-                    for extension, content in (('png', picture.getvalue()), ('cls', str(label).encode())):
-                        info = tarfile.TarInfo(f'{key}.{extension}')
-                        info.size = len(content)
-                        tar.addfile(info, io.BytesIO(content))
-        splits[split] = dict(name=split, num_samples=count * len(names), filenames=list(names),
-                             shard_lengths=[count] * len(names))
-    (folder / '_info.json').write_text(json.dumps(dict(splits=splits)))
-    return folder
+    # a reader's error would come out of a worker, as its traceback
+    for schema in ('hfds', 'hfids'):
+        with pytest.raises(SettingsError, match=r'--input-key photo.*name the columns|cannot be read.*photo'):
+            run(settings, dataset=f'{schema}/{folder}', input_key='photo', train_num_samples=36, **options)
+        with pytest.raises(SettingsError, match=r'--target-key breed.*name the columns|cannot be read.*breed'):
+            run(settings, dataset=f'{schema}/{folder}', target_key='breed', train_num_samples=36, num_classes=3,
+                **options)
+    with pytest.raises(SettingsError, match=r'--workers must be at most the shards .*, 1, got 2'):
+        run(settings, dataset=f'hfids/{folder}', train_num_samples=36, val_num_samples=15, workers=2, **options)
 
 
 def test_shards_train_the_same_twice(settings, tmp_path):
@@ -136,6 +122,29 @@ def test_shards_train_the_same_twice(settings, tmp_path):
     assert json.loads((first / 'config.json').read_text())['label_names'] == ['0', '1', '2']
     with pytest.raises(SettingsError, match='--num-classes is needed'):
         run(settings, data_dir=str(folder), dataset='wds/', experiment='third')
+    for changes, sentence in (
+            (dict(num_classes=2), r'labels must be from 0 to 1 \(--num-classes\), found 0 to 2'),
+            (dict(target_key='breed'), r'--target-key breed.*name the columns'),
+            (dict(workers=3), r'--workers must be at most the shards .*, 2, got 3')):
+        with pytest.raises(SettingsError, match=sentence):
+            run(settings, **options | changes | dict(experiment='-'.join(changes)))
+
+
+def test_grey_shards_are_read_as_grey(settings, tmp_path):
+    folder = write_shards(tmp_path / 'shards')
+    run_dir = run(settings, data_dir=str(folder), dataset='wds/', num_classes=3, in_chans=1, epochs=1)
+    assert json.loads((run_dir / 'config.json').read_text())['pretrained_cfg']['input_size'][0] == 1
+
+
+@pytest.mark.parametrize('extension', ['webp', 'bmp', 'tiff'])
+def test_folders_hold_more_than_jpeg_and_png(tmp_path, extension):
+    data = write_pictures(tmp_path / 'own', train=2, val=1)
+    for path in list((data / 'train').rglob('*.png')):
+        Image.open(path).save(path.with_suffix(f'.{extension}'))
+        path.unlink()
+    dataset, found = open_pictures(DataSettings(data_dir=str(data)), 'train')
+    assert len(dataset) == 6 and found == sorted(CLASSES)
+    assert read_picture(dataset, 0)[0].size == (40, 36)
 
 
 def test_names_that_differ_by_case_have_one_order_and_formulas_stay_names(settings, tmp_path):

@@ -10,6 +10,7 @@ import timm
 import torch
 from runs import assert_same_tensors, read_checkpoint, read_metrics, run
 from safetensors.torch import load_file
+from settings import SettingsError
 from timm.utils import random_seed
 
 
@@ -80,6 +81,11 @@ def test_mixed_pictures_train_on_soft_targets_until_the_epoch_that_ends_it(setti
     seen.clear()
     run(settings, experiment='never', mixup=0.8, mixup_prob=0.0, smoothing=0.0, epochs=1)
     assert all(targets.max(1).values.min() == 1 for targets in seen)
+
+
+def test_a_group_of_batches_that_is_not_whole_is_left_out(settings):
+    state = read_checkpoint(run(settings, grad_accum_steps=3, epochs=2))  # 36 pictures are 4 batches of 8, one group
+    assert state['progress']['updates'] == 2 and state['progress']['history'][0]['train_loss'] > 0
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(settings):
@@ -157,6 +163,12 @@ def test_learning_rate_is_scaled_to_the_pictures_of_an_update(settings):
     lr = [read_metrics(run(settings, experiment=str(size), lr_base_size=size, warmup_epochs=0, min_lr=1e-3, epochs=1,
                            grad_accum_steps=2))[0]['lr'] for size in (16, 64)]
     assert lr == pytest.approx([1e-3, 0.25e-3], rel=1e-6)  # 8 pictures a step, 2 steps an update
+
+
+def test_teacher_must_take_every_size_of_the_pictures(settings):
+    teacher = run(settings, model='test_vit', experiment='teacher', epochs=1)
+    with pytest.raises(SettingsError, match=r'--teacher .* cannot look at pictures of \(3, 32, 32\) \(24, 32\)'):
+        run(settings, teacher=f'local-dir:{teacher}', train_img_sizes=(24, 32))
 
 
 def test_teacher_pulls_the_student_towards_its_logits(settings):

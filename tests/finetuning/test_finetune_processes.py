@@ -7,21 +7,26 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, write_pictures
+from evaluation import predict
+from open_model import ModelSettings, open_model
+from pictures import DataSettings, EpochSampler, Pictures, batches, open_pictures
+from processes import start
+from runs import ROOT, write_pictures, write_shards
+from timm.data import create_transform
 
 MODEL = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
     'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm sees one process's pictures
 
 
-def train(data: Path, output: Path, processes: int, batch_size: int, *flags: str) -> list[dict]:
+def train(data: Path, output: Path, processes: int, batch_size: int, *flags: str, model=MODEL) -> list[dict]:
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     launch = ['-m', 'torch.distributed.run', f'--nproc-per-node={processes}', '--master-addr=127.0.0.1',
               f'--master-port={port}'] if processes > 1 else []
     command = [
-        sys.executable, *launch, ROOT / 'scripts' / 'finetune.py', '--data-dir', data, *MODEL, '--img-size', '32',
+        sys.executable, *launch, ROOT / 'scripts' / 'finetune.py', '--data-dir', data, *model, '--img-size', '32',
         '--batch-size', str(batch_size), '--device', 'cpu', '--workers', '0', '--output', output,
         '--experiment', f'{processes}', '--drop-path', '0', *flags]
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
@@ -44,3 +49,24 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path):
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
         # 15 held-out pictures: what pads them to 24 is taken off
         assert (second['eval_top1'], second['lr']) == (first['eval_top1'], first['lr'])
+
+
+def test_shards_are_shared_out(tmp_path):
+    folder = write_shards(tmp_path / 'shards', held_out=2)
+    rows = train(folder, tmp_path, 2, 8, '--dataset', 'wds/', '--num-classes', '3', '--epochs', '3', '--lr', '5e-3',
+                 '--workers', '1')
+    assert len(rows) == 3 and rows[-1]['train_loss'] < rows[0]['train_loss']
+
+
+def test_released_weights_are_those_that_were_evaluated(tmp_path):
+    # BatchNorm's statistics and their average differ between the processes; what is written is what was scored
+    data = write_pictures(tmp_path / 'pictures', train=16, val=5)
+    rows = train(data, tmp_path, 2, 8, '--epochs', '3', '--lr', '1e-2', '--model-ema', '--model-ema-decay', '0.5',
+                 model=('--model', 'test_resnet'))
+    best = max(rows, key=lambda row: (row['eval_top1'], -row['eval_loss']))
+    model, data_config = open_model(ModelSettings(model=f'local-dir:{tmp_path / "2"}', pretrained=True))
+    dataset, _ = open_pictures(DataSettings(data_dir=str(data)), 'validation')
+    accelerator = start('cpu')
+    loader = batches(Pictures(dataset, create_transform(**data_config)), EpochSampler(len(dataset)), 5, 0)
+    scores = predict(model, accelerator.prepare(loader), accelerator).scores
+    assert scores['loss'] == pytest.approx(best['eval_loss'], abs=1e-5) and scores['top1'] == best['eval_top1']

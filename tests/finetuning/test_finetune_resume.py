@@ -13,6 +13,7 @@ import finetune
 import pytest
 import run_folder
 import torch
+import trainer
 from runs import (
     ROOT,
     assert_everything_loads,
@@ -169,7 +170,7 @@ def test_run_killed_at_random_moments_resumes_to_the_same_weights(settings, monk
     options = dict(drop=0.2, reprob=0.3, mixup=0.5, epochs=3, grad_accum_steps=2, model_ema=True, workers=workers,
                    batch_size=4)
     whole = run(settings, experiment='whole', **options)
-    moments = random.Random(workers).sample(range(1, 28), 5)
+    moments = random.Random(workers).sample(range(1, 25), 5)  # steps
     in_mid_epoch = 0
     for moment in moments:
         name = f'killed{moment}'
@@ -185,7 +186,7 @@ def test_run_killed_at_random_moments_resumes_to_the_same_weights(settings, monk
     assert in_mid_epoch >= 2
 
 
-@pytest.mark.parametrize('moment', [2, 4, 7])  # in the first epoch, in its last step, in the second epoch
+@pytest.mark.parametrize('moment', [2, 4, 7, 8])  # in an epoch, and in its last step
 def test_sigterm_saves_and_the_run_goes_on_from_there(settings, monkeypatch, moment):
     whole = run(settings, experiment='whole', drop=0.2)
     with monkeypatch.context() as patch, pytest.raises(finetune.Preempted, match=r'SIGTERM.*(saved after)'):
@@ -196,6 +197,14 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(settings, monkeypatch, mom
     assert (progress['epoch'] - 1) * steps + progress['batch'] == moment
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert_same_run(run(settings, drop=0.2, resume='auto'), whole)
+
+
+def test_other_readers_may_go_on(settings):
+    whole = run(settings, experiment='whole')
+    run(settings, epochs=2, workers=1)
+    summary = Path(settings.output) / 'run' / 'summary.json'
+    summary.unlink()
+    assert_same_run(run(settings, workers=0, resume='auto'), whole)
 
 
 def start_process(settings: finetune.Settings, **changes) -> subprocess.Popen:
@@ -244,7 +253,7 @@ def test_full_disk_loses_nothing_that_was_saved(settings, monkeypatch):
 
 def test_checkpoint_that_finds_no_room_is_an_os_error():
     with pytest.raises(OSError, match='No space left'):
-        finetune.write_state({'weights': torch.zeros(10 ** 6)}, Path('/dev/full'))
+        trainer.write_state({'weights': torch.zeros(10 ** 6)}, Path('/dev/full'))
 
 
 def test_half_a_checkpoint_is_refused_by_name(settings):
