@@ -167,23 +167,30 @@ def loader() -> str:
 
 
 def budget() -> str:
-    """Hours of one device for the paper's recipes, out of every training speed that was recorded."""
-    rows = []
+    """What the paper's recipes take for each CoAtNet: memory of the state, and time out of every recorded speed."""
+    measured = {}
     for file in sorted(RESULTS.glob('benchmark_*.json')):
         report = json.loads(file.read_text())
-        measured, settings = report['results'].get('training'), report['settings']
-        if not measured or settings['model_kwargs']:
-            continue
-        rate, memory = (measured[key]['model'] for key in ('images_per_second', 'peak_memory_mib'))
-        hours = [f'{epochs * pictures / rate / 3600:,.0f}' for epochs, pictures in PAPER_RUNS.values()]
-        row = [f'`{settings["model"]}`', report['hardware'] + (', 1 thread' if settings['device'] == 'cpu' else ''),
-               f'{rate:.2f}', f'{memory:.0f}', *hours]
-        if row[:2] not in [other[:2] for other in rows]:
-            rows.append(row)
-    header = ['model', 'device', 'images/s in training', 'peak MiB', *(f'hours, {name}' for name in PAPER_RUNS)]
+        speed, settings = report['results'].get('training'), report['settings']
+        if speed and not settings['model_kwargs']:
+            device = report['hardware'] + (', 1 thread' if settings['device'] == 'cpu' else '')
+            rate, memory = (speed[key]['model'] for key in ('images_per_second', 'peak_memory_mib'))
+            measured.setdefault(settings['model'], {}).setdefault(device, (rate, memory))
+    rows = []
+    models = json.loads((RESULTS / 'models.json').read_text())['models']
+    for name in ('coatnet_0', 'coatnet_1', 'coatnet_2', 'coatnet_3', 'coatnet_4', 'coatnet_5'):
+        state = f'{models[name]["parameters"] * 16 / 2**30:.1f}'
+        for device, (rate, memory) in measured.get(name, {}).items():
+            hours = [epochs * pictures / rate / 3600 for epochs, pictures in PAPER_RUNS.values()]
+            rows.append([f'`{name}`', state, device, f'{rate:.2f}', f'{memory:.0f}', *(f'{h:,.0f}' for h in hours),
+                         f'{hours[0] / 24 / 8:,.0f}'])
+        if name not in measured:
+            rows.append([f'`{name}`', state, *['not measured'] * 6])
+    header = ['model', 'state GiB', 'device', 'images/s in training', 'peak MiB',
+              *(f'device hours, {name}' for name in PAPER_RUNS), 'days with 8 devices, ImageNet-1k']
     return table(header, rows) + (
-        '\n\nHours are epochs times pictures over images/s, for one such device: divide by the number of devices,\n'
-        'and multiply by their price an hour for the cost. On GPUs: not measured. A row more is\n'
+        '\n\nState is weights, gradients and AdamW in float32, 16 bytes a parameter. Device hours are epochs times\n'
+        'pictures over images/s; times the price of an hour they are the cost. On GPUs: not measured. A row more is\n'
         '`python scripts/benchmark.py --model NAME --against OTHER --device cuda --amp --modes training\n'
         '--results-file results/benchmark_NAME_gpu.json`.')
 
