@@ -56,6 +56,7 @@ class Settings(ModelSettings, DataSettings):
     validation_batch_size: int | None = None  # Pictures per evaluation step (--batch-size if not given).
     grad_accum_steps: int = 1  # Steps whose gradients are added up before the weights change.
     epochs: int = 10  # Passes over the training split.
+    val_interval: int = 1  # Evaluate after every so many epochs, and after the last.
     patience: int | None = None  # Stop after this many epochs without a better one.
     opt: str = 'adamw'  # Any name of timm.optim.list_optimizers().
     lr: float = 5e-4  # Highest learning rate.
@@ -119,7 +120,7 @@ def check_values(settings: Settings) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingsError(f'{flag(name)} must be a finite number, got {value}.')
     for name in ('epochs', 'batch_size', 'validation_batch_size', 'lr', 'clip_grad', 'grad_accum_steps', 'patience',
-                 'lr_base_size', 'kd_temperature', 'train_num_samples', 'val_num_samples'):
+                 'val_interval', 'lr_base_size', 'kd_temperature', 'train_num_samples', 'val_num_samples'):
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise SettingsError(f'{flag(name)} must be greater than 0, got {value}.')
@@ -186,7 +187,7 @@ def main(settings: Settings) -> dict:
 
     summary = {
         'model': settings.model, 'num_classes': len(class_names), 'best_epoch': best['epoch'],
-        'epochs': len(trainer.progress.history), 'top1': best['eval_top1'], 'top5': best['eval_top5'],
+        'epochs': trainer.progress.epoch - 1, 'top1': best['eval_top1'], 'top5': best['eval_top5'],
         'loss': best['eval_loss'], 'seed': settings.seed, 'train_seconds': trainer.progress.train_seconds,
         'unreadable': [*trainer.bad_train.names(), *trainer.bad_val.names()],
         'processes': accelerator.num_processes, **provenance(accelerator.device.type)}

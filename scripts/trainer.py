@@ -18,7 +18,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast
 from evaluation import Predictions, predict
 from loaders import training_transform
-from pictures import BadPictures, EpochSampler, seed_of
+from pictures import BadPictures, EpochSampler, check_labels, seed_of
 from run_folder import rank, write_file, write_metrics, write_weights
 from safetensors.torch import load_file
 from settings import SettingsError, one_line
@@ -230,9 +230,7 @@ class Trainer:
     def train_step(self, images: torch.Tensor, targets: torch.Tensor) -> None:
         """Loss and gradient of a batch, and the update of the weights once --grad-accum-steps are together."""
         progress, accelerator = self.progress, self.accelerator
-        if not 0 <= targets.min() <= targets.max() < self.num_classes:
-            raise SettingsError(f'--data-dir {self.settings.data_dir}: labels must be from 0 to {self.num_classes - 1} '
-                                f'(--num-classes), found {targets.min()} to {targets.max()}; correct one of them.')
+        check_labels(targets, self.num_classes, least=0)
         images = images.to(self.device, memory_format=self.memory_format, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         # All randomness of a step comes from (seed, epoch, batch): nothing to save but where we are.
@@ -259,7 +257,18 @@ class Trainer:
         self.bar.update(count)
 
     def end_epoch(self) -> None:
-        """Evaluate, write weights if they are the best and metrics, and save."""
+        """Evaluate if it is due, and save."""
+        progress, epoch = self.progress, self.progress.epoch
+        progress.train_seconds += progress.epoch_seconds
+        if epoch % self.settings.val_interval == 0 or epoch == self.settings.epochs:
+            self.score_epoch()
+        progress.epoch, progress.batch, progress.loss_sum, progress.epoch_seconds = epoch + 1, 0, 0.0, 0.0
+        self.save()
+        if self.accelerator.check_trigger() and progress.epoch <= self.settings.epochs:
+            raise Preempted(f'stopped by SIGTERM, saved after epoch {epoch}')
+
+    def score_epoch(self) -> None:
+        """Evaluate, and write the metrics and, if they are the best, the weights."""
         progress, epoch = self.progress, self.progress.epoch
         scores = self.evaluate().scores
         self.check_finite(scores['loss'], 'evaluation loss', progress.batch)
@@ -278,11 +287,6 @@ class Trainer:
             if best is row:
                 write_weights(self.run_dir / 'model.safetensors', self.eval_model.state_dict())
             write_metrics(self.run_dir, progress.history)
-        progress.train_seconds += progress.epoch_seconds
-        progress.epoch, progress.batch, progress.loss_sum, progress.epoch_seconds = epoch + 1, 0, 0.0, 0.0
-        self.save()
-        if self.accelerator.check_trigger() and progress.epoch <= self.settings.epochs:
-            raise Preempted(f'stopped by SIGTERM, saved after epoch {epoch}')
 
     def evaluate(self, keep_wrong: int = 0) -> Predictions:
         for buffer in self.eval_model.buffers() if self.accelerator.num_processes > 1 else ():
@@ -303,7 +307,7 @@ class Trainer:
         """Whether --patience epochs have passed since the best one."""
         history = self.progress.history
         return bool(self.settings.patience and history and
-                    len(history) - max(history, key=rank)['epoch'] >= self.settings.patience)
+                    history[-1]['epoch'] - max(history, key=rank)['epoch'] >= self.settings.patience)
 
 
 def write_state(state: dict, path: Path) -> None:

@@ -165,6 +165,15 @@ def test_learning_rate_is_scaled_to_the_pictures_of_an_update(settings):
     assert lr == pytest.approx([1e-3, 0.25e-3], rel=1e-6)  # 8 pictures a step, 2 steps an update
 
 
+def test_evaluation_may_be_rare_and_changes_no_weight(settings):
+    often, rarely = (run(settings, epochs=5, experiment=str(n), val_interval=n) for n in (1, 3))
+    assert [row['epoch'] for row in read_metrics(rarely)] == [3, 5]
+    assert_same_tensors(read_checkpoint(often)['state_dict'], read_checkpoint(rarely)['state_dict'])
+    assert read_metrics(often)[4] == read_metrics(rarely)[1]
+    summary = json.loads((rarely / 'summary.json').read_text())
+    assert summary['epochs'] == 5 and summary['best_epoch'] in (3, 5)
+
+
 def test_teacher_must_take_every_size_of_the_pictures(settings):
     teacher = run(settings, model='test_vit', experiment='teacher', epochs=1)
     with pytest.raises(SettingsError, match=r'--teacher .* cannot look at pictures of \(3, 32, 32\) \(24, 32\)'):
