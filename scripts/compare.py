@@ -1,6 +1,6 @@
 """Set finished runs of finetune.py side by side: a table, their curves, and a file with both and where they come from.
 
-    python scripts/compare.py output/imagenette_64/coatnet_pico_64 output/imagenette_64/convnextv2_femto \
+    python scripts/compare.py output/imagenette_64/coatnet_pico_64 output/imagenette_64/convnextv2_femto \\
         --results-file results/imagenette_64_cpu.json
 """
 import csv
@@ -14,7 +14,7 @@ import tyro
 from matplotlib.figure import Figure
 from provenance import provenance
 from run_folder import write_figure, write_json
-from settings import SettingsError, end_with_sentence, parse_argument
+from settings import SettingsError, end_with_sentence, one_line, parse_argument
 from timm.models import resolve_model_input_args
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
@@ -35,11 +35,17 @@ def read_run(folder: Path) -> dict:
     try:
         parts = {name: json.loads((folder / f'{name}.json').read_text()) for name in ('summary', 'args')}
         with (folder / 'metrics.csv').open(newline='', encoding='utf-8') as file:
-            return parts | {'metrics': [
-                {key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]}
+            metrics = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     except FileNotFoundError as error:
         raise SettingsError(f'{folder} must be the folder of a finished run of finetune.py, but has no '
                             f'{Path(error.filename).name}; give another, or let it finish.') from error
+    except (ValueError, TypeError, OSError) as error:
+        raise SettingsError(f'{folder} must be the folder of a finished run of finetune.py, but cannot be read: '
+                            f'{one_line(error)}; give another.') from error
+    if not metrics or 'hardware' not in parts['summary']:
+        raise SettingsError(f'{folder} must have an epoch in metrics.csv and hardware in summary.json, which older '
+                            f'versions of finetune.py left out; train it again.')
+    return parts | {'metrics': metrics}
 
 
 def parameters(run: dict) -> int:
@@ -89,14 +95,21 @@ def main(settings: Settings) -> dict:
     for name, run in runs.items():
         last, summary = run['metrics'][-1], run['summary']
         print(f'{name:28} top-1 after the last epoch {last["eval_top1"]:6.2f} %   best {summary["top1"]:6.2f} %')
-    origin = provenance('cpu') | {'hardware': ' and '.join({run['summary']['hardware'] for run in runs.values()})}
+    hardware = sorted({run['summary']['hardware'] for run in runs.values()})
+    origin = provenance('cpu') | {'hardware': ' and '.join(hardware)}
     report = {'recipe': {key: value for key, value in first.items() if key not in OWN}, 'runs': {
         name: {'model_kwargs': run['args']['model_kwargs'], 'summary': run['summary'], 'metrics': run['metrics'],
                'parameters': parameters(run)}
         for name, run in runs.items()}, **origin}
     if settings.results_file:
-        write_figure(Path(settings.results_file).with_suffix('.png'), draw(runs))
-        write_json(Path(settings.results_file), report)
+        path = Path(settings.results_file)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_figure(path.with_suffix('.png'), draw(runs))
+            write_json(path, report)
+        except OSError as error:
+            raise SettingsError(f'--results-file {path} cannot be written: {one_line(error)}; '
+                                f'choose another.') from error
     return report
 
 

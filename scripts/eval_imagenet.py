@@ -11,6 +11,8 @@ numbers for -V2, a model's own names after fine-tuning, CORRUPTION/SEVERITY/ wit
 checkpoints give one table. Numbers are those of timm's validate.py: top-1, top-5 (%), loss (nats); ECE (%) has 15 bins.
 """
 import dataclasses
+import math
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ from plots import reliability_figure
 from processes import start
 from provenance import provenance
 from run_folder import write_csv, write_figure, write_json
+from safetensors import SafetensorError
 from settings import SettingsError, check_range, end_with_sentence, one_line
 from timm.data import create_transform, infer_imagenet_subset
 from timm.models import load_state_dict, safe_model_name
@@ -147,6 +150,9 @@ def open_weights(settings: Settings, wanted: ModelSettings, checkpoint: str) -> 
     """Create one model in eval mode with its data settings, and load its checkpoint if it has one."""
     model, data_config = open_model(
         wanted, use_train_size=settings.use_train_size, num_classes=settings.num_classes)
+    if not model.num_classes:
+        raise SettingsError(f'--model {wanted.model} has no classes to score; give a model with a classifier, or '
+                            f'--num-classes and a --checkpoint.')
     of_weights = model.pretrained_cfg.get('num_classes')
     if wanted.pretrained and of_weights != model.num_classes:
         raise SettingsError(f'--num-classes {model.num_classes} gives --model {wanted.model} a new, random classifier: '
@@ -156,7 +162,7 @@ def open_weights(settings: Settings, wanted: ModelSettings, checkpoint: str) -> 
             state = load_state_dict(checkpoint, use_ema=settings.use_ema)
             plain = load_state_dict(checkpoint, use_ema=False) if settings.use_ema else {}
             model.load_state_dict(state)
-        except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise SettingsError(f'--checkpoint {checkpoint} does not fit --model {wanted.model}: '
                                 f'{one_line(error)[:400]}; give --num-classes, --img-size and --model-kwargs as in '
                                 f'training.') from error
@@ -189,6 +195,12 @@ def evaluate_part(settings: Settings, part: Part, model: nn.Module, data_config:
             bar.update(len(indices))
 
         predictions = predict(model, loader, accelerator, classes=labels.classes, on_batch=on_batch)
+    if not (predictions.labels >= 0).any():
+        raise SettingsError(f'--data-dir {settings.data_dir} has no picture with a label that can be read; repair some.'
+                            if not settings.dataset else f'--dataset {settings.dataset} has no picture with a label '
+                            f'that can be read in --split {settings.split}; choose another.')
+    if not math.isfinite(predictions.scores['loss']):
+        raise SettingsError(f'--model {title} gives logits that are not finite; take no --amp, or sound weights.')
     # among several processes the length of a stream is that of one share
     if accelerator.num_processes == 1 and len(predictions.labels) != len(part.dataset):
         accelerator.print(f'the stream gave {len(predictions.labels)} pictures, not the {len(part.dataset)} it named')
@@ -307,6 +319,19 @@ def write_results(path: Path, rows: list[dict], device: str) -> None:
     write_json(path, told[0] if len(told) == 1 else told)
 
 
+def check_output(settings: Settings) -> None:
+    """Make the folders that are written to, and refuse those that cannot be, before hours of evaluation."""
+    try:
+        for path in (settings.output and Path(settings.output), settings.results_file and
+                     Path(settings.results_file).parent):
+            if path:
+                path.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise SettingsError(f'--output or --results-file cannot be written: {one_line(error)}; '
+                            f'choose another.') from error
+
+
 def write_row(settings: Settings, rows: list[dict], predictions: Predictions, labels: LabelMap,
               accelerator: Accelerator) -> None:
     """Write what was asked for, after each row so that a later one that fails takes nothing along."""
@@ -324,7 +349,6 @@ def write_row(settings: Settings, rows: list[dict], predictions: Predictions, la
                     {'corruption': corruption, 'severity': severity, 'top1_err': error}
                     for corruption, severities in errors.items() for severity, error in severities.items()])
         if settings.results_file:
-            Path(settings.results_file).parent.mkdir(parents=True, exist_ok=True)
             write_results(Path(settings.results_file), rows, accelerator.device.type)
     except OSError as error:
         raise SettingsError(f'--output or --results-file cannot be written: {one_line(error)}; '
@@ -344,13 +368,17 @@ def main(settings: Settings) -> list[dict]:
                             f'CLASS/PICTURE.jpg; a flat validation split is scored with --real-labels timm.')
     if settings.class_map:
         check_class_map(settings, parts[0].dataset, accelerator)
+    check_output(settings)
     rows = []
-    for wanted, checkpoint in runs:
-        row, predictions, labels = evaluate_model(settings, wanted, checkpoint, parts, accelerator)
-        rows.append(row)
-        if accelerator.is_main_process:
-            write_row(settings, rows, predictions, labels, accelerator)
-    accelerator.print(table(rows))
+    try:
+        for wanted, checkpoint in runs:
+            row, predictions, labels = evaluate_model(settings, wanted, checkpoint, parts, accelerator)
+            rows.append(row)
+            if accelerator.is_main_process:
+                write_row(settings, rows, predictions, labels, accelerator)
+    finally:  # a later model that fails, or a full disk, takes no number along
+        if rows:
+            accelerator.print(table(rows))
     if settings.real_labels:
         accelerator.print('right is any ReaL label of a picture; there is no loss')
     if parts[0].corruption:

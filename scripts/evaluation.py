@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pictures import check_labels
 from timm.task import ClassificationEvaluator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -49,10 +50,11 @@ def predict(
     parts, wrong = [], []
     model.eval()
     for images, labels, bad in loader:
-        images, labels = images.to(accelerator.device), labels.to(accelerator.device)
         with torch.inference_mode(), accelerator.autocast():
-            logits = model(images)
+            logits = model(images.to(accelerator.device))
         logits = logits.float() if classes is None else logits.float()[:, classes.to(logits.device)]
+        check_labels(labels, logits.shape[-1])
+        labels = labels.to(accelerator.device)
         if keep_wrong:
             probabilities = logits.softmax(-1)
             for i in (logits.argmax(-1) != labels).nonzero().flatten().tolist():

@@ -34,10 +34,9 @@ from open_model import ModelSettings, open_model
 from pictures import BadPictures, DataSettings, Pictures, is_stream, open_pictures, targets_of
 from processes import start
 from provenance import provenance
-from run_folder import write_file, write_json
-from safetensors import safe_open
-from safetensors.torch import save
+from run_folder import write_json
 from settings import SettingsError, check_range, end_with_sentence, flag, one_line
+from shards import read_column, write_shard
 from timm.data import ImageDataset, create_transform
 from timm.models import safe_model_name
 from timm.utils import random_seed
@@ -84,8 +83,7 @@ def check_values(settings: Settings) -> None:
     for name in ('shard_size', 'batch_size', 'knn_k', 'knn_temperature'):
         if not getattr(settings, name) > 0:
             raise SettingsError(f'{flag(name)} must be greater than 0, got {getattr(settings, name)}.')
-    if settings.workers < 0:
-        raise SettingsError(f'--workers must be at least 0, got {settings.workers}.')
+    check_range(settings, 'workers', 0, 2**10)
     check_range(settings, 'max_bad_images', 0, 1)
     check_range(settings, 'seed', 0, 2**32 - 1)
     if settings.out_indices and settings.features != 'pyramid':
@@ -209,37 +207,6 @@ def open_extractor(settings: Settings) -> tuple[nn.Module, dict, str, dict[str, 
 
 
 # Shards
-
-
-def write_shard(path: Path, columns: dict[str, torch.Tensor], paths: list[str]) -> None:
-    """Write columns of N rows and N paths in the format of the suffix; in Parquet (N, C, ...) are fixed-size lists."""
-    if path.suffix == '.safetensors':
-        content = save({name: values.contiguous() for name, values in columns.items()}, {'paths': json.dumps(paths)})
-        write_file(path, lambda temporary: temporary.write_bytes(content))
-        return
-    import pyarrow
-    from pyarrow import parquet
-
-    def to_arrow(values: torch.Tensor) -> pyarrow.Array:
-        array = pyarrow.array(values.flatten().numpy())
-        for size in reversed(values.shape[1:]):
-            array = pyarrow.FixedSizeListArray.from_arrays(array, size)
-        return array
-
-    table = pyarrow.table({'path': paths, **{name: to_arrow(values) for name, values in columns.items()}})
-    write_file(path, lambda temporary: parquet.write_table(table, temporary))
-
-
-def read_column(path: Path, name: str) -> torch.Tensor:
-    """Read one column of numbers (N,) or vectors (N, C) of a shard."""
-    if path.suffix == '.safetensors':
-        with safe_open(path, 'pt') as shard:
-            return shard.get_tensor(name)
-    from pyarrow import parquet
-    column = parquet.read_table(path, columns=[name])[name].combine_chunks()
-    if not hasattr(column.type, 'list_size'):
-        return torch.tensor(column.to_numpy())
-    return torch.tensor(column.flatten().to_numpy()).reshape(-1, column.type.list_size)
 
 
 def shard_paths(settings: Settings, split: Split) -> dict[Path, range]:
@@ -369,7 +336,8 @@ def main(settings: Settings) -> dict:
         name: data_config[name] for name in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}}
     facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file they are compared with
 
-    accelerator.print(f'{settings.model}: {settings.features} features {shapes}, '
+    random = '' if settings.pretrained or settings.checkpoint else 'RANDOM WEIGHTS, '
+    accelerator.print(f'{settings.model}: {random}{settings.features} features {shapes}, '
                       f'{" + ".join(str(len(split.labels)) for split in splits)} pictures, '
                       f'{accelerator.num_processes} x {accelerator.device.type} -> {settings.output}')
     extractor.to(accelerator.device)

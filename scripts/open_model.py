@@ -1,11 +1,12 @@
 """Any model of timm or the zoo, as every script opens it: it sees one picture before the real work begins."""
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
 from safetensors import SafetensorError
-from settings import SettingsError, did_you_mean, one_line, parse_argument
+from settings import SettingsError, did_you_mean, flag, one_line, parse_argument
 from timm.data import resolve_input_data_config
 from timm.models import parse_model_name, resolve_model_input_args
 from torch import nn
@@ -13,6 +14,9 @@ from torch import nn
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 
 __all__ = ['ModelSettings', 'open_model']
+
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+CROP_MODES = ('center', 'squash', 'border')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +42,16 @@ def check_model_settings(settings: ModelSettings) -> None:
         raise SettingsError(f'--img-size must be greater than 0, got {settings.img_size}.')
     if settings.crop_pct is not None and not 0 < settings.crop_pct <= 1:
         raise SettingsError(f'--crop-pct must be from 0 to 1, got {settings.crop_pct}.')
-    if any(not value > 0 for value in settings.std):
-        raise SettingsError(f'--std must be greater than 0 for each channel, got {settings.std}.')
+    if settings.num_classes is not None and settings.num_classes < 0:
+        raise SettingsError(f'--num-classes must be at least 0, got {settings.num_classes}.')
+    if not all(map(math.isfinite, settings.mean)):
+        raise SettingsError(f'--mean must be a finite number for each channel, got {settings.mean}.')
+    if any(not 0 < value < math.inf for value in settings.std):
+        raise SettingsError(f'--std must be finite and greater than 0 for each channel, got {settings.std}.')
+    for name, known in (('interpolation', INTERPOLATIONS), ('crop_mode', CROP_MODES)):
+        if getattr(settings, name) not in ('', *known):  # timm takes an unknown crop mode for center
+            raise SettingsError(f'{flag(name)} must be {", ".join(known[:-1])} or {known[-1]}, got '
+                                f'{getattr(settings, name)!r}.')
     if settings.in_chans not in (1, 3):
         raise SettingsError(f'--in-chans must be 3 (pictures read as RGB) or 1 (as grey), got {settings.in_chans}.')
     if wrong := [item for item in settings.model_kwargs if '=' not in item]:
@@ -95,5 +107,6 @@ def open_model(
             SafetensorError) as error:
         size = '' if settings.img_size is None else f' with --img-size {settings.img_size}'
         size += f' and pictures of {try_sizes} pixels' if try_sizes else ''
-        raise SettingsError(f'--model {settings.model}{size} cannot be built: {one_line(error)}') from error
+        size += f' and {checkpoint_flag} {checkpoint}' if checkpoint else ''
+        raise SettingsError(f'--model {settings.model}{size} cannot be built: {one_line(error)[:400]}') from error
     return model, data_config

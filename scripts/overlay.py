@@ -18,6 +18,7 @@ def panels(headline: str, count: int, aspect: float = 1) -> tuple[Figure, list[A
     """A row of `count` panels for pictures of this aspect (height / width) and one, of the same height, for bars."""
     figure = Figure(figsize=(3.9 * count + 2.6, 3.1 * aspect + 1.1), layout='compressed')
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    headline = textwrap.fill(headline, int(11 * figure.get_figwidth()))  # wrap=True would read dollars as formulas
     figure.suptitle(headline, fontsize=11, x=0.01, ha='left', color=DARK, parse_math=False)
     row = list(figure.subplots(1, count + 1, width_ratios=[1] * count + [0.8]))
     row[-1].set_box_aspect(aspect / 0.8)

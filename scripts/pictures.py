@@ -21,8 +21,8 @@ from timm.utils import natural_key, random_seed
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 __all__ = [
-    'BadPictures', 'DataSettings', 'EpochSampler', 'Pictures', 'StreamedPictures', 'batches', 'is_stream',
-    'open_pictures', 'picture_name', 'read_picture', 'seed_of', 'targets_of']
+    'BadPictures', 'DataSettings', 'EpochSampler', 'Pictures', 'StreamedPictures', 'batches', 'check_labels',
+    'is_stream', 'open_pictures', 'picture_name', 'read_picture', 'seed_of', 'targets_of']
 
 SCHEMAS = ('torch/', 'hfds/', 'hfids/', 'wds/', 'tfds/')
 SPLIT_FOLDERS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'test')}
@@ -87,7 +87,7 @@ def open_pictures(
         raise SettingsError(
             f'--dataset {settings.dataset} cannot be read from --data-dir {settings.data_dir}: {one_line(error)}; '
             f'--dataset-download fetches what torchvision offers.') from error
-    _try_first(partial(create, is_training=False), settings, split, is_training)
+    _try_first(partial(create, is_training=False), settings, split, is_training, labelled=num_classes != 0)
     labels = dataset.reader.class_to_idx
     if not labels and num_classes is None:
         raise SettingsError(f'--num-classes is needed: --dataset {settings.dataset} has no names for its classes.')
@@ -97,12 +97,15 @@ def open_pictures(
     return dataset, sorted(labels, key=labels.get) or [str(label) for label in range(num_classes)]
 
 
-def _try_first(create: Callable[[], Dataset], settings: DataSettings, split: str, is_training: bool) -> None:
+def _try_first(create: Callable[[], Dataset], settings: DataSettings, split: str, is_training: bool,
+               labelled: bool) -> None:
     """Read one picture, and count the shards: what is wrong with either would show in a worker, or in none."""
     try:
         dataset = create()  # another one, because timm's streams are set up for good by the first read
         next(iter(dataset))
     except (StopIteration, KeyError, ValueError, TypeError, RuntimeError, AssertionError, OSError) as error:
+        if not labelled and not settings.target_key and error.args == ('label',):
+            return  # the picture was read, and no label is asked for
         raise SettingsError(
             f'--dataset {settings.dataset}: no picture of {split} can be read with --input-key '
             f'{settings.input_key or "left out"} and --target-key {settings.target_key or "left out"}'
@@ -170,6 +173,17 @@ def _check_names(class_map: str) -> None:
 def seed_of(*numbers: int) -> int:
     """One seed out of several whole numbers, such as (seed, epoch, index)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def check_labels(labels: torch.Tensor | Sequence, num_classes: int, least: int = -1) -> None:
+    """Refuse a batch of labels that are no whole numbers from `least` to the classes; -1 marks what cannot be read."""
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        raise SettingsError(f'--target-key must name a column of whole numbers, got labels such as {labels[0]!r}; '
+                            f'name the one with the labels.')
+    if not least <= labels.min() <= labels.max() < num_classes:
+        raise SettingsError(f'--num-classes: labels must be from 0 to {num_classes - 1}, found {int(labels.min())} to '
+                            f'{int(labels.max())}; name the column of the labels by --target-key, or give their '
+                            f'number.')
 
 
 def read_picture(dataset: Dataset, index: int, mode: str = 'RGB') -> tuple[Image.Image, int]:

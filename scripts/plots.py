@@ -1,12 +1,16 @@
 """The pictures that runs leave: curves, confusion, what was misread."""
+import re
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from timm.data import ImageNetInfo
 
-__all__ = ['confusion_figure', 'draw_curves', 'misread_figure', 'reliability_figure', 'to_picture']
+__all__ = ['confusion_figure', 'draw_curves', 'in_words', 'misread_figure', 'reliability_figure', 'to_picture']
 
 BLUE, GREY, LIGHT = '#2563eb', '#9ca3af', '#e5e7eb'
+SYNSET = re.compile(r'n\d{8}')
 MOST_NAMED = 40  # classes whose names are written beside a confusion matrix
 
 
@@ -37,7 +41,7 @@ def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names:
         class_names: In label order.
     """
     count = len(class_names)
-    class_names = [plain(name) for name in class_names]
+    class_names = [plain(name) for name in in_words(class_names)]
     read = labels >= 0
     matrix = torch.bincount(labels[read] * count + predicted[read], minlength=count * count).view(count, count).double()
     share = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
@@ -66,6 +70,16 @@ def plain(name: str) -> str:
     return name.replace('$', r'\$')
 
 
+def in_words(class_names: list[str]) -> list[str]:
+    """ImageNet synsets by their first word, such as tench, with the synset where two share it; other names as given."""
+    if not all(SYNSET.fullmatch(name) for name in class_names):
+        return class_names
+    known = ImageNetInfo('imagenet-22k').label_descriptions(as_dict=True)
+    words = [known.get(name, name).split(', ')[0] for name in class_names]
+    return [word if words.count(word) == 1 else f'{word} {name}'
+            for word, name in zip(words, class_names, strict=True)]
+
+
 def to_picture(image: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """A normalised (C, H, W) image as (H, W, 3) in 0..1, or (H, W) if it is grey."""
     values = image.float() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
@@ -79,6 +93,7 @@ def misread_figure(wrong: list[tuple[float, torch.Tensor, int, int]], class_name
     columns = min(6, max(3, len(wrong)))
     rows = max(1, -(-len(wrong) // columns))
     figure = Figure(figsize=(1.9 * columns, 2.3 * rows + 0.5), layout='constrained')
+    class_names = in_words(class_names)
     figure.suptitle('Misread with most confidence' if wrong else 'Nothing was misread')
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis('off')

@@ -34,13 +34,12 @@ from explain import (
 from matplotlib.axes import Axes
 from open_model import ModelSettings, open_model
 from overlay import draw_guesses, draw_heat, draw_kernel, draw_kernels, draw_picture, panels
-from pictures import UNREADABLE
-from PIL import Image
+from pictures import UNREADABLE, read_picture
 from plots import to_picture
 from processes import start
 from run_folder import write_figure
 from settings import SettingsError, end_with_sentence, one_line
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
+from timm.data import ImageDataset, ImageNetInfo, create_transform, infer_imagenet_subset
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import nn
 
@@ -201,6 +200,9 @@ def predict_picture(
     """Write the overlay of one picture (C, H, W) and return its table."""
     picture = to_picture(image, data_config['mean'], data_config['std'])
     logits, painters = look(model, target, image[None].to(device), picture, labels, settings)
+    if not logits.isfinite().all():
+        raise SettingsError(f'--model {settings.model} gives logits that are not finite for {path}; '
+                            f'give sound weights.')
     shares, best = (values.tolist() for values in logits.float().softmax(-1).topk(min(5, len(logits))))
     guesses = [labels[i] for i in best]
 
@@ -251,10 +253,10 @@ def main(settings: Settings) -> int:
         headline=settings.model if weights != RANDOM else f'{settings.model}  ·  {RANDOM}')
     transform, mode, unreadable = create_transform(**data_config), 'RGB' if settings.in_chans == 3 else 'L', []
     with accelerator.split_between_processes(list(zip(pictures, overlays, strict=True))) as part:
-        for path, overlay in part:
+        dataset = ImageDataset('', reader=[(path, None) for path, _ in part])
+        for index, (path, overlay) in enumerate(part):
             try:
-                with Image.open(path) as file:
-                    image = transform(file.convert(mode))
+                image = transform(read_picture(dataset, index, mode)[0])
             except UNREADABLE as error:
                 unreadable.append(path)
                 print(f'{path}: cannot be read: {one_line(error)}', file=sys.stderr)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import compare
 import finetune
-import numpy as np
 import pytest
 import timm
 from PIL import Image
+from script_runs import run_main, write_pictures
 from settings import SettingsError
 
 
@@ -16,13 +16,7 @@ from settings import SettingsError
 def runs(tmp_path_factory) -> list[str]:
     """Two finished runs of one epoch."""
     root = tmp_path_factory.mktemp('runs')
-    rng = np.random.default_rng(0)
-    for split in ('train', 'val'):
-        for name in ('a', 'b'):
-            (root / 'data' / split / name).mkdir(parents=True)
-            for index in range(3):
-                pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / 'data' / split / name / f'{index}.png')
+    write_pictures(root / 'data', ('a', 'b'), train=3, val=3)
     for model in ('test_resnet', 'test_vit'):
         finetune.main(finetune.Settings(
             data_dir=str(root / 'data'), model=model, img_size=32, epochs=1, workers=0, device='cpu', batch_size=4,
@@ -57,3 +51,31 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
             (dict(runs=tuple(runs), results_file='two.csv'), r'must end in \.json, got two\.csv')):
         with pytest.raises(SettingsError, match=message):
             compare.main(compare.Settings(**settings))
+
+
+def test_run_that_cannot_be_read_is_refused(runs, tmp_path):
+    def broken(name: str, content: str) -> str:
+        folder = tmp_path / f'broken {content[:5]}'
+        shutil.copytree(runs[1], folder)
+        (folder / name).write_text(content)
+        return str(folder)
+
+    for name, content, message in (
+            ('args.json', '{', 'cannot be read'), ('metrics.csv', 'epoch\nfirst\n', 'cannot be read'),
+            ('metrics.csv', 'epoch\n', 'an epoch in metrics.csv'), ('summary.json', '{"top1": 1}', 'train it again')):
+        with pytest.raises(SettingsError, match=message) as error:
+            compare.main(compare.Settings(runs=(runs[0], broken(name, content))))
+        assert '\n' not in str(error.value)
+        shutil.rmtree(tmp_path / f'broken {content[:5]}')
+
+
+def test_results_file_is_written_into_a_new_folder_or_refused(runs, tmp_path):
+    compare.main(compare.Settings(runs=tuple(runs), results_file=str(tmp_path / 'new' / 'two.json')))
+    assert {path.name for path in (tmp_path / 'new').iterdir()} == {'two.json', 'two.png'}
+    with pytest.raises(SettingsError, match=r'--results-file .* cannot be written: .*choose another'):
+        compare.main(compare.Settings(runs=tuple(runs), results_file=str(tmp_path / 'new' / 'two.png' / 'a.json')))
+
+
+def test_help_shows_a_command_that_can_be_copied(monkeypatch, capsys):
+    assert run_main(monkeypatch, 'compare.py', '--help') == 0
+    assert ' \\\n        --results-file' in capsys.readouterr().out

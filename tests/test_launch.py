@@ -18,7 +18,8 @@ STAND_INS = {
 
 
 @pytest.mark.parametrize(('body', 'term', 'code', 'requeued'), [
-    ('exit 0', False, 0, False), ('exit 2', False, 2, False), ('while :; do sleep 0.05; done', True, 1, True)],
+    ('exit 0', False, 0, False), ('exit 2', False, 2, False), ('while :; do sleep 0.05; done', True, 1, True)
+],
     ids=['done', 'refused', 'preempted'])
 def test_only_a_preempted_job_is_queued_again(tmp_path, body, term, code, requeued):
     for name, line in STAND_INS.items():
@@ -36,4 +37,5 @@ def test_only_a_preempted_job_is_queued_again(tmp_path, body, term, code, requeu
     assert (tmp_path / 'saved').exists() == term
     assert ('requeue 7' in (tmp_path / 'scontrol.log').read_text()) == requeued
     started = (tmp_path / 'torchrun.log').read_text()
-    assert '--rdzv-endpoint node1:29500' in started and started.endswith('finetune.py --model coatnet_1 --resume auto\n')
+    assert '--rdzv-endpoint node1:29500' in started
+    assert started.endswith('finetune.py --model coatnet_1 --resume auto\n')

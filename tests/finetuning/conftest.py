@@ -3,7 +3,7 @@ from pathlib import Path
 
 import finetune
 import pytest
-from runs import write_pictures
+from script_runs import write_pictures
 
 
 @pytest.fixture(scope='session')

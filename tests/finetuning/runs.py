@@ -10,26 +10,10 @@ import tarfile
 from pathlib import Path
 
 import finetune
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).parents[2]
-CLASSES = ('blue', 'green', 'red')
-
-
-def write_pictures(folder: Path, classes=CLASSES, train: int = 12, val: int = 5) -> Path:
-    """Write noisy pictures whose colour tells the class."""
-    rng = np.random.default_rng(0)
-    for split, count in (('train', train), ('val', val)):
-        for number, name in enumerate(classes):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 150, (36, 40, 3), dtype=np.uint8)
-                pixels[..., 2 - number % 3] += 100
-                Image.fromarray(pixels).save(folder / split / name / f'{index}.png')
-    return folder
+from script_runs import ROOT
 
 
 def write_shards(folder: Path, count: int = 24, held_out: int = 1) -> Path:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from pictures import DataSettings, EpochSampler, Pictures, open_pictures, read_picture, targets_of
 from PIL import Image
-from runs import CLASSES, assert_same_run, read_checkpoint, read_metrics, run, write_pictures, write_shards
+from runs import assert_same_run, read_checkpoint, read_metrics, run, write_shards
+from script_runs import CLASSES, write_pictures
 from settings import SettingsError
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -123,7 +124,7 @@ def test_shards_train_the_same_twice(settings, tmp_path):
     with pytest.raises(SettingsError, match='--num-classes is needed'):
         run(settings, data_dir=str(folder), dataset='wds/', experiment='third')
     for changes, sentence in (
-            (dict(num_classes=2), r'labels must be from 0 to 1 \(--num-classes\), found 0 to 2'),
+            (dict(num_classes=2), r'--num-classes: labels must be from 0 to 1, found 0 to 2'),
             (dict(target_key='breed'), r'--target-key breed.*name the columns'),
             (dict(workers=3), r'--workers must be at most the shards .*, 2, got 3')):
         with pytest.raises(SettingsError, match=sentence):

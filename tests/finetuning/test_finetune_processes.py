@@ -11,7 +11,8 @@ from evaluation import predict
 from open_model import ModelSettings, open_model
 from pictures import DataSettings, EpochSampler, Pictures, batches, open_pictures
 from processes import start
-from runs import ROOT, write_pictures, write_shards
+from runs import write_shards
+from script_runs import ROOT, write_pictures
 from timm.data import create_transform
 
 MODEL = (

@@ -2,7 +2,8 @@
 from pathlib import Path
 
 import pytest
-from runs import run, write_pictures
+from runs import run
+from script_runs import write_pictures
 from settings import SettingsError
 
 

@@ -15,15 +15,14 @@ import run_folder
 import torch
 import trainer
 from runs import (
-    ROOT,
     assert_everything_loads,
     assert_same_run,
     assert_same_tensors,
     read_checkpoint,
     read_metrics,
     run,
-    write_pictures,
 )
+from script_runs import ROOT, write_pictures
 from settings import SettingsError
 from timm.task import ClassificationTask
 

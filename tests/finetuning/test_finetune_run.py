@@ -8,8 +8,9 @@ import pytest
 import recipes
 import timm
 import torch
-from runs import CLASSES, assert_everything_loads, read_checkpoint, read_metrics, run, run_command
+from runs import assert_everything_loads, read_checkpoint, read_metrics, run, run_command
 from safetensors import safe_open
+from script_runs import CLASSES
 from settings import SettingsError
 from timm.data import create_dataset, create_transform, resolve_data_config
 

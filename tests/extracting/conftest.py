@@ -1,0 +1,18 @@
+"""Pictures whose colour tells the class, and settings for features of a tiny network."""
+from pathlib import Path
+
+import extract_features
+import pytest
+from script_runs import write_pictures
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp('pictures'))
+
+
+@pytest.fixture
+def settings(pictures, tmp_path) -> extract_features.Settings:
+    return extract_features.Settings(
+        data_dir=str(pictures), model='test_resnet', img_size=32, batch_size=4, shard_size=10, workers=0, device='cpu',
+        output=str(tmp_path / 'features'))

@@ -1,0 +1,137 @@
+"""The files scripts/predict.py reads and writes, what it refuses, its command line, and several processes."""
+import dataclasses
+from pathlib import Path
+
+import predict
+import pytest
+import tyro
+from overlay_runs import NAMES, write_picture, write_run, zoo
+from script_runs import run_main, run_processes
+from settings import SettingsError
+
+
+def test_folders_are_searched_and_bad_pictures_named_while_others_go_on(settings, picture, tmp_path, capsys):
+    folder = picture.parent
+    write_picture(folder / 'deeper' / 'KITE.JPG', seed=1)
+    write_picture(folder / 'deeper' / 'kite.png', seed=2)
+    (folder / 'deeper' / 'notes.txt').write_text('no picture')
+    (folder / 'empty.png').write_bytes(b'')
+    whole = write_picture(folder / 'cut.jpg', size=(200, 200)).read_bytes()
+    (folder / 'cut.jpg').write_bytes(whole[:len(whole) // 2])
+    (tmp_path / 'bare').mkdir()
+    images = (folder, picture, tmp_path / 'missing.jpg', tmp_path / 'bare')
+    before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    assert predict.main(dataclasses.replace(settings, images=images)) == 1
+    out, err = capsys.readouterr()
+    assert {path.name for path in settings.output.iterdir()} == {
+        'kite-attention.png', 'KITE-attention.png', 'kite-attention-2.png'}
+    assert out.count(' -> ') == 3  # the picture that is named twice is read once
+    for name, reason in (('empty.png', 'cannot identify'), ('cut.jpg', 'truncated'), ('missing.jpg', 'No such file'),
+                         ('bare', 'no pictures (.png, .jpg, .jpeg')):
+        assert sum(name in line and reason in line for line in err.splitlines()) == 1, (name, err)
+    assert 'notes.txt' not in err + out
+    assert before == {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_one_complaint_is_enough_for_exit_code_1(settings, picture, tmp_path):
+    (tmp_path / 'bare').mkdir()
+    for other in (tmp_path / 'bare', tmp_path / 'missing.png'):
+        assert predict.main(dataclasses.replace(settings, images=(picture, other))) == 1
+    assert predict.main(settings) == 0
+
+
+def test_no_picture_that_is_read_is_ever_written_over(settings, picture):
+    folder = picture.parent
+    taken = write_picture(folder / 'kite-attention.png', seed=1)
+    (folder / 'link').symlink_to(folder)
+    before = taken.read_bytes(), picture.read_bytes()
+    for output in (folder, folder / 'link'):
+        assert predict.main(dataclasses.replace(settings, images=(picture, taken), output=output)) == 0
+    assert before == (taken.read_bytes(), picture.read_bytes())
+    assert {path.name for path in folder.iterdir()} - {'link'} == {
+        'kite.png', 'kite-attention.png', 'kite-attention-2.png', 'kite-attention-attention.png'}
+
+
+def test_overlays_are_whole_or_absent(settings, monkeypatch):
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, path, **_: (
+        path.write_bytes(b'half'), (_ for _ in ()).throw(KeyboardInterrupt))[0])
+    with pytest.raises(KeyboardInterrupt):
+        predict.main(settings)
+    assert not [path for path in settings.output.iterdir() if not path.name.startswith('.')]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(images=()), 'IMAGES must name at least one picture'),
+    (dict(explain='saliency'), "--explain must be auto, attention, kernels, gradcam, got 'saliency'"),
+    (dict(explain='kernels'), '--explain kernels needs a stage of letter D, but coatnet_pico_64 has the stages CCTT'),
+    (dict(stage=2), '--explain auto needs --stage 2 to be one of letter T or D, but .* the stages CCTT'),
+    (dict(stage=5), '--stage must be from 1 to 4, got 5'),
+    (dict(explain='gradcam', stage=4), '--stage chooses a stage .* Grad-CAM is shown'),
+    (dict(explain='gradcam', at=(0.5, 0.5)), '--at chooses a query or a kernel'),
+    (dict(at=(0.5, 1.5)), r'--at must be two shares of the picture from 0 to 1.*got \(0.5, 1.5\)'),
+    (dict(model='test_vit', model_kwargs=(), explain='attention'), 'test_vit is not a model of this zoo'),
+    (dict(model='coatnet_pico_65'), 'did you mean coatnet_pico_64'),
+    (dict(num_classes=0), 'has no classes to predict'),
+    (dict(device='tpu'), '--device must be auto, cpu or cuda'),
+    (dict(checkpoint='nowhere.pth'), '--checkpoint nowhere.pth is not a file'),
+    (dict(images=(Path('nowhere.png'),)), 'IMAGES must name at least one picture that can be read'),
+])
+def test_refusals_name_the_option_and_the_way_out(settings, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        predict.main(dataclasses.replace(settings, **changes))
+    assert not list(settings.output.glob('*'))
+
+
+def test_output_that_cannot_be_written_is_refused(settings, picture):
+    with pytest.raises(SettingsError, match=r'--output .* cannot be written'):
+        predict.main(dataclasses.replace(settings, output=picture / 'overlays'))
+    (settings.output / 'kite-attention.png').mkdir(parents=True)
+    with pytest.raises(SettingsError, match=r'--output: .*kite-attention.png cannot be written'):
+        predict.main(settings)
+
+
+def test_pretrained_is_passed_on_and_its_failure_is_a_sentence(settings):
+    with pytest.raises(SettingsError, match=r'cannot be built: .*[Pp]retrained'):
+        predict.main(dataclasses.replace(settings, pretrained=True))
+
+
+# The command line, and several processes
+
+
+def test_two_processes_share_the_pictures(settings, picture, tmp_path, randomize, capsys):
+    name = write_run(tmp_path / 'run', randomize(zoo()), NAMES)
+    paths = [write_picture(picture.parent / f'{i}.png', seed=i) for i in range(3)] + [tmp_path / 'missing.png']
+    own = dict(images=tuple(paths), model=name, model_kwargs=(), num_classes=None, img_size=None)
+    assert predict.main(dataclasses.replace(settings, **own)) == 1
+    one = capsys.readouterr().out.splitlines()
+    pngs = {path.name: path.read_bytes() for path in settings.output.iterdir()}
+    assert len(one) == 16 and len(pngs) == 3
+
+    for path in settings.output.iterdir():
+        path.unlink()
+    two = run_processes('predict.py', *paths, '--model', name, '--output', settings.output, '--device', 'cpu')
+    assert two.returncode == 1
+    said = [line for line in two.stdout.splitlines() if line and line in one]  # gloo may add that it is connected
+    assert sorted(said) == sorted(filter(None, one))
+    assert two.stderr.count('missing.png: cannot be read') == 1
+    assert pngs == {path.name: path.read_bytes() for path in settings.output.iterdir()}
+
+
+def test_command_line_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
+    assert run_main(monkeypatch, 'predict.py', tmp_path / 'a.png', tmp_path / 'b.png', '--model', 'test_resnet',
+                    '--img-size', 32, '--output', tmp_path / 'out', '--device', 'cpu') == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        'predict.py: IMAGES must name at least one picture that can be read, and none of these can; see above for the '
+        'reasons.')
+
+
+def test_flags_are_read_in_any_order():
+    settings = tyro.cli(predict.Settings, args=[
+        'a.png', 'folder', '--model', 'test_vit', '--at', '0.25', '0.5', '--explain', 'gradcam', '--stage', '3',
+        '--checkpoint', 'w.pth', '--output', 'out', '--pretrained', '--device', 'cpu'])
+    assert settings.images == (Path('a.png'), Path('folder')) and settings.at == (0.25, 0.5)
+    assert (settings.explain, settings.stage, settings.checkpoint, settings.output, settings.pretrained) == (
+        'gradcam', 3, 'w.pth', Path('out'), True)
