@@ -20,7 +20,6 @@ def model_size(name: str, **kwargs) -> tuple[int, int, nn.Module]:
     for module in model.modules():
         if isinstance(module, DynamicConv2d):  # a sum of shifted products, which torch's counter leaves out
             module.register_forward_hook(count_taps)
-    channels = model.pretrained_cfg['input_size'][0]
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        model(torch.empty(1, channels, *model.img_size, device='meta'))
+        model(torch.empty(1, model.in_chans, *model.img_size, device='meta'))
     return sum(p.numel() for p in model.parameters()), flops.get_total_flops() // 2 + sum(summed), model

@@ -1,0 +1,63 @@
+"""model.onnx and model.pt2: the same model for onnxruntime and for torch.export.load, for any number of images."""
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import torch
+from run_folder import write_file
+from settings import SettingsError, one_line
+from torch import nn
+
+__all__ = ['check_no_pickles', 'onnx_answers', 'write_onnx_files']
+
+
+def write_onnx_files(folder: Path, model: nn.Module, images: torch.Tensor) -> None:
+    """Write both files for a model on a CPU.
+
+    Args:
+        folder: Where to.
+        model: In eval mode.
+        images: (N, C, H, W) float32, N above 1; other numbers of images will do too, other sizes will not.
+    """
+    with torch.no_grad():
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        onnx = torch.onnx.export(program, (images,), input_names=['input'], output_names=['logits'], dynamo=True,
+                                 verbose=False)
+    for node in onnx.model.graph:
+        node.metadata_props.clear()  # would tell the folders of this machine
+    for node in program.graph.nodes:
+        node.meta.pop('stack_trace', None)  # the same
+    program.example_inputs = None  # would be pickled
+    try:
+        torch.export.save(program, archive := io.BytesIO())  # to a path it wants the name .pt2
+        write_file(folder / 'model.pt2', lambda temporary: temporary.write_bytes(archive.getvalue()))
+        write_file(folder / 'model.onnx', lambda temporary: onnx.save(temporary, external_data=False))
+    except ValueError as error:
+        raise SettingsError(f'--with-onnx: a file cannot be written: {one_line(error)}; leave it out.') from error
+
+
+def check_no_pickles(path: Path) -> None:
+    """Refuse a model.pt2 with pickled data: loading that runs whatever it says."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        configs = [json.loads(content)['config'] for name, content in members.items() if name.endswith('_config.json')]
+        pickled = [name for name, content in members.items() if name.endswith(('.pt', '.pkl')) and content]
+        pickled += [name for config in configs for name, entry in config.items() if entry['use_pickle'] is not False]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise SettingsError(f'{path.name} cannot be read: {one_line(error)}; export anew.') from error
+    if pickled:
+        raise SettingsError(f'{path.name} must hold no pickled data, but {", ".join(pickled[:3])} is; export anew.')
+
+
+def onnx_answers(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits of both files for images (N, C, H, W); model.onnx is left out where onnxruntime is not installed."""
+    with torch.no_grad():
+        answers = {'torch.export': torch.export.load(folder / 'model.pt2').module()(images)}
+    try:
+        import onnxruntime
+    except ImportError:
+        return answers
+    session = onnxruntime.InferenceSession(folder / 'model.onnx', providers=['CPUExecutionProvider'])
+    return answers | {'onnxruntime': torch.from_numpy(session.run(None, {'input': images.numpy()})[0])}

@@ -1,0 +1,396 @@
+"""hub/export.py: what a release holds, and that timm and transformers load it as the model that was trained."""
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import card
+import eval_imagenet
+import export
+import finetune
+import onnx_files
+import pytest
+import timm
+import torch
+import verify
+from conftest import NAME
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from script_runs import CLASSES
+from settings import SettingsError
+from timm.data import resolve_data_config
+
+from coatnet_zoo.models import coatnet
+
+IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+FILES = {'README.md', 'config.json', 'model.safetensors', 'golden.safetensors', 'curves.png'}
+
+
+@torch.no_grad()
+def answer(name: str, images: torch.Tensor = IMAGES, **options) -> torch.Tensor:
+    return timm.create_model(name, pretrained=True, **options).eval()(images)
+
+
+def plain_model(state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    model = timm.create_model('coatnet_pico_64', num_classes=3, img_size=32).eval()
+    model.load_state_dict(state)
+    return model
+
+
+def make(run_dir: Path, **options) -> Path:
+    return export.main(export.Settings(run_dir=run_dir, **{'name': NAME, 'output': run_dir.parent / 'made', **options}))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def release_of(folder: Path) -> dict:
+    return json.loads((folder / 'config.json').read_text())['release']
+
+
+def change_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# What is released is what was trained
+
+
+def test_folder_holds_its_files_and_the_very_weights(exported, trained):
+    assert {path.name for path in exported.iterdir()} == FILES
+    assert [path.name for path in exported.parent.iterdir()] == [NAME]
+    before, after = load_file(trained / 'model.safetensors'), load_file(exported / 'model.safetensors')
+    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    for name in ('model.safetensors', 'golden.safetensors'):
+        with safe_open(exported / name, 'pt') as file:
+            assert file.metadata() == {'format': 'pt'}
+    assert (exported / 'curves.png').read_bytes() == (trained / 'curves.png').read_bytes()
+
+
+def test_timm_loads_the_trained_model_from_a_folder_and_from_the_cache_of_the_hub(exported, trained, tmp_path):
+    expected = answer(f'local-dir:{trained}')
+    assert expected.std() > 0 and torch.equal(answer(f'local-dir:{exported}'), expected)
+    commit = 'a' * 40  # a pinned commit that is in the cache asks no server
+    shutil.copytree(exported, tmp_path / 'models--me--colours' / 'snapshots' / commit)
+    assert torch.equal(answer(f'hf-hub:me/colours@{commit}', cache_dir=tmp_path), expected)
+
+
+def test_bare_name_takes_the_weights(exported):
+    overlay = dict(file=str(exported / 'model.safetensors'), num_classes=3)
+    expected = answer(f'local-dir:{exported}')
+    assert torch.equal(answer('coatnet_pico_64', pretrained_cfg_overlay=overlay, img_size=32), expected)
+    larger = answer('coatnet_pico_64', torch.randn(2, 3, 64, 64), pretrained_cfg_overlay=overlay)
+    assert larger.shape == (2, 3) and larger.std() > 0
+
+
+def test_transformers_loads_the_trained_model(exported):
+    transformers = pytest.importorskip('transformers', reason='transformers is optional')
+    model, report = transformers.AutoModelForImageClassification.from_pretrained(exported, output_loading_info=True)
+    with torch.no_grad():
+        logits = model.eval()(IMAGES).logits
+    assert not any(report.values()) and torch.equal(logits, answer(f'local-dir:{exported}'))
+    assert model.config.id2label == dict(enumerate(CLASSES)) and model.config.num_labels == 3
+
+
+def test_config_is_of_these_weights_alone(exported, run_settings):
+    config = json.loads((exported / 'config.json').read_text())
+    assert config['label_names'] == list(CLASSES) and config['num_classes'] == 3
+    assert config['model_args'] == {'img_size': [32, 32], 'in_chans': 3}
+    cfg = config['pretrained_cfg']
+    assert (cfg['tag'], cfg['license'], cfg['custom_load']) == ('colours', 'apache-2.0', False)
+    assert cfg['input_size'] == [3, 32, 32] and cfg['fixed_input_size'] is True and cfg['crop_pct'] == 0.9
+    assert tuple(cfg['mean']) == run_settings.mean and tuple(cfg['std']) == run_settings.std
+    assert not {'origin_url', 'url', 'file', 'hf_hub_id', 'test_input_size', 'test_crop_pct', 'description'} & {*cfg}
+
+    model = timm.create_model(f'local-dir:{exported}', pretrained=True)
+    data = resolve_data_config(model=model, use_test_size=True)
+    assert tuple(data['mean']) == run_settings.mean and data['crop_pct'] == 0.9
+    assert model.pretrained_cfg['tag'] == 'colours' and list(model.pretrained_cfg['label_names']) == list(CLASSES)
+
+
+def test_release_tells_how_the_run_went(exported, trained):
+    release, summary = release_of(exported), json.loads((trained / 'summary.json').read_text())
+    assert release['metrics']['top1'] == round(summary['top1'], 4) and release['metrics']['ece'] is None
+    assert release['picked_best_epoch'] is True and release['evaluated_on'] == 'colours, validation'
+    assert (release['seed'], release['epochs'], release['best_epoch']) == (42, 1, 1)
+    assert (release['commit'], release['hardware']) == (summary['commit'], summary['hardware'])
+    assert release['hours'] == pytest.approx(summary['train_seconds'] / 3600, abs=1e-4)
+    assert (release['trained_on'], release['data_license'], release['recipe']) == ('Colours', None, None)
+    assert (release['dtype'], release['started_from'], release['teacher']) == ('float32', 'random weights', None)
+
+
+def test_golden_logits_are_those_of_the_file(exported):
+    golden = load_file(exported / 'golden.safetensors')
+    with torch.no_grad():
+        logits = plain_model(load_file(exported / 'model.safetensors'))(golden['input'])
+    assert torch.equal(logits, golden['logits']) and golden['input'].shape == (4, 3, 32, 32)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in ((0.4, 0.5, 0.6), (0.3, 0.3, 0.2)))
+    pixels = golden['input'] * std + mean
+    assert pixels.min() > -1e-6 and pixels.max() < 1 + 1e-6
+    steps = pixels.diff(dim=-1).abs().mean((1, 2, 3))
+    assert steps[:2].max() < 0.2 * steps[2:].min()  # pictures are smooth, noise is not
+
+
+def test_grey_model_of_a_word_without_attention(pictures, tmp_path, run_settings):
+    settings = dataclasses.replace(
+        run_settings, model='lightconvnet_pico_64', in_chans=1, mean=(0.5,), std=(0.25,), model_kwargs=(),
+        output=str(tmp_path))
+    finetune.main(settings)
+    folder = make(tmp_path / 'run', name='lightconvnet_pico_64.grey')
+    images = IMAGES[:, :1]
+    expected = answer(f'local-dir:{tmp_path}/run', images)
+    assert expected.std() > 0 and torch.equal(answer(f'local-dir:{folder}', images), expected)
+    assert verify.check_answers(folder)[0] == 'timm 0.0e+00'
+
+
+# 16 bits
+
+
+def spoil_16_bits(run_dir: Path) -> None:
+    """A classifier that says blue or red for everything, and green once its weights are rounded to bfloat16."""
+    state = load_file(run_dir / 'model.safetensors')
+    state['head.fc.weight'] = torch.tensor([[1001.5], [1000.], [998.5]]).expand(3, 320).contiguous()
+    state['head.fc.bias'] = torch.tensor([0., 0.01, 0.])
+    save_file(state, run_dir / 'model.safetensors', metadata={'format': 'pt'})
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_weights_of_convolutions_and_linear_layers_alone_are_rounded(trained, tmp_path, dtype):
+    folder = make(trained, dtype=dtype, output=tmp_path / NAME)
+    before, after = load_file(trained / 'model.safetensors'), load_file(folder / 'model.safetensors')
+    short = getattr(torch, dtype)
+    for key, value in before.items():
+        matrix = key.endswith('.weight') and value.ndim in (2, 4)  # norms and biases are vectors
+        kept = torch.int64 if key.endswith('num_batches_tracked') else torch.float32
+        assert after[key].dtype == (short if matrix else kept), key
+        assert torch.equal(after[key], value.to(short) if matrix else value), key
+    assert after['stages.2.blocks.0.attn.rel_bias.table'].dtype == torch.float32
+
+    golden = load_file(folder / 'golden.safetensors')
+    with torch.no_grad():
+        assert torch.equal(plain_model(after)(golden['input']), golden['logits'])
+        assert not torch.equal(plain_model(before)(golden['input']), golden['logits'])
+    assert release_of(folder)['dtype'] == dtype and release_of(folder)['metrics']['top1_change'] is None
+    text = ' '.join((folder / 'README.md').read_text().split())
+    assert f'change of top-1 by rounding to {dtype} (points) | not measured' in text
+    assert f'those of the float32 weights, before they were rounded to {dtype}' in text
+
+
+def test_cost_of_rounding_is_measured_and_figures_are_of_the_rounded_file(run_dir, pictures, tmp_path):
+    spoil_16_bits(run_dir)
+    for name in ('blue', 'red'):
+        shutil.copytree(pictures / 'val' / name, tmp_path / 'held_out' / name)
+    folder = make(run_dir, dtype='bfloat16', data_dir=str(tmp_path / 'held_out'), workers=0)
+    release = release_of(folder)
+    metrics = release['metrics']
+    assert (metrics['top1'], metrics['images'], metrics['top1_change']) == (0, 8, -50)
+    assert release['evaluated_on'] == 'held_out' and release['picked_best_epoch'] is False
+    verify.check_card(folder, json.loads((folder / 'config.json').read_text()))
+    text = (folder / 'README.md').read_text()
+    assert '(points) | -50.000 |' in text and '| top-1 accuracy (%) | 0.00 |' in text
+
+
+def test_values_beyond_float16_are_refused(run_dir):
+    state = load_file(run_dir / 'model.safetensors')
+    state['head.fc.weight'][0, 0] = 1e5
+    save_file(state, run_dir / 'model.safetensors', metadata={'format': 'pt'})
+    with pytest.raises(SettingsError, match=r'--dtype float16 cannot hold the values of head.fc.weight; use bfloat16'):
+        make(run_dir, dtype='float16')
+    assert not (run_dir.parent / 'made').exists()
+
+
+# Figures of an evaluation
+
+
+def evaluate(run_dir: Path, data_dir: Path, **options) -> Path:
+    eval_imagenet.main(eval_imagenet.Settings(
+        model=(f'local-dir:{run_dir}',), data_dir=str(data_dir), workers=0, device='cpu',
+        results_file=str(run_dir / 'evaluation.json'), **options))
+    return run_dir / 'evaluation.json'
+
+
+def test_figures_of_an_evaluation_come_first(run_dir, pictures, tmp_path):
+    shutil.copytree(pictures / 'train', tmp_path / 'unseen' / 'val')
+    row = json.loads(evaluate(run_dir, tmp_path / 'unseen').read_text())
+    release = release_of(make(run_dir))
+    assert release['metrics'] == {name: row[name] for name in ('top1', 'top5', 'loss', 'ece', 'images')} | {
+        'top1_change': None}
+    assert row['images'] == 24 and release['evaluated_on'] == 'unseen' and release['picked_best_epoch'] is False
+    evaluate(run_dir, pictures / 'val')
+    release = release_of(make(run_dir, evaluated_on='Colours, val'))
+    assert release['evaluated_on'] == 'Colours, val' and release['picked_best_epoch'] is True
+
+
+@pytest.mark.parametrize(('options', 'changes', 'said'), [
+    ({'crop_pct': 0.5}, {}, 'crop_pct 0.5'), ({}, {'model': 'local-dir:another'}, 'has 0'),
+    ({}, {'top1': float('nan')}, 'top1 is not'), ({}, {'provenance': None}, 'not as')])
+def test_evaluation_of_something_else_is_refused(run_dir, pictures, options, changes, said):
+    change_json(evaluate(run_dir, pictures, **options), **changes)
+    with pytest.raises(SettingsError, match='RUN_DIR.*evaluation.json.*' + said if 'top1' not in changes else said):
+        make(run_dir)
+
+
+# What is refused, before anything is written
+
+
+@pytest.mark.parametrize(('changes', 'parts'), [
+    ({'name': 'coatnet_pico_46.colours'}, ['--name', 'mean coatnet_pico_64']),
+    ({'name': 'resnet18.colours'}, ['--name', 'name of the zoo']),
+    ({'name': 'coatnet_pico_64'}, ['--name', 'tag', 'coatnet_pico_64.tin200']),
+    ({'name': 'coatnet_pico_64.untrained'}, ['--name', 'tag']),
+    ({'name': 'coatnet_pico_64.Tin 200'}, ['--name', 'small letters']),
+    ({'name': 'lightconvnet_pico_64.colours'}, ['--name', 'is coatnet_pico_64', 'coatnet_pico_64.TAG']),
+    ({'dtype': 'int8'}, ['--dtype', 'float16', "'int8'"]),
+    ({'data_dir': 'pictures'}, ['--data-dir', '--dtype', 'eval_imagenet.py']),
+    ({'license': 'Apache 2'}, ['--license', 'apache-2.0', "'Apache 2'"]),
+    ({'license': 'other'}, ['--license-name', '--license-link']),
+    ({'license_name': 'mine', 'license_link': 'LICENSE'}, ['--license other', 'apache-2.0']),
+    ({'repo': 'colours'}, ['--repo', 'OWNER/NAME', "'colours'"]),
+    ({'run_dir': Path('no/run')}, ['RUN_DIR no/run', 'summary.json', '--resume auto']),
+], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '')
+def test_bad_setting_is_refused_in_one_sentence(trained, tmp_path, changes, parts):
+    with pytest.raises(SettingsError) as error:
+        export.main(export.Settings(**{'run_dir': trained, 'name': NAME, 'output': tmp_path / 'made', **changes}))
+    for part in parts:
+        assert part in str(error.value) and '\n' not in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+def cut_weights(run_dir):
+    path = run_dir / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def put_nan(run_dir):
+    state = load_file(run_dir / 'model.safetensors')
+    state['stages.1.blocks.0.norm1.running_mean'][2] = float('nan')
+    save_file(state, run_dir / 'model.safetensors', metadata={'format': 'pt'})
+
+
+def drop_tensor(run_dir):
+    state = load_file(run_dir / 'model.safetensors')
+    del state['head.norm.bias']
+    save_file(state, run_dir / 'model.safetensors', metadata={'format': 'pt'})
+
+
+def change_eps(run_dir):
+    args = json.loads((run_dir / 'config.json').read_text())['model_args']
+    change_json(run_dir / 'config.json', model_args={**args, 'conv_norm_eps': 2e-3})
+
+
+@pytest.mark.parametrize(('damage', 'said'), [
+    (cut_weights, 'not a checkpoint'), (put_nan, 'finite throughout, but stages.1.blocks.0.norm1.running_mean'),
+    (drop_tensor, 'head.norm.bias'), (change_eps, 'another model than coatnet_pico_64.*conv_norm_eps'),
+    (lambda run_dir: (run_dir / 'summary.json').unlink(), 'lacks summary.json; give one, or finish it with --resume'),
+    (lambda run_dir: (run_dir / 'args.json').write_text('{"dataset"'), 'args.json cannot be read'),
+    (lambda run_dir: (run_dir / 'args.json').write_text('{}'), 'not as finetune.py'),
+    (lambda run_dir: change_json(run_dir / 'config.json', label_names=None), 'name each of its 3 classes'),
+])
+def test_damaged_or_different_run_is_refused_and_leaves_nothing(run_dir, damage, said):
+    damage(run_dir)
+    with pytest.raises(SettingsError, match=said):
+        make(run_dir)
+    assert [path.name for path in run_dir.parent.iterdir()] == ['run']
+
+
+# Again
+
+
+def test_second_export_takes_the_place_of_the_first_with_the_same_bytes(folder, trained):
+    first = digests(folder)
+    leftover = folder.with_name(f'.{NAME}.tmp')
+    leftover.mkdir()
+    (leftover / 'half.bin').touch()
+    make(trained, output=folder, trained_on='Colours')
+    assert digests(folder) == first and len(first) == 5
+    make(trained, output=folder, license='mit')
+    assert digests(folder).keys() == first.keys() and digests(folder)['config.json'] != first['config.json']
+    assert [path.name for path in folder.parent.iterdir()] == [NAME]
+
+
+@pytest.mark.parametrize('step', ['write_golden', 'write_card', 'swap'])
+def test_interrupted_export_leaves_the_earlier_one(folder, trained, monkeypatch, step):
+    first = digests(folder)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make(trained, output=folder, license='mit')
+    assert digests(folder) == first and [path.name for path in folder.parent.iterdir()] == [NAME]
+
+
+def test_swap_that_fails_half_way_puts_the_earlier_export_back(folder, trained, monkeypatch):
+    first, rename = digests(folder), Path.rename
+
+    def fail(path, target):
+        if path.name.endswith('.tmp'):
+            raise OSError(28, 'No space left on device')
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, 'rename', fail)
+    with pytest.raises(SettingsError, match=r'--output .* cannot be written: .*No space left.*choose another'):
+        make(trained, output=folder, license='mit')
+    assert digests(folder) == first and [path.name for path in folder.parent.iterdir()] == [NAME]
+
+
+def test_output_that_is_no_export_is_left_alone(trained, folder, tmp_path):
+    (folder / 'notes.txt').write_text('mine')
+    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'config.json').write_text('{}')
+    (tmp_path / 'empty').mkdir()
+    for output in (folder, tmp_path / 'file', tmp_path / 'other', trained):
+        with pytest.raises(SettingsError, match=r'--output .* must not exist, be empty, or be an earlier export'):
+            make(trained, output=output)
+    assert (folder / 'notes.txt').read_text() == (tmp_path / 'file').read_text() == 'mine'
+    assert {path.name for path in make(trained, output=tmp_path / 'empty').iterdir()} == FILES
+
+
+def test_paths_of_the_machine_stay_at_home(run_dir):
+    summary = json.loads((run_dir / 'summary.json').read_text())
+    change_json(run_dir / 'summary.json', command=(
+        'python /home/me/zoo/scripts/finetune.py --data-dir=/mnt/disk/colours --output output/x --dataset hfds/a/b'))
+    assert str(run_dir) not in summary['command']
+    folder = make(run_dir)
+    assert release_of(folder)['command'] == (
+        'python finetune.py --data-dir=colours --output output/x --dataset hfds/a/b')
+    for path in (folder / 'README.md', folder / 'config.json'):
+        assert '/home/' not in path.read_text() and '/mnt/' not in path.read_text()
+        assert str(run_dir.parent) not in path.read_text()
+
+
+# ONNX and torch.export
+
+
+def test_onnx_and_torch_export_give_the_golden_logits(run_settings, tmp_path, monkeypatch):
+    small = dataclasses.replace(coatnet.model_cfgs['coatnet_pico_64'], depths=(1, 1, 1, 1), embed_dim=(32,) * 4)
+    monkeypatch.setitem(coatnet.model_cfgs, 'coatnet_pico_64', small)
+    finetune.main(dataclasses.replace(run_settings, output=str(tmp_path)))
+    folder = make(tmp_path / 'run', with_onnx=True)
+    assert {path.name for path in folder.iterdir()} == {*FILES, 'model.onnx', 'model.pt2'}
+    assert 'take `(N, 3, 32, 32)` for any N' in ' '.join((folder / 'README.md').read_text().split())
+    expected = answer(f'local-dir:{folder}')
+    for count in (1, 5):
+        answers = onnx_files.onnx_answers(folder, IMAGES[:count])
+        assert {*answers} == {'torch.export', 'onnxruntime'}
+        for logits in answers.values():
+            torch.testing.assert_close(logits, expected[:count], rtol=0, atol=1e-5 * expected.abs().max().item())
+    here = [str(Path(place).parent).encode() for place in (timm.__file__, coatnet.__file__, __file__)]
+    for name in ('model.onnx', 'model.pt2'):
+        assert not any(place in (folder / name).read_bytes() for place in here)
+
+    verify.list_files(folder)
+    onnx_files.check_no_pickles(folder / 'model.pt2')
+    program = torch.export.load(folder / 'model.pt2')
+    program.example_inputs = ((IMAGES,), {})
+    torch.export.save(program, tmp_path / 'pickled.pt2')
+    with pytest.raises(SettingsError, match=r'pickled.pt2 must hold no pickled data, but .*sample_inputs'):
+        onnx_files.check_no_pickles(tmp_path / 'pickled.pt2')
+    (folder / 'model.onnx').unlink()
+    with pytest.raises(SettingsError, match=r'lacks model.onnx'):
+        verify.list_files(folder)
+    card.write_card(folder)
+    assert 'model.onnx' not in (folder / 'README.md').read_text()
