@@ -2,6 +2,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -106,9 +107,14 @@ def test_data_flows_one_way(tmp_path):
 def wheel(tmp_path_factory) -> Path:
     pytest.importorskip('hatchling', reason='hatchling, the build backend, comes with the test extra')
     folder = tmp_path_factory.mktemp('wheel')
+    project = folder / 'project'  # a copy, for a file of weights that no release has
+    shutil.copytree(PACKAGE, project / 'coatnet_zoo', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('pyproject.toml', 'README.md', 'LICENSE', '.gitignore'):
+        shutil.copy(ROOT / name, project)
+    (project / 'coatnet_zoo/weights/some.safetensors').write_bytes(b'weights')
     subprocess.run(
-        [sys.executable, '-m', 'pip', 'wheel', str(ROOT), '--no-deps', '--no-build-isolation', '-q', '-w', str(folder)],
-        check=True, capture_output=True)
+        [sys.executable, '-m', 'pip', 'wheel', str(project), '--no-deps', '--no-build-isolation', '-q', '-w',
+         str(folder)], check=True, capture_output=True)
     return next(folder.glob('*.whl'))
 
 
@@ -119,6 +125,7 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
         archive.extractall(site)
     assert {n.partition('/')[0] for n in names if '.dist-info/' not in n} == {'coatnet_zoo'}
     assert any(n.endswith('licenses/LICENSE') for n in names)
+    assert {'coatnet_zoo/weights/releases.json', 'coatnet_zoo/weights/some.safetensors'} <= set(names)
     code = '''
 import coatnet_zoo, timm, torch
 print(coatnet_zoo.__file__)

@@ -9,6 +9,7 @@ import timm
 from timm.models import PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint
 from torch import nn
 
+from ..releases import fetch, find_release
 from .backbone import Backbone, BackboneCfg
 from .checkpoint import checkpoint_filter_fn
 
@@ -38,10 +39,15 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
         ValueError: A value that no model can have, an unknown tag, or `output_stride`.
         TypeError: An unknown keyword.
         FileNotFoundError: The checkpoint file named in `pretrained_cfg_overlay` does not exist.
-        RuntimeError: No weights exist, or the checkpoint is damaged or does not fit.
+        RuntimeError: No weights exist, the Hub does not give them, or the checkpoint is damaged or does not fit.
     """
     _check_keywords(variant, cfg, kwargs)
-    source = _check_source(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'), pretrained)
+    overlay = kwargs.get('pretrained_cfg_overlay')
+    if overlay and (overlay.get('hf_hub_id') or overlay.get('url')):
+        # or timm might prefer a release's own file or repository to what the user names
+        kwargs['pretrained_cfg_overlay'] = overlay = {
+            'file': None, 'hf_hub_id': None, 'hf_hub_filename': None, **overlay}
+    source = _check_source(variant, kwargs.get('pretrained_cfg'), overlay, pretrained, kwargs.get('cache_dir'))
     options = {key: kwargs.pop(key) for key in tuple(kwargs) if key in _CFG_FIELDS}
     usual = next(iter(get_arch_pretrained_cfgs(variant).values()))
     if not usual.fixed_input_size:  # timm fills it in for the others
@@ -90,8 +96,12 @@ def _check_keywords(variant: str, cfg: BackboneCfg, kwargs: dict[str, Any]) -> N
                 f'Known: {", ".join((*_MODEL_ARGS, *_CFG_FIELDS))}.')
 
 
-def _check_source(variant: str, cfg: Any, overlay: dict[str, Any] | None, pretrained: bool) -> str:
-    """The file or folder that timm will read, '' if it reads none; refuses unknown tags, missing files and names."""
+def _check_source(
+        variant: str, cfg: Any, overlay: dict[str, Any] | None, pretrained: bool, cache_dir: str | Path | None) -> str:
+    """The file or folder that timm will read, '' if that is not known; refuses unknown tags, missing files and names.
+
+    Released weights are downloaded and checked here; timm then finds them in the cache.
+    """
     tags = get_arch_pretrained_cfgs(variant)
     if isinstance(cfg, str):
         if f'{variant}.{cfg}' not in tags:
@@ -111,10 +121,13 @@ def _check_source(variant: str, cfg: Any, overlay: dict[str, Any] | None, pretra
             f'pretrained=True: {variant} has no released weights. Names of this zoo that have some: '
             f'{", ".join(released) or "none yet"}. Pass pretrained=False, or weights of your own by '
             f'pretrained_cfg_overlay=dict(file=...).')
-    file = cfg.get('file')
-    if not file or cfg.get('state_dict'):
+    file, folder = cfg.get('file'), cfg.get('source') == 'local-dir'
+    if cfg.get('state_dict') and cfg.get('source') not in ('hf-hub', 'local-dir'):
         return ''
-    folder = cfg.get('source') == 'local-dir'
+    if name := find_release(cfg):
+        return str(fetch(name, cache_dir))
+    if not file:
+        return ''
     if not (Path(file).is_dir() if folder else Path(file).is_file()):
         raise FileNotFoundError(
             f'pretrained=True: there is no checkpoint {"folder" if folder else "file"} {str(file)!r}.')

@@ -21,6 +21,7 @@ from typing import Any
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import generate_default_cfgs, register_model
 
+from ..releases import with_releases
 from .backbone import Backbone, BackboneCfg
 from .build import build_backbone
 
@@ -56,7 +57,7 @@ def _cfg(size: int = 224, pool: int = 7, **kwargs: Any) -> dict[str, Any]:
         'paper_ids': 'arXiv:2106.04803', **kwargs}
 
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = generate_default_cfgs(with_releases({
     'coatnet_pico.untrained': _cfg(),
     'coatnet_nano.untrained': _cfg(),
     'coatnet_0.untrained': _cfg(),
@@ -70,7 +71,7 @@ default_cfgs = generate_default_cfgs({
     'coatnet_2_ccdd.untrained': _cfg(fixed_input_size=False),
     'coatnet_pico_64.untrained': _cfg(size=64, pool=4, crop_pct=1.0),
     'coatnet_pico_ccdd_64.untrained': _cfg(size=64, pool=4, crop_pct=1.0, fixed_input_size=False),
-})
+}))
 
 
 @register_model

@@ -20,6 +20,7 @@ from typing import Any
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import generate_default_cfgs, register_model
 
+from ..releases import with_releases
 from .backbone import Backbone, BackboneCfg
 from .build import build_backbone
 
@@ -55,7 +56,7 @@ def _cfg(size: int = 224, pool: int = 7, **kwargs: Any) -> dict[str, Any]:
         'paper_ids': 'arXiv:1901.10430', **kwargs}
 
 
-default_cfgs = generate_default_cfgs({
+default_cfgs = generate_default_cfgs(with_releases({
     'lightconvnet_pico.untrained': _cfg(),
     'lightconvnet_nano.untrained': _cfg(),
     'lightconvnet_tiny.untrained': _cfg(),
@@ -68,7 +69,7 @@ default_cfgs = generate_default_cfgs({
     'dynamicconvnet_small.untrained': _cfg(),
     'dynamicconvnet_base.untrained': _cfg(),
     'dynamicconvnet_pico_64.untrained': _cfg(size=64, pool=4, crop_pct=1.0),
-})
+}))
 
 
 @register_model

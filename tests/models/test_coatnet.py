@@ -38,7 +38,8 @@ def test_parameter_counts_are_the_papers(name):
 
 @pytest.mark.parametrize('name,millions', [('coatnet_nano', 15), ('coatnet_pico', 4), ('coatnet_pico_64', 4)])
 def test_small_models_are_about_as_large_as_they_say(name, millions):
-    assert sum(p.numel() for p in meta(name).parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
+    model = meta(name, num_classes=1000)  # a release may change the number
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
 
 
 @pytest.mark.parametrize('name', MULTIPLY_ADDS)
@@ -58,7 +59,7 @@ def test_head_size_of_coatnet_5():
 @pytest.mark.parametrize('name', ['coatnet_0', 'coatnet_1', 'coatnet_2', 'coatnet_pico_64'])
 def test_ccdd_is_the_model_with_dynamicconv_in_place_of_attention(name):
     other = name.replace('_64', '_ccdd_64') if name.endswith('_64') else f'{name}_ccdd'
-    base, ours = meta(name), meta(other)
+    base, ours = meta(name, num_classes=1000), meta(other, num_classes=1000)
     assert ours.cfg == dataclasses.replace(base.cfg, layout='CCDD')
     assert ours.pretrained_cfg['input_size'] == base.pretrained_cfg['input_size']
     shapes, theirs = ({k: v.shape for k, v in model.state_dict().items()} for model in (ours, base))

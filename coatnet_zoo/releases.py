@@ -1,0 +1,191 @@
+"""Released weights: which names have some, where they are, and proof that a file is what was released.
+
+`weights/releases.json` has an entry for each NAME.TAG: `repo`, `commit` and `file` on the Hub (null if it is not
+there), `packaged` (a file of `weights/`, or null), `sha256`, `size`, `pretrained_cfg`, and where the numbers come from.
+A client of the Hub accepts a damaged download of the right size, so every file is checked before it is loaded.
+"""
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_token, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+__all__ = ['check_release', 'fetch', 'find_release', 'sha256_of', 'verify_weights', 'with_releases']
+
+WEIGHTS = Path(__file__).with_name('weights')
+RELEASES: dict[str, dict[str, Any]] = json.loads((WEIGHTS / 'releases.json').read_text(encoding='utf-8'))
+
+# What a tag may say of its weights; shapes and names of layers are the architecture's.
+_OF_TAGS = (
+    'num_classes', 'label_names', 'label_descriptions', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std',
+    'test_input_size', 'test_crop_pct', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
+
+
+def with_releases(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add the released tags of these architectures, for `generate_default_cfgs`.
+
+    Args:
+        cfgs: 'NAME.untrained' and its pretrained cfg, for each architecture.
+    """
+    released = {}
+    for name, entry in RELEASES.items():
+        untrained = cfgs.get(f'{name.partition(".")[0]}.untrained')
+        if untrained is None:
+            continue  # of the other family
+        said = {key: tuple(value) if isinstance(value, list) else value
+                for key, value in entry['pretrained_cfg'].items() if key in _OF_TAGS}
+        source = {'file': str(WEIGHTS / entry['packaged'])} if entry['packaged'] else {
+            'hf_hub_id': _hub_id(entry), 'hf_hub_filename': entry['file']}
+        released[name] = {**untrained, **said, **source}
+    return {**cfgs, **released}
+
+
+def check_release(name: str, cfg: dict[str, Any], usual: dict[str, Any]) -> None:
+    """Refuse weights that would change what their architecture is without a tag.
+
+    timm takes number of classes and input size of an architecture from its first tag with weights, even for
+    `pretrained=False`.
+
+    Args:
+        name: NAME.TAG.
+        cfg: Its pretrained cfg.
+        usual: The pretrained cfg of NAME.untrained.
+
+    Raises:
+        ValueError: Another input size, or, unless NAME ends in _64, another number of classes.
+    """
+    if tuple(cfg['input_size']) != tuple(usual['input_size']):
+        raise ValueError(
+            f'{name}: weights of input size {tuple(cfg["input_size"])} would change the input size of '
+            f'{name.partition(".")[0]}, {tuple(usual["input_size"])}; train at that size or release another name.')
+    if not name.partition('.')[0].endswith('_64') and cfg['num_classes'] != usual['num_classes']:
+        raise ValueError(
+            f'{name}: weights of {cfg["num_classes"]} classes would change the number of classes of '
+            f'{name.partition(".")[0]}, {usual["num_classes"]}; only names that end in _64 may do so.')
+
+
+def find_release(cfg: dict[str, Any]) -> str | None:
+    """The NAME.TAG whose file timm reads for this pretrained cfg, None if it is nothing released here."""
+    from_hub = cfg.get('source') == 'hf-hub' or not cfg.get('file')
+    for name, entry in RELEASES.items():
+        if from_hub and entry['repo'] and cfg.get('hf_hub_id') == _hub_id(entry):
+            return name
+        if not from_hub and entry['packaged'] and cfg['file'] == str(WEIGHTS / entry['packaged']):
+            return name
+    return None
+
+
+def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
+    """The checked file of a release: the package's own, or of the Hub's cache, downloaded if it is not there.
+
+    Args:
+        name: NAME.TAG of `weights/releases.json`.
+        cache_dir: Of the Hub's files, if not the usual one.
+
+    Raises:
+        FileNotFoundError: A file of the package is gone.
+        RuntimeError: The Hub does not give the file, or its sha256 is another.
+    """
+    entry = RELEASES[name]
+    if entry['packaged']:
+        path = _packaged(name, entry)
+    else:
+        try:
+            path = Path(hf_hub_download(
+                entry['repo'], entry['file'], revision=entry['commit'], cache_dir=cache_dir))
+        except Exception as error:  # the transport below the client, and so its errors, differs between versions
+            raise RuntimeError(f'{name}: {_why_not(entry, error)}') from error
+    _check_sha256(name, entry, path)
+    return path
+
+
+def verify_weights(name: str, cache_dir: str | Path | None = None) -> Path:
+    """Check the weights that are on this machine against the sha256 they were released with; nothing is downloaded.
+
+    Args:
+        name: 'NAME.TAG', or NAME for its first release.
+        cache_dir: Of the Hub's files, if not the usual one.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: Nothing of that name is released.
+        FileNotFoundError: The file is neither in the package nor in the cache.
+        RuntimeError: The file is not what was released.
+    """
+    known = next((known for known in RELEASES if name in (known, known.partition('.')[0])), None)
+    if known is None:
+        raise ValueError(
+            f'{name!r} has no released weights. Names that have some: {", ".join(RELEASES) or "none yet"}.')
+    entry = RELEASES[known]
+    if entry['packaged']:
+        path = _packaged(known, entry)
+    else:
+        cached = try_to_load_from_cache(entry['repo'], entry['file'], cache_dir, revision=entry['commit'])
+        if not isinstance(cached, str):
+            raise FileNotFoundError(
+                f'{known}: {entry["repo"]} at {entry["commit"][:12]} is not in the cache; '
+                f'timm.create_model({known!r}, pretrained=True) downloads it.')
+        path = Path(cached)
+    _check_sha256(known, entry, path)
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hub_id(entry: dict[str, Any]) -> str:
+    return f'{entry["repo"]}@{entry["commit"]}'
+
+
+def _packaged(name: str, entry: dict[str, Any]) -> Path:
+    path = WEIGHTS / entry['packaged']
+    if not path.is_file():
+        raise FileNotFoundError(f'{name}: {path} is missing from the package; reinstall coatnet_zoo.')
+    return path
+
+
+def _check_sha256(name: str, entry: dict[str, Any], path: Path) -> None:
+    if (found := sha256_of(path)) != entry['sha256']:
+        way_out = 'reinstall coatnet_zoo' if entry['packaged'] else (
+            f'delete {path.resolve()} and load {name} again')  # resolved, or the damaged file would stay
+        raise RuntimeError(
+            f'{name}: {path} is damaged and was not loaded: its sha256 is {found}, released was {entry["sha256"]}; '
+            f'{way_out}.')
+
+
+def _why_not(entry: dict[str, Any], error: Exception) -> str:
+    """What went wrong at the Hub and the way out, in one sentence."""
+    repo, status = entry['repo'], getattr(getattr(error, 'response', None), 'status_code', None)
+    own = 'pretrained_cfg_overlay=dict(file=...) loads a file of your own'
+    if isinstance(error, LocalEntryNotFoundError):
+        told = ' (HF_HUB_OFFLINE is set)' if os.environ.get('HF_HUB_OFFLINE') else ''
+        return (f'the weights are not in the cache and the Hub cannot be reached{told}; go online once to download '
+                f'{repo}, or copy the cache from a machine that has them; {own}.')
+    if isinstance(error, RepositoryNotFoundError):
+        login = ('your token may not see it; ask its owner for access' if get_token() else
+                 'log in with `hf auth login` or set HF_TOKEN if you have access')
+        return f'the Hub shows no repository {repo}: it is private or gone; {login}; {own}.'
+    if isinstance(error, (RevisionNotFoundError, EntryNotFoundError)):
+        return (f'{repo} no longer has {entry["file"]} at commit {entry["commit"]}; update coatnet_zoo, or '
+                f'{own}.')
+    if isinstance(error, HfHubHTTPError) and status == 401:
+        return 'the Hub refuses the token of HF_TOKEN or of your login; renew it, or unset it for public weights.'
+    return (f'{repo} could not be downloaded ({type(error).__name__}: {" ".join(str(error).split())}); try again, or '
+            f'{own}.')
