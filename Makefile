@@ -1,11 +1,18 @@
-# make demo | make test are all a fresh clone needs: Python >= 3.10, make and a package index.
+# make demo | make test | make space are all a fresh clone needs: Python >= 3.10, make and a package index.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # the lowest versions that pyproject.toml states, on the oldest Python it allows
 PYTHON_LOWEST ?= python3.10
 
-.PHONY: demo test conformance test-lowest lint clean
+# what `make test` installs; the tests of what is left out are skipped
+EXTRAS ?= test,space
+# the folder that is pushed as a Space, and the trained model in it until weights are released
+SPACE ?= output/space
+RUN ?= output/demo/run
+ROOMS = explain open_model overlay pictures plots predict processes run_folder settings
+
+.PHONY: demo test conformance test-lowest lint space space-folder clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -20,11 +27,26 @@ conformance: $(VENV)/.test
 	$(BIN)/python tests/conformance.py $(ARGS)
 
 test-lowest:
-	$(MAKE) VENV=.venv-lowest PYTHON=$(PYTHON_LOWEST) CONSTRAINT='-c tests/lowest.txt' .venv-lowest/.test
+	$(MAKE) VENV=.venv-lowest PYTHON=$(PYTHON_LOWEST) EXTRAS=test CONSTRAINT='-c tests/lowest.txt' .venv-lowest/.test
 	.venv-lowest/bin/python -m pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
+
+# the page at localhost, from the very folder that is pushed
+space: $(VENV)/.space space-folder
+	$(BIN)/python $(SPACE)/app.py
+
+space-folder: $(RUN)/model.safetensors
+	rm -rf $(SPACE)
+	mkdir -p $(SPACE)/scripts $(SPACE)/models/$(notdir $(RUN))
+	cp $(addprefix hub/space/,app.py answer.py upload.py style.css README.md requirements.txt) LICENSE $(SPACE)
+	cp $(ROOMS:%=scripts/%.py) $(SPACE)/scripts
+	cp -r coatnet_zoo $(SPACE) && find $(SPACE) -name __pycache__ -prune -exec rm -r {} +
+	cp $(RUN)/config.json $(RUN)/model.safetensors $(SPACE)/models/$(notdir $(RUN))
+
+output/demo/run/model.safetensors:
+	$(MAKE) demo
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, $(PYTHON) is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3, 10) else 0)'
@@ -34,8 +56,12 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[demo]' $(CONSTRAINT)
 	touch $@
 
+$(VENV)/.space: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[space]' $(CONSTRAINT)
+	touch $@
+
 $(VENV)/.test: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]' $(CONSTRAINT)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[$(EXTRAS)]' $(CONSTRAINT)
 	touch $@
 
 clean:

@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 __all__ = [
     'BadPictures', 'DataSettings', 'EpochSampler', 'Pictures', 'StreamedPictures', 'batches', 'check_labels',
-    'is_stream', 'open_pictures', 'picture_name', 'read_picture', 'seed_of', 'targets_of']
+    'is_stream', 'open_pictures', 'picture_name', 'read_picture', 'seed_of', 'targets_of', 'to_mode']
 
 SCHEMAS = ('torch/', 'hfds/', 'hfids/', 'wds/', 'tfds/')
 SPLIT_FOLDERS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'test')}
@@ -193,9 +193,14 @@ def read_picture(dataset: Dataset, index: int, mode: str = 'RGB') -> tuple[Image
         return image.convert(mode), label
     file, label, *_ = dataset.reader[index]  # dataset[index] would pass over what it cannot read
     with Image.open(file) as image:
-        if image.mode.startswith('I;16'):  # convert() would cut all above 255 off
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert(mode), -1 if label is None else label
+        return to_mode(image, mode), -1 if label is None else label
+
+
+def to_mode(image: Image.Image, mode: str = 'RGB') -> Image.Image:
+    """A picture in 'RGB' or 'L'; of 16-bit grey the upper byte."""
+    if image.mode.startswith('I;16'):  # convert() would cut all above 255 off
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert(mode)
 
 
 def picture_name(dataset: Dataset, index: int) -> str:

@@ -11,7 +11,7 @@ exit code is then 1, or 2 if none could be read.
 """
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,15 +31,15 @@ from explain import (
     share_on_padding,
     tap_distances,
 )
-from matplotlib.axes import Axes
 from open_model import ModelSettings, open_model
 from overlay import draw_guesses, draw_heat, draw_kernel, draw_kernels, draw_picture, panels
-from pictures import UNREADABLE, read_picture
+from pictures import UNREADABLE, to_mode
+from PIL import Image
 from plots import to_picture
 from processes import start
 from run_folder import write_figure
 from settings import SettingsError, end_with_sentence, one_line
-from timm.data import ImageDataset, ImageNetInfo, create_transform, infer_imagenet_subset
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import nn
 
@@ -129,8 +129,11 @@ def position_of(at: tuple[float, float] | None, feat_size: tuple[int, int]) -> t
 
 def look(
         model: nn.Module, target: Target, image: torch.Tensor, picture: np.ndarray, labels: list[Label],
-        settings: Settings) -> tuple[torch.Tensor, list[Callable[[Axes], None]]]:
-    """The logits (classes,) for an image (1, C, H, W), and what draws each panel of the overlay."""
+        settings: Settings) -> tuple[torch.Tensor, list[partial]]:
+    """The logits (classes,) for an image (1, C, H, W), and what draws each panel of the overlay on given axes.
+
+    A panel's words are the keywords `title` and `subtitle` of what draws it.
+    """
     if target.kind == 'gradcam':
         logits, maps = gradcam(model, image, settings.model)
         heat = maps[0].cpu().numpy()
@@ -253,10 +256,10 @@ def main(settings: Settings) -> int:
         headline=settings.model if weights != RANDOM else f'{settings.model}  ·  {RANDOM}')
     transform, mode, unreadable = create_transform(**data_config), 'RGB' if settings.in_chans == 3 else 'L', []
     with accelerator.split_between_processes(list(zip(pictures, overlays, strict=True))) as part:
-        dataset = ImageDataset('', reader=[(path, None) for path, _ in part])
-        for index, (path, overlay) in enumerate(part):
+        for path, overlay in part:
             try:
-                image = transform(read_picture(dataset, index, mode)[0])
+                with Image.open(path) as file:
+                    image = transform(to_mode(file, mode))
             except UNREADABLE as error:
                 unreadable.append(path)
                 print(f'{path}: cannot be read: {one_line(error)}', file=sys.stderr)

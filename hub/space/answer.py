@@ -1,0 +1,168 @@
+"""What the page says of a picture: the best guesses, what the stages looked at, and the time that it took."""
+import dataclasses
+import io
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from explain import Target, choose_target
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from plots import to_picture
+from predict import Label, Settings, look, open_weights, read_labels
+from settings import SettingsError
+from timm.data import create_transform
+from torch import nn
+
+from coatnet_zoo.models.backbone import Backbone
+
+__all__ = ['Answer', 'Model', 'Panel', 'answer', 'open_models', 'share_of']
+
+SEEN_SIDE = 448  # least width of the picture to click on, in pixels
+TEXT = '#7d8590'  # of scales; legible on white and on near black
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on offer."""
+
+    title: str
+    weights: str  # where they come from
+    settings: Settings
+    network: nn.Module
+    data_config: dict
+    labels: list[Label]
+    targets: list[Target]  # what can be shown, the last one Grad-CAM
+
+    @property
+    def word(self) -> str:
+        return self.network.cfg.layout if isinstance(self.network, Backbone) else ''
+
+    @property
+    def positions(self) -> bool:
+        """Whether a position can be chosen: a query of attention, or a kernel."""
+        return len(self.targets) > 1
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A map drawn over the picture: PNG and words."""
+
+    stage: str
+    title: str
+    subtitle: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the page shows of one picture."""
+
+    guesses: dict[str, float]  # best first
+    seen: Image.Image  # what the model sees, with a ring around the chosen position
+    panels: list[Panel]
+    milliseconds: float  # of one forward pass of this picture, of this request
+
+
+def open_models(names: tuple[str, ...], released: tuple[str, ...], device: torch.device) -> dict[str, Model]:
+    """Open models by their names, once and for all requests; the keys are their titles on the page.
+
+    Args:
+        names: As for `predict.Settings.model`; those of `released` get their weights, other names random ones.
+        released: Names that have weights.
+        device: Where they run.
+
+    Raises SettingsError for a model that cannot be opened or shown, or two of one title.
+    """
+    models = {}
+    for name in names:
+        settings = Settings(images=(), model=name, pretrained=name in released)
+        network, data_config, weights = open_weights(settings)
+        title = name
+        if name.startswith('local-dir:'):
+            architecture, run = network.pretrained_cfg['architecture'], Path(name.removeprefix('local-dir:')).name
+            title = architecture if run == architecture else f'{architecture} · {run}'
+        if title in models:
+            raise SettingsError(f'--model must not name two models of one title, got {title} twice; leave one out or '
+                                f'rename its folder.')
+        if data_config['input_size'][0] != 3:
+            raise SettingsError(f'--model {name} reads grey pictures, and the page shows colour ones; leave it out.')
+        word = network.cfg.layout if isinstance(network, Backbone) else ''
+        stages = [choose_target(network, name, stage=stage) for stage, letter in enumerate(word, 1) if letter in 'TD']
+        models[title] = Model(
+            title, weights, settings, network.to(device), data_config, read_labels(network),
+            [*stages, choose_target(network, name, 'gradcam')])
+    return models
+
+
+def answer(model: Model, picture: Image.Image, at: tuple[float, float] | None = None) -> Answer:
+    """Predict a picture in RGB, and explain the prediction.
+
+    Args:
+        model: Of `open_models`; one call at a time, for it listens inside the network.
+        picture: Of `read_upload`.
+        at: (X, Y) of the query or kernel to show, shares from 0 to 1 of what the model sees; None shows all.
+    """
+    image = create_transform(**model.data_config)(picture)
+    crop = to_picture(image, model.data_config['mean'], model.data_config['std'])
+    batch = image[None].to(next(model.network.parameters()).device)
+    settings = dataclasses.replace(model.settings, at=at)
+    panels = []
+    for target in model.targets:
+        _, painters = look(model.network, target, batch, crop, model.labels, settings)
+        stage = f'Stage {target.stage} · {model.word[target.stage - 1]}' if target.stage else 'Before the head'
+        panels += [draw_panel(paint, stage, crop.shape[0] / crop.shape[1]) for paint in painters]
+
+    with torch.inference_mode():
+        start = time.perf_counter()
+        shares = model.network(batch)[0].float().softmax(-1).cpu()  # cpu() waits for a GPU
+        milliseconds = 1000 * (time.perf_counter() - start)
+    best = shares.topk(min(5, len(shares)))
+    labels = [model.labels[i] for i in best.indices.tolist()]
+    short = [label.short for label in labels]
+    names = [label.short if short.count(label.short) == 1 else str(label) for label in labels]  # there are two cranes
+    return Answer(
+        guesses=dict(zip(names, best.values.tolist(), strict=True)),
+        seen=draw_seen(Image.fromarray((crop * 255).round().astype('uint8')), at), panels=panels,
+        milliseconds=milliseconds)
+
+
+def share_of(model: Model, index: tuple[float, float]) -> tuple[float, float]:
+    """The position (X, Y) as shares of `Answer.seen`, of the (column, row) of a pixel in it."""
+    _, height, width = model.data_config['input_size']
+    scale = seen_scale(width)
+    return tuple(min(max((place + 0.5) / (size * scale), 0), 1) for place, size in zip(
+        index, (width, height), strict=True))
+
+
+def seen_scale(width: int) -> int:
+    return -(-SEEN_SIDE // width)
+
+
+def draw_seen(crop: Image.Image, at: tuple[float, float] | None) -> Image.Image:
+    """What the model sees, each of its pixels a square, with a ring at the chosen position."""
+    scale = seen_scale(crop.width)
+    seen = crop.resize((crop.width * scale, crop.height * scale), Image.Resampling.NEAREST)
+    if at is not None:
+        x, y, radius = at[0] * seen.width, at[1] * seen.height, seen.width / 28
+        draw = ImageDraw.Draw(seen)
+        for grown, colour, line in ((2, 'black', 8), (0, '#22d3ee', 4)):
+            reach = radius + grown
+            draw.ellipse((x - reach, y - reach, x + reach, y + reach), outline=colour, width=line)
+    return seen
+
+
+def draw_panel(paint: partial, stage: str, aspect: float) -> Panel:
+    """One panel of predict.py's overlay as a PNG without words, which the page sets beside it."""
+    figure = Figure(figsize=(3.2, 3.2 * aspect))
+    axes = figure.add_axes((0, 0, 1, 1))
+    paint(axes, title='', subtitle='')
+    axes.set_title('', loc='left')  # it was a line break, which takes room
+    for scale in axes.child_axes:
+        scale.tick_params(colors=TEXT, labelsize=9)
+        scale.yaxis.label.set(color=TEXT, fontsize=9.5)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=160, transparent=True, bbox_inches='tight', pad_inches=0.02)
+    return Panel(stage, paint.keywords['title'], paint.keywords['subtitle'], buffer.getvalue())

@@ -1,0 +1,87 @@
+"""A stranger's file as a picture to predict: measured before it is decoded, and what is wrong with it is a sentence."""
+from io import BytesIO
+from pathlib import Path
+
+from pictures import UNREADABLE, to_mode
+from PIL import Image, ImageCms, ImageOps
+from settings import SettingsError, one_line
+
+__all__ = ['FORMATS', 'MOST_BYTES', 'MOST_PIXELS', 'MOST_SIDE', 'read_upload']
+
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # Pillow knows more, some through programs of others
+MOST_BYTES = 10 * 2 ** 20
+MOST_SIDE = 12_000  # pixels
+MOST_PIXELS = 60_000_000
+
+
+def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
+    """The picture in a file, upright, in RGB, and a sentence for each thing about it that was changed.
+
+    Orientation tags are applied, as phones store pictures lying on a side; transparency becomes white; of several
+    frames the first is taken; CMYK goes through the profile that the file carries, if it has one.
+
+    Raises SettingsError for a file that is no picture, damaged or too large.
+    """
+    if not path.is_file():
+        raise SettingsError('This file is kept no longer; choose it again.')
+    size, notes = path.stat().st_size, []
+    if not size:
+        raise SettingsError('This file is empty (0 bytes); choose a picture.')
+    if size > MOST_BYTES:
+        raise SettingsError(f'This file has {size / 2 ** 20:.1f} MiB, and at most {MOST_BYTES // 2 ** 20} are read; '
+                            f'choose a smaller one.')
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            check_size(image)
+            if getattr(image, 'is_animated', False) and image.format != 'MPO':  # a phone's photo with its preview
+                notes.append('This file has several frames: only the first one was read.')
+            image.load()
+            return upright_rgb(image, notes), notes
+    except SettingsError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise SettingsError(f'This picture has too many pixels: at most {MOST_PIXELS // 10 ** 6} million are read; '
+                            f'make it smaller.') from error
+    except Image.UnidentifiedImageError as error:
+        raise SettingsError('This is not a picture that can be read here (JPEG, PNG, WebP, GIF, BMP or TIFF); '
+                            'choose another file.') from error
+    except UNREADABLE as error:
+        raise SettingsError(f'This picture is damaged or cut short ({one_line(error)}); choose another.') from error
+
+
+def check_size(image: Image.Image) -> None:
+    """Refuse what is too large, from the header alone."""
+    width, height = image.size
+    if max(width, height) > MOST_SIDE or width * height > MOST_PIXELS:
+        raise SettingsError(
+            f'This picture has {width:,} x {height:,} pixels, and at most {MOST_SIDE:,} a side and '
+            f'{MOST_PIXELS // 10 ** 6} million in all are read; make it smaller.')
+
+
+def upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Turn, flatten and convert a decoded picture; `notes` gets a sentence for each change that is worth one."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ('I', 'F'):
+        raise SettingsError('This picture has 32 bits a pixel, of which nobody knows what is white; save it with 8.')
+    if image.mode.startswith('I;16'):
+        notes.append('16-bit grey was brought to 8 bits.')
+    if image.mode == 'CMYK':
+        return from_cmyk(image, notes)
+    if image.has_transparency_data:
+        notes.append('Transparent parts became white.')
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return to_mode(image)
+
+
+def from_cmyk(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Inks as RGB: by the profile in the file, or without one by 255 - ink, as Pillow does."""
+    profile = image.info.get('icc_profile')
+    try:
+        converted = profile and ImageCms.profileToProfile(
+            image, ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile('sRGB'), outputMode='RGB')
+    except (ImageCms.PyCMSError, OSError):
+        converted = None  # a profile of something else
+    notes.append('CMYK was converted to RGB by the profile in the file.' if converted else
+                 'CMYK was converted to RGB without a colour profile.')
+    return converted or image.convert('RGB')
