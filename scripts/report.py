@@ -32,7 +32,7 @@ def count_models() -> dict:
     for name in timm.list_models():
         if not model_entrypoint(name).__module__.startswith(f'{coatnet_zoo.__name__}.'):
             continue
-        parameters, multiply_adds, model = model_size(name)
+        parameters, multiply_adds, model = model_size(name, num_classes=1000)  # whatever is released for it
         counts[name] = dict(
             word=model.cfg.layout, parameters=parameters, multiply_adds=multiply_adds, img_size=model.img_size[0],
             strides=[level['reduction'] for level in model.feature_info])
@@ -52,6 +52,23 @@ def family() -> str:
          str(row['img_size']), ' '.join(map(str, row['strides']))]
         for name, row in sorted(counts.items(), key=lambda item: item[1]['parameters'])]
     return table(['name', 'word', 'parameters (M)', 'multiply-adds (G)', 'image size', 'strides of the features'], rows)
+
+
+def weights() -> str:
+    """What coatnet_zoo/weights/releases.json records."""
+    releases = json.loads((Path(coatnet_zoo.__file__).parent / 'weights' / 'releases.json').read_text(encoding='utf-8'))
+    if not releases:
+        return ('No weights are released yet: models start from random initialisation, or from weights of your own, '
+                'and\n`pretrained=True` says so. Accuracy, robustness and biases: not measured.')
+    rows = []
+    for name, entry in sorted(releases.items()):
+        said, metrics, link = entry['release'], entry['release']['metrics'], entry['repo']
+        places = ['the package'] * bool(entry['packaged']) + [f'[{link}](https://huggingface.co/{link})'] * bool(link)
+        top1 = 'not measured' if metrics['top1'] is None else f'{metrics["top1"]:.2f}'
+        rows.append([
+            f'`{name}`', top1, said['evaluated_on'], said['trained_on'] or 'not stated', f'{entry["size"] / 1e6:.1f}',
+            ', '.join(places), said['license_name'] or entry['pretrained_cfg']['license'], f'`{entry["sha256"][:12]}`'])
+    return table(['name', 'top-1 (%)', 'measured on', 'trained on', 'MB', 'comes with', 'licence', 'sha256'], rows)
 
 
 def speed() -> str:
@@ -208,7 +225,7 @@ def demo() -> str:
 
 def render(text: str) -> str:
     """`text` with what stands between <!-- NAME --> and <!-- /NAME --> made anew."""
-    for section in (family, speed, scaling, ops, ablation, training, loader, budget, demo):
+    for section in (weights, family, speed, scaling, ops, ablation, training, loader, budget, demo):
         name = section.__name__
         pattern = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
         if pattern.search(text):

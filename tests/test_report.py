@@ -34,3 +34,20 @@ def test_results_name_their_origin():
         content = json.loads(file.read_text())
         missing = {'hardware', 'torch', 'timm', 'python', 'commit', 'command', 'date'} - content.keys()
         assert not missing and not content['commit'].endswith('-dirty'), (file.name, missing)
+
+
+def test_releases_fill_the_table_of_weights(tmp_path, monkeypatch):
+    (tmp_path / 'weights').mkdir()
+    monkeypatch.setattr(report.coatnet_zoo, '__file__', str(tmp_path / '__init__.py'))
+    release = {'evaluated_on': 'Digits, val', 'trained_on': 'Digits', 'metrics': {'top1': 98.333}, 'license_name': None}
+    entry = {'repo': None, 'packaged': 'x.safetensors', 'sha256': 'ab' * 32, 'size': 7_654_321,
+             'pretrained_cfg': {'license': 'apache-2.0'}, 'release': release}
+    unknown = {**entry, 'repo': 'owner/x', 'packaged': None, 'release': {**release, 'metrics': {'top1': None}}}
+    for releases, parts in (
+            ({}, ['No weights are released yet']),
+            ({'x_64.digits': entry}, ['| `x_64.digits` | 98.33 | Digits, val | Digits | 7.7 | the package |']),
+            ({'x_64.digits': unknown}, ['| not measured |', '[owner/x](https://huggingface.co/owner/x)'])):
+        (tmp_path / 'weights' / 'releases.json').write_text(json.dumps(releases))
+        content = report.render('<!-- weights -->\n<!-- /weights -->')
+        for part in parts:
+            assert part in content
