@@ -20,11 +20,13 @@ def write_onnx_files(folder: Path, model: nn.Module, images: torch.Tensor) -> No
         model: In eval mode.
         images: (N, C, H, W) float32, N above 1; other numbers of images will do too, other sizes will not.
     """
+    from onnx_ir.traversal import RecursiveGraphIterator  # comes with onnxscript, which torch.onnx needs
+
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
         onnx = torch.onnx.export(program, (images,), input_names=['input'], output_names=['logits'], dynamo=True,
                                  verbose=False)
-    for node in onnx.model.graph:
+    for node in RecursiveGraphIterator(onnx.model.graph):  # the bodies of loops too
         node.metadata_props.clear()  # would tell the folders of this machine
     for node in program.graph.nodes:
         node.meta.pop('stack_trace', None)  # the same

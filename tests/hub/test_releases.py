@@ -194,7 +194,7 @@ from pathlib import Path
 import timm, torch
 from safetensors.torch import load_file, save_file
 import coatnet_zoo
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 
 weights, packaged = load_file(sys.argv[1]), Path(coatnet_zoo.__file__).parent / 'weights/small.safetensors'
 def same(model):
@@ -218,6 +218,7 @@ seen['hub_offline'] = told(lambda: timm.create_model('coatnet_pico_64.hub', pret
 seen['other_file'] = told(lambda: timm.create_model(
     'coatnet_pico_64', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='owner/nothing')))
 constants.HF_HUB_OFFLINE = False
+getattr(utils, 'reset_sessions', lambda: None)()  # versions before 1.0 would stay offline
 seen['hub'] = same(timm.create_model('coatnet_pico_64.hub', pretrained=True))
 seen['features'] = len(timm.create_model('coatnet_pico_64.hub', pretrained=True, features_only=True)(
     torch.zeros(1, 3, 64, 64)))
