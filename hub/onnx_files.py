@@ -37,6 +37,11 @@ def write_onnx_files(folder: Path, model: nn.Module, images: torch.Tensor) -> No
         write_file(folder / 'model.onnx', lambda temporary: onnx.save(temporary, external_data=False))
     except ValueError as error:
         raise SettingsError(f'--with-onnx: a file cannot be written: {one_line(error)}; leave it out.') from error
+    try:
+        check_no_pickles(folder / 'model.pt2')
+    except SettingsError as error:
+        raise SettingsError(f'--with-onnx: torch {torch.__version__} writes pickled data into model.pt2, which no '
+                            f'release holds; use a newer torch, or leave it out.') from error
 
 
 def check_no_pickles(path: Path) -> None:

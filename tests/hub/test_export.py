@@ -369,7 +369,12 @@ def test_onnx_and_torch_export_give_the_golden_logits(run_settings, tmp_path, mo
     small = dataclasses.replace(coatnet.model_cfgs['coatnet_pico_64'], depths=(1, 1, 1, 1), embed_dim=(32,) * 4)
     monkeypatch.setitem(coatnet.model_cfgs, 'coatnet_pico_64', small)
     finetune.main(dataclasses.replace(run_settings, output=str(tmp_path)))
-    folder = make(tmp_path / 'run', with_onnx=True)
+    try:
+        folder = make(tmp_path / 'run', with_onnx=True)
+    except SettingsError as error:
+        if torch.__version__ >= '2.15' or 'writes pickled data into model.pt2' not in str(error):
+            raise
+        pytest.skip(str(error))
     assert {path.name for path in folder.iterdir()} == {*FILES, 'model.onnx', 'model.pt2'}
     assert 'take `(N, 3, 32, 32)` for any N' in ' '.join((folder / 'README.md').read_text().split())
     expected = answer(f'local-dir:{folder}')
