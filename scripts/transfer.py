@@ -1,0 +1,205 @@
+"""How much pretrained weights help on few labels: fine-tuned, and frozen under a linear probe, beside a random start.
+
+    python scripts/transfer.py --data-dir imagenette --model coatnet_pico_64.tin200 \\
+        --results-file results/transfer_imagenette_cpu.json
+
+Each share of the training split is drawn several times, evenly over the classes; all three ways see the same pictures,
+and fine-tuning and random start take the same number of updates under the same settings. Nothing is chosen on the
+validation split: what counts is the last epoch. Rows that the results file holds are not made again.
+"""
+import json
+import os
+import shutil
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import extract_features
+import finetune
+import numpy as np
+import torch
+import tyro
+from features import linear_probe
+from matplotlib.figure import Figure
+from pictures import DataSettings, open_pictures, targets_of
+from processes import choose_device
+from provenance import provenance
+from run_folder import write_figure, write_json
+from settings import SettingsError, end_with_sentence, flag
+from timm.models import model_entrypoint, parse_model_name, safe_model_name
+
+import coatnet_zoo
+
+WAYS = {'fine-tuned': '#2563eb', 'linear probe': '#d97706', 'random start': '#9ca3af'}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data_dir: str  # Folder with train/ and val/, a sub-folder a class in each.
+    model: str  # With weights: NAME.TAG of a release, hf-hub:OWNER/NAME or local-dir:FOLDER.
+    img_size: int | None = None  # Height and width in pixels (the model's own if not given).
+    shares: tuple[float, ...] = (0.01, 0.1, 1.0)  # Of the training split.
+    subsets: tuple[int, ...] = (5, 5, 1)  # Draws of each share.
+    ways: tuple[str, ...] = tuple(WAYS)  # Of these.
+    updates: int = 600  # Of the weights, rounded up to whole epochs.
+    batch_size: int = 32  # Pictures per update.
+    lr: float = 5e-4  # Highest learning rate of AdamW; cosine decay after a tenth of warm-up.
+    amp: bool = False  # bfloat16 autocast.
+    device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
+    workers: int = 1  # Processes that read pictures.
+    threads: int = 1  # CPU threads.
+    output: str = 'output/transfer'  # Folder of runs and features.
+    results_file: str = ''  # JSON to write after every row; the plot takes its name.
+
+
+def check_values(settings: Settings) -> None:
+    """Refuse single values that cannot work, before anything is read."""
+    for name in ('updates', 'batch_size', 'threads'):
+        if getattr(settings, name) < 1:
+            raise SettingsError(f'{flag(name)} must be at least 1, got {getattr(settings, name)}.')
+    if len(settings.shares) != len(settings.subsets) or not settings.shares:
+        raise SettingsError(f'--subsets must give a number for each of --shares, got {settings.subsets} for '
+                            f'{settings.shares}.')
+    if not all(0 < share <= 1 for share in settings.shares) or min(settings.subsets) < 1:
+        raise SettingsError(f'--shares must be above 0 and at most 1, and --subsets at least 1, got {settings.shares} '
+                            f'and {settings.subsets}.')
+    if unknown := sorted(set(settings.ways) - set(WAYS)):
+        raise SettingsError(f'--ways must be of {", ".join(WAYS)}, got {unknown[0]!r}.')
+    if settings.results_file and not Path(settings.results_file).parent.is_dir():
+        raise SettingsError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
+
+
+def draw(labels: np.ndarray, share: float, subset: int) -> np.ndarray:
+    """Places of a share of the pictures of each class, at least two of them; a draw follows from its number alone."""
+    rng = np.random.default_rng(subset)
+    chosen = []
+    for label in np.unique(labels):
+        places = rng.permutation(np.flatnonzero(labels == label))
+        chosen.append(places[:max(2, round(share * len(places)))])
+    return np.sort(np.concatenate(chosen))
+
+
+def link_subset(settings: Settings, files: list[Path], folder: Path) -> Path:
+    """A data folder of links: these training pictures, and the whole of the validation split."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for file in files:
+        link = folder / 'train' / file.parent.name / file.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(file, link.parent))
+    validation, _ = open_pictures(DataSettings(data_dir=settings.data_dir), 'validation')
+    (folder / 'val').symlink_to(os.path.relpath(validation.reader.root, folder))
+    return folder
+
+
+def architecture_of(model: str) -> str:
+    """The registered name under a tag, a folder or a repository."""
+    source, name = parse_model_name(model)
+    if source == 'local-dir':
+        name = json.loads((Path(name) / 'config.json').read_text(encoding='utf-8'))['architecture']
+    return name.split('/')[-1].partition('.')[0]
+
+
+def train(settings: Settings, data_dir: Path, count: int, seed: int, pretrained: bool) -> float:
+    """Top-1 (%) after the last epoch of a run, which goes on where an earlier call was stopped."""
+    architecture, epochs = architecture_of(settings.model), -(-settings.updates // max(1, count // settings.batch_size))
+    ours = model_entrypoint(architecture).__module__.startswith(f'{coatnet_zoo.__name__}.')
+    summary = finetune.main(finetune.Settings(
+        data_dir=str(data_dir), model=settings.model if pretrained else architecture, pretrained=pretrained,
+        img_size=settings.img_size, epochs=epochs, val_interval=epochs, batch_size=min(settings.batch_size, count),
+        lr=settings.lr, warmup_epochs=epochs / 10, scale=(0.35, 1.0), color_jitter=0.0, amp=settings.amp,
+        model_kwargs=('conv_norm_momentum=0.1',) if ours else (), device=settings.device, workers=settings.workers,
+        seed=seed, output=str(data_dir.parent), resume='auto',
+        experiment=f'{data_dir.name}-{"fine-tuned" if pretrained else "random"}'))
+    return summary['top1']
+
+
+def read_features(settings: Settings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Features (N, C) and labels (N,) of both splits, before the classifier; extracted once."""
+    options = extract_features.Settings(
+        data_dir=settings.data_dir, model=settings.model, pretrained=True, img_size=settings.img_size, amp=settings.amp,
+        device=settings.device, workers=settings.workers, output=str(Path(settings.output) / 'features'))
+    found = {}
+    for split in ('train', 'validation'):
+        options = extract_features.Settings(**{**vars(options), 'split': split})
+        extract_features.main(options)
+        tensors = extract_features.read_split(options, extract_features.open_split(options, split))
+        found[split] = tuple(tensor.numpy() for tensor in tensors)
+    return found
+
+
+def summarize(settings: Settings, rows: list[dict]) -> dict:
+    table = {}
+    for way in settings.ways:
+        for share in settings.shares:
+            top1 = [row['top1'] for row in rows if (row['way'], row['share']) == (way, share)]
+            if top1:
+                deviation = statistics.stdev(top1) if len(top1) > 1 else 'not measured'
+                table.setdefault(way, {})[str(share)] = dict(
+                    top1=statistics.mean(top1), deviation=deviation, subsets=len(top1))
+    kept = {name: value for name, value in asdict(settings).items() if name not in ('output', 'results_file')}
+    return dict(settings=kept, table=table, rows=rows, **provenance(str(choose_device(settings.device))))
+
+
+def plot(report: dict) -> Figure:
+    """Top-1 over the share of labels; a dot a draw, a line through the means."""
+    figure = Figure(figsize=(7, 4.4), layout='constrained')
+    axes = figure.subplots()
+    for way, cells in report['table'].items():
+        shares = [100 * float(share) for share in cells]
+        axes.plot(shares, [cell['top1'] for cell in cells.values()], color=WAYS[way], linewidth=2, label=way)
+        for row in report['rows']:
+            if row['way'] == way:
+                axes.plot(100 * row['share'], row['top1'], 'o', color=WAYS[way], alpha=0.5, markersize=5)
+    axes.set_xscale('log')
+    ticks = sorted({100 * row['share'] for row in report['rows']})
+    axes.set_xticks(ticks, [f'{tick:g} %' for tick in ticks])
+    axes.set_xticks([], minor=True)
+    model, data = (Path(report['settings'][name]).name for name in ('model', 'data_dir'))
+    axes.set(xlabel='share of the training labels', ylabel='top-1 on the validation split (%)',
+             title=f'{model.removeprefix("local-dir:")} on {data}')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(axis='y', color='#e5e7eb')
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    return figure
+
+
+def main(settings: Settings) -> dict:
+    """Make the rows that are missing, and return the report."""
+    check_values(settings)
+    torch.set_num_threads(settings.threads)
+    dataset, _ = open_pictures(DataSettings(data_dir=settings.data_dir), 'train')
+    labels, names = np.array(targets_of(dataset)), dataset.filenames(absolute=True)
+    path = Path(settings.results_file) if settings.results_file else None
+    rows = json.loads(path.read_text())['rows'] if path and path.exists() else []
+    features = {}
+    report = summarize(settings, rows)
+    for share, subsets in zip(settings.shares, settings.subsets, strict=True):
+        for subset in range(subsets):
+            chosen = draw(labels, share, subset)
+            folder = Path(settings.output) / f'{safe_model_name(settings.model)}-{share:g}-{subset}'
+            for way in settings.ways:
+                if any((row['way'], row['share'], row['subset']) == (way, share, subset) for row in rows):
+                    continue
+                if way == 'linear probe':
+                    features = features or read_features(settings)
+                    (inputs, targets), held_out = features['train'], features['validation']
+                    top1 = linear_probe(inputs[chosen], targets[chosen], *held_out, seed=subset)['top1']
+                else:
+                    data_dir = link_subset(settings, [Path(names[place]) for place in chosen], folder)
+                    top1 = train(settings, data_dir, len(chosen), subset, way == 'fine-tuned')
+                rows.append(dict(way=way, share=share, subset=subset, pictures=len(chosen), top1=top1))
+                report = summarize(settings, rows)
+                print(f'{way:12} {share:6.1%} of the labels, draw {subset + 1}: top-1 {top1:.2f} %')
+                if path:
+                    write_json(path, report)
+                    write_figure(path.with_suffix('.png'), plot(report))
+    for way, cells in report['table'].items():
+        for share, cell in cells.items():
+            deviation = '' if isinstance(cell['deviation'], str) else f' +- {cell["deviation"]:.2f}'
+            print(f'{way:12} {float(share):6.1%}  {cell["top1"]:6.2f} %{deviation}  ({cell["subsets"]} draws)')
+    return report
+
+
+if __name__ == '__main__':
+    end_with_sentence('transfer.py', lambda: main(tyro.cli(Settings, description=__doc__)))

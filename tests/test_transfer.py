@@ -1,0 +1,69 @@
+"""scripts/transfer.py: what is drawn, what is compared, and that finished rows stay."""
+import dataclasses
+import json
+from pathlib import Path
+
+import finetune
+import numpy as np
+import pytest
+import transfer
+from script_runs import write_pictures
+from settings import SettingsError
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """Pictures, and a run on them."""
+    folder = tmp_path_factory.mktemp('transfer')
+    data = write_pictures(folder / 'colours')
+    finetune.main(finetune.Settings(
+        data_dir=str(data), model='test_resnet', img_size=32, epochs=12, batch_size=12, lr=3e-3, workers=0,
+        device='cpu', output=str(folder), experiment='run', color_jitter=0.0, scale=(0.6, 1.0)))
+    return data, folder / 'run'
+
+
+@pytest.fixture
+def settings(trained, tmp_path) -> transfer.Settings:
+    data, run = trained
+    return transfer.Settings(
+        data_dir=str(data), model=f'local-dir:{run}', shares=(0.5, 1.0), subsets=(2, 1), updates=4, batch_size=6,
+        workers=0, device='cpu', output=str(tmp_path / 'out'), results_file=str(tmp_path / 'transfer.json'))
+
+
+def test_draws_are_even_different_and_repeatable():
+    labels = np.repeat([0, 1, 2], [100, 50, 10])
+    first = transfer.draw(labels, 0.1, 0)
+    assert np.bincount(labels[first]).tolist() == [10, 5, 2] and len(set(first)) == 17  # at least two of a class
+    assert np.array_equal(first, transfer.draw(labels, 0.1, 0))
+    assert not np.array_equal(first, transfer.draw(labels, 0.1, 1))
+    assert np.array_equal(transfer.draw(labels, 1.0, 3), np.arange(160))
+
+
+def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
+    report = transfer.main(settings)
+    assert {way: [row['pictures'] for row in report['rows'] if row['way'] == way] for way in transfer.WAYS} == {
+        way: [18, 18, 36] for way in transfer.WAYS}
+    table = report['table']
+    assert table['fine-tuned']['0.5']['top1'] > table['random start']['0.5']['top1'] + 10
+    assert table['linear probe']['1.0']['top1'] > 80 and table['fine-tuned']['1.0']['deviation'] == 'not measured'
+    assert Path(settings.results_file).with_suffix('.png').stat().st_size > 10_000
+
+    def never(*arguments):
+        raise AssertionError
+
+    monkeypatch.setattr(finetune, 'main', never)
+    monkeypatch.setattr(transfer, 'read_features', never)
+    assert transfer.main(settings)['rows'] == report['rows'] == json.loads(
+        Path(settings.results_file).read_text())['rows']
+
+
+@pytest.mark.parametrize(('changes', 'sentence'), [
+    ({'subsets': (2,)}, '--subsets must give a number for each of --shares'),
+    ({'shares': (0.5, 2.0)}, '--shares must be above 0 and at most 1'),
+    ({'updates': 0}, '--updates must be at least 1, got 0'),
+    ({'ways': ('prayer',)}, "--ways must be of fine-tuned, linear probe, random start, got 'prayer'"),
+    ({'results_file': 'no/such/file.json'}, '--results-file no/such/file.json: its folder does not exist'),
+])
+def test_bad_settings_are_refused(settings, changes, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        transfer.main(dataclasses.replace(settings, **changes))
