@@ -1,0 +1,110 @@
+"""Accuracy at other image sizes and on pictures that were made worse, without any retraining.
+
+    python scripts/robustness.py --data-dir tiny-imagenet --model coatnet_pico_64.tin200 lightconvnet_pico_64.tin200 \\
+        --results-file results/robustness_tin200_cpu.json
+
+Sizes resize the whole picture; crop and colours stay those of the weights. The damage is done to the picture as it is
+stored, before it is resized: JPEG at quality 30, Gaussian blur of radius 1 pixel, Gaussian noise of deviation 0.1 (of
+1), the same noise for a picture each time.
+"""
+import io
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from evaluation import predict
+from open_model import ModelSettings, open_model
+from pictures import BadPictures, DataSettings, EpochSampler, Pictures, batches, open_pictures
+from PIL import Image, ImageFilter
+from processes import start
+from provenance import provenance
+from run_folder import write_json
+from settings import SettingsError, check_range, end_with_sentence
+from timm.data import create_transform
+from torchvision.transforms import Compose
+
+__all__ = ['DAMAGE']
+
+
+def jpeg(image: Image.Image) -> Image.Image:
+    """Quality 30."""
+    buffer = io.BytesIO()
+    image.save(buffer, 'JPEG', quality=30)
+    return Image.open(buffer).convert(image.mode)
+
+
+def blur(image: Image.Image) -> Image.Image:
+    """Gaussian of radius 1 pixel."""
+    return image.filter(ImageFilter.GaussianBlur(1))
+
+
+def noise(image: Image.Image) -> Image.Image:
+    """Gaussian of deviation 0.1, which follows from the picture's own pixels."""
+    pixels = np.asarray(image)
+    rng = np.random.default_rng(zlib.crc32(pixels.tobytes()))
+    return Image.fromarray((pixels + rng.normal(0, 25.5, pixels.shape)).round().clip(0, 255).astype(np.uint8))
+
+
+DAMAGE: dict[str, Callable[[Image.Image], Image.Image]] = {'JPEG 30': jpeg, 'blur': blur, 'noise': noise}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data_dir: str  # Folder with val/, a sub-folder a class.
+    model: tuple[str, ...]  # With weights: names of releases, hf-hub:OWNER/NAME or local-dir:FOLDER.
+    sizes: tuple[int, ...] = (48, 64, 96, 128)  # Heights and widths in pixels.
+    val_split: str = 'validation'  # Name of the split.
+    batch_size: int = 64  # Pictures per step.
+    max_bad_images: float = 0.001  # Share of unreadable pictures that is reported and left out before the run stops.
+    amp: bool = False  # bfloat16 autocast.
+    device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
+    workers: int = 1  # Processes that read pictures.
+    results_file: str = ''  # JSON to write after every row.
+
+
+def top1(settings: Settings, name: str, size: int | None, damage: str) -> float:
+    """Top-1 (%) of a model at a size, its own if None, under one kind of damage, '' for none."""
+    accelerator = start(settings.device, settings.amp)
+    model, data_config = open_model(ModelSettings(model=name, pretrained=True, img_size=size), use_train_size=True)
+    dataset, class_names = open_pictures(DataSettings(data_dir=settings.data_dir), settings.val_split)
+    known = model.pretrained_cfg.get('label_names')
+    if model.num_classes != len(class_names) or (known and list(known) != class_names):
+        raise SettingsError(f'--model {name} must have the classes of --data-dir {settings.data_dir} in their order; '
+                            f'give the pictures it was made for.')
+    transform = create_transform(**data_config)
+    pictures = Pictures(dataset, Compose([DAMAGE[damage], transform]) if damage else transform)
+    loader = batches(pictures, EpochSampler(len(pictures)), settings.batch_size, settings.workers)
+    bad = BadPictures(dataset, settings.max_bad_images)
+    found = predict(model.to(accelerator.device), accelerator.prepare(loader), accelerator, on_batch=bad.add)
+    return found.scores['top1']
+
+
+def main(settings: Settings) -> dict:
+    """Measure every row, and return the report."""
+    check_range(settings, 'max_bad_images', 0, 1)
+    if not settings.model or min(settings.sizes, default=0) < 1:
+        raise SettingsError(f'--model and --sizes must name at least one each, sizes above 0, got {settings.model} and '
+                            f'{settings.sizes}.')
+    if settings.results_file and not Path(settings.results_file).parent.is_dir():
+        raise SettingsError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
+    columns = [(f'{size} px', size, '') for size in settings.sizes] + [(damage, None, damage) for damage in DAMAGE]
+    rows, width = {}, max(map(len, settings.model))
+    kept = {name: value for name, value in asdict(settings).items() if name != 'results_file'}
+    print(f'{"top-1 (%)":{width}}  ' + ''.join(f'{title:>9}' for title, _, _ in columns), flush=True)
+    for name in settings.model:
+        print(f'{name:{width}}  ', end='', flush=True)
+        for title, size, damage in columns:
+            rows.setdefault(name, {})[title] = top1(settings, name, size, damage)
+            print(f'{rows[name][title]:9.2f}', end='', flush=True)
+        print()
+        report = dict(settings=kept, top1=rows, **provenance(str(start(settings.device).device)))
+        if settings.results_file:
+            write_json(Path(settings.results_file), report)
+    return report
+
+
+if __name__ == '__main__':
+    end_with_sentence('robustness.py', lambda: main(tyro.cli(Settings, description=__doc__)))

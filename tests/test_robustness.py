@@ -1,0 +1,72 @@
+"""scripts/robustness.py: sizes and damage against an evaluation by hand."""
+import dataclasses
+import json
+from pathlib import Path
+
+import finetune
+import numpy as np
+import pytest
+import robustness
+import timm
+import torch
+from PIL import Image
+from script_runs import CLASSES, write_pictures
+from settings import SettingsError
+
+
+@pytest.fixture(scope='module')
+def settings(tmp_path_factory) -> robustness.Settings:
+    folder = tmp_path_factory.mktemp('robustness')
+    data = write_pictures(folder / 'colours')
+    finetune.main(finetune.Settings(
+        data_dir=str(data), model='test_resnet', img_size=32, epochs=2, batch_size=12, lr=3e-3, workers=0,
+        device='cpu', output=str(folder), experiment='run', color_jitter=0.0))
+    return robustness.Settings(
+        data_dir=str(data), model=(f'local-dir:{folder / "run"}',), sizes=(32, 48), workers=0, batch_size=4,
+        device='cpu', results_file=str(folder / 'robustness.json'))
+
+
+def by_hand(settings: robustness.Settings, size: int, damage=lambda image: image) -> float:
+    model = timm.create_model(settings.model[0], pretrained=True).eval()
+    config = timm.data.resolve_data_config({'img_size': size}, model=model)
+    transform, right = timm.data.create_transform(**config), []
+    for label, name in enumerate(CLASSES):
+        for path in sorted((Path(settings.data_dir) / 'val' / name).iterdir()):
+            with torch.no_grad():
+                logits = model(transform(damage(Image.open(path).convert('RGB')))[None])
+            right.append(int(logits.argmax()) == label)
+    return 100 * sum(right) / len(right)
+
+
+def test_numbers_are_those_of_timm_alone(settings):
+    [found] = robustness.main(settings)['top1'].values()
+    assert found['32 px'] == pytest.approx(by_hand(settings, 32))
+    assert found['48 px'] == pytest.approx(by_hand(settings, 48))
+    for name, damage in robustness.DAMAGE.items():
+        assert found[name] == pytest.approx(by_hand(settings, 32, damage))
+    written = json.loads(Path(settings.results_file).read_text())
+    assert list(written['top1'].values()) == [found] and written['hardware']
+
+
+@pytest.mark.parametrize('name', robustness.DAMAGE)
+def test_damage_is_done_and_repeats(name):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    first, second = (np.asarray(robustness.DAMAGE[name](image)).astype(float) for _ in range(2))
+    assert first.shape == pixels.shape and np.array_equal(first, second)
+    assert 5 < np.abs(first - pixels).mean() < 100
+
+
+def test_noise_has_the_deviation_it_says():
+    grey = Image.new('RGB', (200, 200), (128, 128, 128))
+    assert np.asarray(robustness.noise(grey)).std() == pytest.approx(25.5, rel=0.02)
+
+
+@pytest.mark.parametrize(('changes', 'sentence'), [
+    ({'sizes': ()}, '--model and --sizes must name at least one each'),
+    ({'results_file': 'no/such/file.json'}, '--results-file no/such/file.json: its folder'),
+    ({'model': ('test_resnet',)}, '--model test_resnet'),
+])
+def test_bad_settings_are_refused(settings, changes, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        robustness.main(dataclasses.replace(settings, **changes))
