@@ -7,6 +7,7 @@ A client of the Hub accepts a damaged download of the right size, so every file 
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,40 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ['check_release', 'fetch', 'find_release', 'sha256_of', 'verify_weights', 'with_releases']
+__all__ = [
+    'check_release', 'fetch', 'find_release', 'read_releases', 'sha256_of', 'verify_weights', 'with_releases']
 
 WEIGHTS = Path(__file__).with_name('weights')
-RELEASES: dict[str, dict[str, Any]] = json.loads((WEIGHTS / 'releases.json').read_text(encoding='utf-8'))
+
+
+def read_releases(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a releases.json, once each says where its weights are and what they must be.
+
+    Raises:
+        ValueError: It is no JSON, or an entry is not as hub/publish.py writes it.
+    """
+    try:
+        releases = json.loads(path.read_text(encoding='utf-8'))
+        for name, entry in releases.items():
+            where, packaged = (entry['repo'], entry['commit']), entry['packaged']
+            rules = {
+                'sha256 of 64 hexadecimal digits': re.fullmatch('[0-9a-f]{64}', entry['sha256']),
+                'repo and commit of 40 digits, or null for both': where == (None, None) or (all(where) and (
+                    re.fullmatch('[^/]+/[^/]+', where[0]) and re.fullmatch('[0-9a-f]{40}', where[1]))),
+                'repo or packaged': entry['repo'] or packaged,
+                'packaged without folders': not packaged or Path(packaged).name == packaged,
+                'size and file': entry['size'] >= 0 and entry['file'],
+                'pretrained_cfg with input_size and num_classes': all(
+                    key in entry['pretrained_cfg'] for key in ('input_size', 'num_classes'))}
+            if broken := [rule for rule, kept in rules.items() if not kept]:
+                raise ValueError(f'{name} must have {broken[0]}')
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is damaged ({type(error).__name__}: {error}); reinstall coatnet_zoo, or take back '
+                         f'what was changed in it.') from error
+    return releases
+
+
+RELEASES = read_releases(WEIGHTS / 'releases.json')
 
 # What a tag may say of its weights; shapes and names of layers are the architecture's.
 _OF_TAGS = (

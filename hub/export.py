@@ -44,7 +44,7 @@ from release_folder import (
 from run_folder import write_config, write_file, write_json, write_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from settings import SettingsError, end_with_sentence, one_line
+from settings import SettingsError, end_with_sentence, flag, one_line
 from torch import nn
 from torch.nn.functional import interpolate
 
@@ -87,10 +87,14 @@ def check_values(settings: Settings) -> None:
         raise SettingsError('--data-dir measures what --dtype costs, which is float32 here; give --dtype, or put '
                             'figures into the card by eval_imagenet.py --results-file RUN_DIR/evaluation.json.')
     check_license(settings.license, settings.license_name, settings.license_link)
+    for name in ('trained_on', 'data_license', 'evaluated_on', 'license_name', 'license_link'):
+        value = getattr(settings, name)
+        if value is not None and not (value.strip() and value.isprintable()):  # it stands in a table of the card
+            raise SettingsError(f'{flag(name)} must be one line of text, got {value!r}; give that, or leave it out.')
     for name in ('repo', 'dataset_id'):
         value = getattr(settings, name)
         if value is not None and not re.fullmatch(r'[\w.-]+/[\w.-]+', value):
-            raise SettingsError(f'--{name.replace("_", "-")} must be OWNER/NAME on the Hub, got {value!r}.')
+            raise SettingsError(f'{flag(name)} must be OWNER/NAME on the Hub, got {value!r}.')
 
 
 def check_replaceable(output: Path) -> None:

@@ -14,8 +14,10 @@ it since, the push is refused unless --parent names the commit that you have loo
 writes are left alone. The token is that of HF_TOKEN or of `hf auth login`. --package copies the weights into the
 package, so that they ship with it and need no network.
 """
+import errno
 import hashlib
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -42,12 +44,14 @@ from safetensors.torch import load_file
 from settings import SettingsError, end_with_sentence, one_line
 from verify import verify
 
+from coatnet_zoo import releases as released
 from coatnet_zoo.releases import check_release, sha256_of
 
 WEIGHTS = Path(__file__).parents[1] / 'coatnet_zoo/weights'
 OPTIONAL = ('model.onnx', 'model.pt2')  # of an earlier export; removed if this one has none
 # the transport under the client: httpx2 raises no OSError, requests, before version 1, did
 TRANSPORT = (*HfHubHTTPError.__bases__, OSError)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +125,10 @@ def read_release(folder: Path) -> Release:
 
 
 def read_releases() -> dict[str, dict]:
-    return json.loads((WEIGHTS / 'releases.json').read_text(encoding='utf-8'))
+    try:
+        return released.read_releases(WEIGHTS / 'releases.json')
+    except (OSError, ValueError) as error:
+        raise SettingsError(f'what is released already cannot be read: {one_line(error)}') from error
 
 
 def ask_hub(repo: str, call: Callable, /, **arguments: object) -> object:
@@ -135,6 +142,8 @@ def ask_hub(repo: str, call: Callable, /, **arguments: object) -> object:
         raise SettingsError(f'--repo {repo}: the Hub shows no such repository; it is gone, or private and not yours; '
                             f'check the name and the token.') from error
     except (*TRANSPORT, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise  # of this machine, not of the Hub
         status = getattr(getattr(error, 'response', None), 'status_code', None)
         told = {
             401: 'the Hub refuses the token of HF_TOKEN or of your login; renew it with `hf auth login` or set '
@@ -288,6 +297,9 @@ def main(settings: Settings) -> None:
         raise SettingsError('--push needs --repo OWNER/NAME, and it is not given; give it.')
     if not settings.repo and not settings.package:
         raise SettingsError('--repo must name a repository as OWNER/NAME, and names none; give one, or --package.')
+    if not re.fullmatch(r'[A-Za-z0-9]+([._-][A-Za-z0-9]+)*', settings.release) or settings.release == 'main':
+        raise SettingsError(f'--release must be a git tag of letters, digits and single . _ - between them, such as '
+                            f'v2, got {settings.release!r}.')
     if settings.repo:
         try:
             validate_repo_id(settings.repo)
@@ -309,11 +321,15 @@ def main(settings: Settings) -> None:
             recorded['sha256'] != release.files['model.safetensors']):
         raise SettingsError(f'FOLDER {settings.folder} has other weights than {recorded["packaged"]} of the package; '
                             f'add --package to replace them, or release it under another tag.')
-    if settings.package:
-        package(release)
-    if settings.push:
-        push(api, release, settings)
-    elif settings.repo:
+    try:
+        if settings.package:
+            package(release)
+        if settings.push:
+            push(api, release, settings)
+    except OSError as error:
+        raise SettingsError(f'a file of this machine cannot be written: {one_line(error)}; make room for it '
+                            f'and run this again.') from error
+    if settings.repo and not settings.push:
         state = ask_hub(settings.repo, read_state, api=api, repo=settings.repo, tag=settings.release, release=release)
         print(describe_state(state, settings))
         check_parent(state, recorded, settings)

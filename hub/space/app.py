@@ -165,7 +165,7 @@ def build_page(models: dict[str, Model]) -> gr.Blocks:
 def serve(page: gr.Blocks, **options: object) -> tuple:
     """`Blocks.launch` with what this page needs: no font, script or share link from elsewhere, uploads bounded."""
     theme = gr.themes.Base(primary_hue='blue', neutral_hue='slate', font=SYSTEM_FONTS, font_mono=MONO_FONTS,
-                           radius_size='md')
+                           radius_size='md').set(body_text_color_subdued='*neutral_500')  # 400 is faint on white
     return page.launch(
         theme=theme, css_paths=HERE / 'style.css', max_file_size=MOST_BYTES, footer_links=[], share=False,
         ssr_mode=False, **options)

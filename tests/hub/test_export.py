@@ -246,6 +246,9 @@ def test_evaluation_of_something_else_is_refused(run_dir, pictures, options, cha
     ({'license': 'Apache 2'}, ['--license', 'apache-2.0', "'Apache 2'"]),
     ({'license': 'other'}, ['--license-name', '--license-link']),
     ({'license_name': 'mine', 'license_link': 'LICENSE'}, ['--license other', 'apache-2.0']),
+    ({'trained_on': 'two\nlines'}, ['--trained-on must be one line', 'leave it out']),
+    ({'data_license': ' '}, ['--data-license must be one line']),
+    ({'evaluated_on': 'a\ttab'}, ['--evaluated-on must be one line']),
     ({'repo': 'colours'}, ['--repo', 'OWNER/NAME', "'colours'"]),
     ({'run_dir': Path('no/run')}, ['RUN_DIR no/run', 'summary.json', '--resume auto']),
 ], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '')

@@ -1,5 +1,6 @@
 """hub/publish.py against the loopback Hub: what it uploads and refuses, and that it may be interrupted anywhere."""
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -330,7 +331,39 @@ def test_what_may_not_be_released_is_refused(settings, monkeypatch):
     assert f'is not what the example on the card loads, None; export again with --repo {REPO}' in refused(settings)
 
 
+@pytest.mark.parametrize('change', [
+    lambda entry: entry.pop('sha256'), lambda entry: entry.update(sha256=entry['sha256'][:9]),
+    lambda entry: entry.update(packaged=None), lambda entry: entry.update(packaged='../x.safetensors'),
+    lambda entry: entry.update(repo=REPO), lambda entry: entry.pop('pretrained_cfg'),
+    lambda entry: entry.update(size='large'), lambda entry: entry['pretrained_cfg'].pop('input_size')], ids=range(8))
+def test_record_damaged_by_hand_is_a_sentence_and_left_as_it_is(settings, change):
+    settings = dataclasses.replace(settings, repo='', push=False, package=True)
+    publish.main(settings)
+    path, releases = publish.WEIGHTS / 'releases.json', recorded()
+    change(releases[NAME])
+    for damaged in (json.dumps(releases), '<<<<<<< ours\n', '[]'):
+        path.write_text(damaged)
+        assert re.match(r'what is released already cannot be read: \S+releases.json is damaged', refused(settings))
+        assert path.read_text() == damaged
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize('step', ['hf_hub_download', 'write_file', 'write_json'])
+def test_a_disk_that_takes_nothing_is_a_sentence_and_is_made_up_for(hub, settings, monkeypatch, step, number):
+    def full(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    settings = dataclasses.replace(settings, package=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, step, full)
+        assert re.match(rf'a file of this machine cannot be written: .*{os.strerror(number)}', refused(settings))
+    publish.main(settings)
+    assert recorded()[NAME]['commit'] == hub.repos[REPO].tags['v1'] and recorded()[NAME]['packaged']
+
+
 @pytest.mark.parametrize(('changed', 'told'), [
+    (dict(release='a b'), "--release must be a git tag of letters, digits"), (dict(release=''), 'such as v2'),
+    (dict(release='main'), '--release must be a git tag'),
     (dict(repo='', push=False), '--repo must name a repository'), (dict(repo=''), '--push needs --repo'),
     (dict(repo='model'), 'put the owner in front'), (dict(repo='owner/a--b'), '--repo must be OWNER/NAME as the Hub')])
 def test_options_that_cannot_work(settings, changed, told):

@@ -183,6 +183,20 @@ def test_sources_of_the_user_are_theirs(hub, client, released, weights, tmp_path
         assert_same(model, other)
 
 
+def test_a_damaged_index_says_so_when_the_package_is_imported(weights, tmp_path):
+    path = tmp_path / 'releases.json'
+    path.write_text(json.dumps({NAME: entry_for(weights, packaged='small.safetensors')}))
+    assert set(releases.read_releases(path)) == {NAME}
+    path.write_text(json.dumps({NAME: entry_for(weights, repo=REPO)}))
+    with pytest.raises(ValueError, match=rf'{NAME} must have repo and commit of 40 digits.*; reinstall coatnet_zoo'):
+        releases.read_releases(path)
+    package = shutil.copytree(ROOT / 'coatnet_zoo', tmp_path / 'site/coatnet_zoo')
+    (package / 'weights/releases.json').write_text('<<<<<<< ours')
+    done = subprocess.run([sys.executable, '-c', 'import coatnet_zoo'], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, 'PYTHONPATH': str(tmp_path / 'site')})
+    assert re.match(r'ValueError: \S+releases.json is damaged .*; reinstall coatnet_zoo', done.stderr.splitlines()[-1])
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"'coatnet_5' has no released weights\. Names that have some: "):
         coatnet_zoo.verify_weights('coatnet_5')

@@ -305,6 +305,14 @@ def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
     def fits() -> bool:
         return page.evaluate('document.documentElement.scrollWidth') <= width
 
+    # the small print can be read: WCAG asks for a contrast of 4.5
+    shades = page.evaluate('''() => [getComputedStyle(document.querySelector('.hint')).color,
+        getComputedStyle(document.body).backgroundColor]''')
+    least, most = sorted(float(np.dot([.2126, .7152, .0722], [
+        (int(value) / 255 / 12.92 if int(value) < 11 else ((int(value) / 255 + .055) / 1.055) ** 2.4)
+        for value in re.findall(r'\d+', shade)[:3]])) for shade in shades)
+    assert (most + .05) / (least + .05) > 4.5, shades
+
     # a bad file gets its sentence
     upload.set_input_files(tmp_path / 'notes.jpg')
     refusal = page.get_by_role('alert').filter(has_text='not a picture')
