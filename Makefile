@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PYTHON_LOWEST ?= python3.10
 
 # what `make test` installs; the tests of what is left out are skipped
-EXTRAS ?= test,space
+EXTRAS ?= test,space,transformers
 # the folder that is pushed as a Space, and the trained model in it until weights are released
 SPACE ?= output/space
 RUN ?= output/demo/run
