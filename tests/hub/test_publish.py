@@ -371,8 +371,6 @@ def test_options_that_cannot_work(settings, changed, told):
 
 
 def test_command_line_ends_with_a_sentence(tmp_path, environment):
-    if not hasattr(sys.modules['verify'], '__file__'):
-        pytest.skip('needs hub/verify.py')
     done = subprocess.run([sys.executable, 'hub/publish.py', str(tmp_path)], capture_output=True, text=True,
                           cwd=Path(__file__).parents[2], env={**os.environ, **environment})
     assert done.returncode == 2 and done.stderr.startswith('publish.py: --repo must name a repository as OWNER/NAME')

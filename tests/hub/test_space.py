@@ -23,8 +23,8 @@ from timm.data import create_transform, resolve_input_data_config
 
 gradio = pytest.importorskip('gradio', reason='gradio comes with the space extra')
 
-import answer  # noqa: E402
-import app  # noqa: E402
+import answer  # noqa: E402  imports gradio, or this file is skipped
+import app  # noqa: E402  the same
 
 ROOT = Path(__file__).parents[2]
 NAMES = ['tench', 'a <b>bold</b> class', 'n02102040', 'kite & co', 'fifth', 'sixth']
