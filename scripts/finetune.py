@@ -13,6 +13,7 @@ on from there), 1 for a loss that is not finite.
 """
 
 import argparse
+import copy
 import dataclasses
 import math
 import sys
@@ -33,6 +34,7 @@ from recipes import RECIPES, settings_of
 from run_folder import write_config, write_figure, write_json
 from safetensors import SafetensorError
 from settings import SettingsError, check_range, end_with_sentence, flag, one_line
+from sharding import check_sharding, wrap
 from timm.models import safe_model_name
 from timm.utils import random_seed
 from trainer import Preempted, Trainer, read_checkpoint
@@ -174,9 +176,9 @@ def main(settings: Settings) -> dict:
     check_values(settings)
     run_dir, last = find_run(settings)
     accelerator = start(
-        settings.device, settings.amp, settings.amp_dtype, gradient_accumulation_steps=settings.grad_accum_steps,
-        log_with=settings.tracker or None, project_dir=run_dir if settings.tracker else None,
-        dynamo_backend='inductor' if settings.torchcompile else None)
+        settings.device, settings.amp, settings.amp_dtype, may_shard=True,
+        gradient_accumulation_steps=settings.grad_accum_steps, log_with=settings.tracker or None,
+        project_dir=run_dir if settings.tracker else None, dynamo_backend='inductor' if settings.torchcompile else None)
     try:
         trainer, class_names, headline = prepare(settings, accelerator, run_dir, last)
     except OSError as error:
@@ -206,6 +208,7 @@ def main(settings: Settings) -> dict:
 def prepare(settings: Settings, accelerator: Accelerator, run_dir: Path,
             last: Path | None) -> tuple[Trainer, list[str], str]:
     """Open data, model and run folder; what cannot work ends here. Returns also class names and a line of facts."""
+    check_sharding(settings, accelerator)
     train_set, val_set, class_names = open_data(settings)
     random_seed(settings.seed)
     model, data_config = open_model(
@@ -216,7 +219,7 @@ def prepare(settings: Settings, accelerator: Accelerator, run_dir: Path,
     free = (*FREE_ON_RESUME, *(() if is_stream(settings) else ('workers',)))  # streams share out by them
     facts = {name: value for name, value in asdict(settings).items() if name not in free}
     facts |= {'classes': class_names, 'train_images': len(train_set), 'val_images': len(val_set),
-              'processes': accelerator.num_processes}
+              'processes': accelerator.num_processes, 'sharded': accelerator.is_fsdp2}
     checkpoint = read_checkpoint(last, run_dir, facts) if last else None
     if settings.freeze_trunk:
         freeze_trunk(model)
@@ -231,15 +234,17 @@ def prepare(settings: Settings, accelerator: Accelerator, run_dir: Path,
             write_config(run_dir / 'config.json', model, class_names, data_config)
         except (OSError, SafetensorError) as error:
             raise SettingsError(f'--output {run_dir} cannot be written: {one_line(error)}; choose another.') from error
-    model.to(memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format)
+    if settings.channels_last and not accelerator.is_fsdp2:  # which shards contiguous weights alone
+        model.to(memory_format=torch.channels_last)
     if settings.grad_checkpointing:
         model.set_grad_checkpointing()
     task = build_task(settings, model, teacher, data_config, accelerator.device)
     if settings.model_ema:
         task.setup_ema(settings.model_ema_decay, use_warmup=True)  # so that a short run is not stuck near its start
-    task.trainable_module, optimizer = accelerator.prepare(task.trainable_module, optimizer)
+    whole_model = copy.deepcopy(model) if accelerator.is_fsdp2 else None
+    task.trainable_module, optimizer = wrap(accelerator, task.trainable_module, optimizer)
     trainer = Trainer(
-        settings, accelerator, task, optimizer, loaders, data_config, len(class_names), run_dir, facts)
+        settings, accelerator, task, whole_model, optimizer, loaders, data_config, len(class_names), run_dir, facts)
     if checkpoint:
         trainer.restore(checkpoint)
     headline = (

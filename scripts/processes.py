@@ -21,13 +21,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def start(device: str, amp: bool = False, amp_dtype: str = 'bfloat16', **options: object) -> Accelerator:
+def start(device: str, amp: bool = False, amp_dtype: str = 'bfloat16', may_shard: bool = False,
+          **options: object) -> Accelerator:
     """An Accelerator whose loaders split every batch over the processes: no number depends on how many there are.
 
     Args:
         device: 'auto', 'cpu' or 'cuda'.
         amp: Mixed precision.
         amp_dtype: 'bfloat16' or 'float16'.
+        may_shard: Whether the weights may be sharded (FSDP), or every process needs all of them.
         options: Of `Accelerator`.
     """
     device = choose_device(device)
@@ -42,7 +44,11 @@ def start(device: str, amp: bool = False, amp_dtype: str = 'bfloat16', **options
     accelerator = Accelerator(
         cpu=device.type == 'cpu', mixed_precision=precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True), **options)
-    if accelerator.distributed_type.value not in ('NO', 'MULTI_GPU', 'MULTI_CPU'):
-        raise SettingsError(f'this script runs in one process or as data parallel (DDP) in several, not as '
-                            f'{accelerator.distributed_type.value}; change that in the accelerate configuration.')
+    kind = accelerator.distributed_type.value
+    if kind == 'FSDP' and not (may_shard and accelerator.is_fsdp2):
+        raise SettingsError('FSDP is for finetune.py, with fsdp_version: 2 in the accelerate configuration; change it '
+                            'there, or leave FSDP out.')
+    if kind not in ('NO', 'MULTI_GPU', 'MULTI_CPU', 'FSDP'):
+        raise SettingsError(f'this script runs in one process or as data parallel (DDP) in several, not as {kind}; '
+                            f'change that in the accelerate configuration.')
     return accelerator

@@ -22,10 +22,12 @@ from pictures import BadPictures, EpochSampler, check_labels, seed_of
 from run_folder import rank, write_file, write_metrics, write_weights
 from safetensors.torch import load_file
 from settings import SettingsError, one_line
+from sharding import copy_weights, restore_training_state, training_state
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
 from timm.task.task import TrainingTask
 from timm.utils import random_seed, unwrap_model
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from training import set_trunk_to_eval
@@ -78,6 +80,7 @@ class Trainer:
         settings: Of finetune.py.
         accelerator: Of `processes.start`.
         task: Model, loss and average of the weights; its model is prepared by the accelerator.
+        whole_model: Where that model is sharded (FSDP), a whole copy to evaluate and release.
         optimizer: Prepared by the accelerator.
         loaders: What `loaders.create_loaders` returned.
         data_config: How pictures are made ready for the model.
@@ -87,7 +90,8 @@ class Trainer:
     """
 
     def __init__(
-            self, settings: 'Settings', accelerator: Accelerator, task: TrainingTask, optimizer: AcceleratedOptimizer,
+            self, settings: 'Settings', accelerator: Accelerator, task: TrainingTask,
+            whole_model: nn.Module | None, optimizer: AcceleratedOptimizer,
             loaders: tuple[DataLoader, DataLoader, EpochSampler | None], data_config: dict, num_classes: int,
             run_dir: Path, facts: dict) -> None:
         self.settings, self.accelerator, self.task, self.optimizer = settings, accelerator, task, optimizer
@@ -95,7 +99,8 @@ class Trainer:
         self.data_config, self.run_dir, self.facts = data_config, run_dir, facts
         self.writes, self.device = accelerator.is_main_process, accelerator.device
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.eval_model = unwrap_model(task.get_eval_model(ema=settings.model_ema))
+        self.sharded = whole_model is not None
+        self.eval_model = whole_model if self.sharded else unwrap_model(task.get_eval_model(ema=settings.model_ema))
         self.progress = Progress()
 
         # A last group of batches that is not whole would weigh less than the others.
@@ -118,10 +123,13 @@ class Trainer:
 
     def restore(self, checkpoint: dict) -> None:
         """Go on from what `read_checkpoint` returned."""
-        self.task.load_checkpoint_state(checkpoint['state_dict'])
+        if self.sharded:
+            restore_training_state(self.task.trainable_module, self.optimizer.optimizer, checkpoint)
+        else:
+            self.task.load_checkpoint_state(checkpoint['state_dict'])
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
         if self.settings.model_ema:
             self.task.load_checkpoint_state(checkpoint['state_dict_ema'], ema=True)
-        self.optimizer.load_state_dict(checkpoint['optimizer'])
         self.scheduler.load_state_dict(checkpoint['scheduler'])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint['scaler'])
@@ -130,13 +138,16 @@ class Trainer:
     def save(self) -> None:
         """Written last of all: whatever is killed before it is done again, with the same result."""
         self.progress.bad_train, self.progress.bad_val = sorted(self.bad_train.found), sorted(self.bad_val.found)
+        if self.sharded:
+            state = training_state(self.task.trainable_module, self.optimizer.optimizer)
+        else:
+            state = self.task.get_checkpoint_state() | {'optimizer': self.optimizer.state_dict()}
         if not self.writes:
             return
-        state = self.task.get_checkpoint_state()
         if self.settings.model_ema:
             state |= self.task.get_checkpoint_state(ema=True)
         scaler = self.accelerator.scaler
-        state |= {'optimizer': self.optimizer.state_dict(), 'scheduler': self.scheduler.state_dict(),
+        state |= {'scheduler': self.scheduler.state_dict(),
                   'facts': json.loads(json.dumps(self.facts)), 'scaler': scaler.state_dict() if scaler else None,
                   'progress': asdict(self.progress)}
         write_file(self.run_dir / 'last' / 'checkpoint.pt', partial(write_state, state))
@@ -270,6 +281,8 @@ class Trainer:
     def score_epoch(self) -> None:
         """Evaluate, and write the metrics and, if they are the best, the weights."""
         progress, epoch = self.progress, self.progress.epoch
+        if self.sharded:
+            copy_weights(self.task.trainable_module, self.eval_model)
         scores = self.evaluate().scores
         self.check_finite(scores['loss'], 'evaluation loss', progress.batch)
         speed = progress.batch * self.pictures_per_step / progress.epoch_seconds

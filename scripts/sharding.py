@@ -1,0 +1,60 @@
+"""Training state in whole tensors, where each process holds only a shard of the weights (FSDP)."""
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from settings import SettingsError, one_line
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+if TYPE_CHECKING:
+    from finetune import Settings
+
+__all__ = ['check_sharding', 'copy_weights', 'restore_training_state', 'training_state', 'wrap']
+
+
+def check_sharding(settings: 'Settings', accelerator: Accelerator) -> None:
+    """Refuse what needs all weights at once in every step."""
+    if accelerator.is_fsdp2 and settings.model_ema:
+        raise SettingsError('--model-ema averages whole weights after every step, which FSDP never holds; leave one '
+                            'of them out.')
+
+
+def wrap(accelerator: Accelerator, model: nn.Module,
+         optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Hand both to accelerate, which wraps (DDP) or shards (FSDP) them."""
+    if accelerator.is_fsdp2:  # BatchNorm's weights stay float32, as its statistics do; autocast is what --amp asks for
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        model.register_forward_hook(lambda module, images, logits: logits.float())  # as accelerate's DDP does
+    try:
+        return accelerator.prepare(model, optimizer)
+    except ValueError as error:
+        if not accelerator.is_fsdp2:
+            raise
+        # a class that this model does not have
+        raise SettingsError(f'the accelerate configuration does not fit this model: {one_line(error)} See '
+                            f'fsdp_transformer_layer_cls_to_wrap.') from error
+
+
+def copy_weights(sharded: nn.Module, whole: nn.Module) -> None:
+    """Gather all weights into a plain model of the same shape; every process must take part."""
+    whole.load_state_dict(get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True)))
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Weights and optimizer, gathered on the CPU of the first process; every process must take part."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    return {'state_dict': weights, 'optimizer': moments}
+
+
+def restore_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Deal out what `training_state` returned, read by every process."""
+    set_state_dict(model, optimizer, model_state_dict=state['state_dict'], optim_state_dict=state['optimizer'],
+                   options=StateDictOptions(full_state_dict=True))

@@ -1,0 +1,24 @@
+"""Run a script as accelerate would on GPUs: on CPUs it never shards, though torch can.
+
+    accelerate launch --config_file scripts/launch/fsdp.yaml tests/finetuning/as_gpus.py scripts/finetune.py …
+"""
+import runpy
+import sys
+from pathlib import Path
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+plain_init = PartialState.__init__
+
+
+def init(self: PartialState, *args: object, **kwargs: object) -> None:
+    plain_init(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
+PartialState.__init__ = init
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name='__main__')

@@ -1,0 +1,115 @@
+"""FSDP with two processes on a CPU: the losses of one process, whole weights in every file, and a run that goes on."""
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation import predict
+from open_model import ModelSettings, open_model
+from pictures import DataSettings, EpochSampler, Pictures, batches, open_pictures
+from processes import start
+from runs import assert_same_tensors, read_checkpoint, read_metrics
+from safetensors.torch import load_file
+from script_runs import ROOT, write_pictures
+from timm.data import create_transform
+
+LIGHT = (
+    '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
+    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm sees one process's pictures
+COAT = '--model', 'coatnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)'
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp('pictures') / 'pictures', train=8, val=5)
+
+
+def sharded(*arguments: object, blocks: str = 'MBConv,TransformerBlock', script: str = 'finetune.py') -> list[str]:
+    """The line of the launch page, for two CPUs."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    return list(map(str, (
+        sys.executable, '-m', 'accelerate.commands.launch', '--config_file', ROOT / 'scripts' / 'launch' / 'fsdp.yaml',
+        '--num_processes', 2, '--main_process_port', port, '--fsdp_transformer_layer_cls_to_wrap', blocks,
+        ROOT / 'tests' / 'finetuning' / 'as_gpus.py', ROOT / 'scripts' / script, *arguments)))
+
+
+def settings_of(data: Path, output: Path, experiment: str, *flags: object) -> tuple:
+    return (
+        '--data-dir', data, '--img-size', 32, '--device', 'cpu', '--workers', 0, '--output', output, '--experiment',
+        experiment, *flags)
+
+
+def run(command: list[object], code: int | None = 0) -> str:
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'COLUMNS': '400'}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    assert code is None or result.returncode == code, result.stderr[-3000:]
+    return result.stderr
+
+
+def test_first_20_losses_equal_those_of_one_process(tmp_path, data):
+    # two groups of two batches an epoch, so that gradients are added up in shards too
+    flags = (*LIGHT, '--drop-path', 0, '--epochs', 10, '--warmup-epochs', 2, '--lr', '1e-3', '--grad-accum-steps', 2)
+    run([sys.executable, ROOT / 'scripts' / 'finetune.py', *settings_of(
+        data, tmp_path, 'one', '--batch-size', 6, *flags)])
+    run(sharded(*settings_of(data, tmp_path, 'two', '--batch-size', 3, *flags), blocks='LightConvBlock'))
+    one, two = read_metrics(tmp_path / 'one'), read_metrics(tmp_path / 'two')
+    assert len(one) == 10 and one[0]['train_loss'] > one[-1]['train_loss'] + 0.05
+    for first, second in zip(one, two, strict=True):
+        assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
+        assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
+    # names, where a process with all weights counts its parameters: these were gathered
+    assert read_checkpoint(tmp_path / 'two')['facts']['sharded']
+    assert 'stem.conv1.weight' in read_checkpoint(tmp_path / 'two')['optimizer']['state']
+
+
+def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(tmp_path, data):
+    flags = (
+        *COAT, '--batch-size', 3, '--epochs', 6, '--lr', '5e-3', '--amp', '--layer-decay', 0.9, '--head-lr-scale', 2)
+    run(sharded(*settings_of(data, tmp_path, 'whole', *flags)))
+    stopped, command = tmp_path / 'stopped', sharded(*settings_of(
+        data, tmp_path, 'stopped', *flags, '--resume', 'auto', '--recovery-interval', 1))
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (stopped / 'metrics.csv').exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.wait(120)
+    assert not (stopped / 'summary.json').exists()
+    assert 0 < len(read_metrics(stopped)) < 6
+    run(command)
+
+    assert read_metrics(stopped) == read_metrics(tmp_path / 'whole')
+    whole = load_file(tmp_path / 'whole' / 'model.safetensors')
+    assert_same_tensors(load_file(stopped / 'model.safetensors'), whole)
+    first, second = (read_checkpoint(folder)['optimizer']['state'] for folder in (stopped, tmp_path / 'whole'))
+    assert all(torch.equal(first[name]['exp_avg'], second[name]['exp_avg']) for name in second)
+
+    best = max(read_metrics(stopped), key=lambda row: (row['eval_top1'], -row['eval_loss']))
+    model, data_config = open_model(ModelSettings(model=f'local-dir:{stopped}', pretrained=True))
+    dataset, _ = open_pictures(DataSettings(data_dir=str(data)), 'validation')
+    accelerator = start('cpu', amp=True)
+    loader = batches(Pictures(dataset, create_transform(**data_config)), EpochSampler(len(dataset)), 6, 0)
+    scores = predict(model, accelerator.prepare(loader), accelerator).scores
+    assert scores['loss'] == pytest.approx(best['eval_loss'], abs=1e-3) and scores['top1'] == best['eval_top1']
+
+
+@pytest.mark.parametrize(('flags', 'options', 'said'), [
+    (('--model-ema',), {}, '--model-ema averages whole weights'),
+    ((), {'blocks': 'NoSuchBlock'}, 'NoSuchBlock'),
+    ((), {'script': 'eval_imagenet.py'}, 'FSDP is for finetune.py'),
+], ids=['ema', 'blocks', 'script'])
+def test_what_shards_cannot_do_is_a_sentence(tmp_path, data, flags, options, said):
+    arguments = (*COAT, '--data-dir', data, '--device', 'cpu')
+    if not options.get('script'):
+        arguments = (*COAT, *settings_of(data, tmp_path, 'run', '--batch-size', 6, *flags))
+    errors = run(sharded(*arguments, **options), code=None)
+    assert said in errors and '[rank0]: Traceback' not in errors
+    assert not (tmp_path / 'run' / 'last' / 'checkpoint.pt').exists()
