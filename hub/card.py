@@ -124,7 +124,8 @@ def write_card(folder: Path) -> None:
                   f'float32; timm loads all of them as float32.')
     card = ModelCard.from_template(
         card_data(config), template_path=str(TEMPLATE), name=name_of(config), architecture=config['architecture'],
-        repo=release['repo'] or f'OWNER/{name_of(config)}', classes=config['num_classes'], word=model.cfg.layout,
+        repo=release['repo'] or f'OWNER/{name_of(config)}', classes=config['num_classes'],
+        words='label_descriptions' in config, word=model.cfg.layout,
         letters=', '.join(f'`{letter}` {LETTERS[letter]}' for letter in dict.fromkeys(model.cfg.layout)),
         parameters=f'{parameters / 1e6:.2f}', multiply_adds=f'{multiply_adds / 1e9:.2f}', stored=stored,
         size=f'{height} x {width} pixels', channels=channels, height=height, width=width,

@@ -27,6 +27,7 @@ import eval_imagenet
 import timm
 import torch
 from card import write_card
+from imagenet_labels import describe_synsets
 from onnx_files import onnx_answers, write_onnx_files
 from release_folder import (
     DTYPES,
@@ -253,6 +254,9 @@ def write_release_config(folder: Path, settings: Settings, model: nn.Module, con
     # num_classes stands at the top already, and TimmWrapper passes it on from there
     written['model_args'] = {key: written['model_args'][key] for key in ('img_size', 'in_chans')}
     paper = {'paper_ids': paper_ids} if (paper_ids := own_cfg(architecture).get('paper_ids')) else {}
+    words = describe_synsets(config['label_names'])
+    if len(words) == config['num_classes']:
+        written['label_descriptions'] = words
     written['pretrained_cfg'] |= {'tag': tag, 'license': settings.license, **paper}
     write_json(path, written | {'release': release})
 

@@ -47,8 +47,8 @@ __all__ = ['verify']
 
 ROOT = Path(__file__).parents[1]
 CONFIG_KEYS = {
-    'architecture', 'num_classes', 'num_features', 'global_pool', 'label_names', 'model_args', 'pretrained_cfg',
-    'release'}
+    'architecture', 'num_classes', 'num_features', 'global_pool', 'label_names', 'label_descriptions', 'model_args',
+    'pretrained_cfg', 'release'}
 CFG_KEYS = {
     'tag', 'license', 'paper_ids', 'custom_load', 'input_size', 'fixed_input_size', 'interpolation', 'crop_pct',
     'crop_mode', 'mean', 'std', 'num_classes', 'pool_size', 'first_conv', 'classifier'}
@@ -95,6 +95,9 @@ def read_config(folder: Path) -> dict:
         demand(config['num_classes'] == cfg['num_classes'] == len(label_names) == len(set(label_names))
                and all(isinstance(name, str) for name in label_names), 'config.json',
                f'must name each of its {config["num_classes"]} classes once, but has {len(set(label_names))} names')
+        words = config.get('label_descriptions', dict.fromkeys(label_names, ''))
+        demand({*words} == {*label_names} and all(isinstance(text, str) for text in words.values()), 'config.json',
+               'must have words for all of its label_names under label_descriptions, or no label_descriptions')
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, SettingsError):
             raise

@@ -1,5 +1,6 @@
 """Which logit each class of the data stands for, and the labels of ImageNet and its relatives."""
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +11,9 @@ from settings import SettingsError
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import nn
 
-__all__ = ['ALEXNET_ERROR', 'LabelMap', 'corruption_folders', 'map_labels', 'mean_corruption_error', 'to_real_labels']
+__all__ = [
+    'ALEXNET_ERROR', 'LabelMap', 'corruption_folders', 'describe_synsets', 'map_labels', 'mean_corruption_error',
+    'to_real_labels']
 
 # Top-1 error of AlexNet over the five severities: Hendrycks and Dietterich, https://arxiv.org/abs/1903.12261, with the
 # digits of their published evaluation (https://github.com/hendrycks/robustness).
@@ -50,6 +53,17 @@ class LabelMap:
         order = torch.tensor(self.order)
         labels = torch.where(predictions.labels < 0, -1, order[predictions.labels])
         return dataclasses.replace(predictions, labels=labels, top5=order[predictions.top5])
+
+
+def describe_synsets(names: Iterable[str]) -> dict[str, str]:
+    """In words, those of these names that are synsets of ImageNet, such as n01440764: 'tench, Tinca tinca'."""
+    imagenet, words = ImageNetInfo('imagenet-22k'), {}
+    for name in names:
+        try:
+            words[name] = imagenet.label_name_to_description(name)
+        except KeyError:  # a name of the user's own
+            continue
+    return words
 
 
 def map_labels(class_names: list[str], model: nn.Module, valid_labels: str = 'auto', *, ordered_by: str = '',
@@ -105,7 +119,7 @@ def map_labels(class_names: list[str], model: nn.Module, valid_labels: str = 'au
         notes.append(f'only {len(competing)} of {count} logits compete (--valid-labels {valid_labels})')
     elif len(logits) < count and not flat:
         notes.append(f'all {count} logits compete (--valid-labels folder leaves it to those of the data)')
-    known = ImageNetInfo(subset or 'imagenet-1k').label_descriptions(as_dict=True)
+    known = describe_synsets(names)
     taken = set(logits)
     return LabelMap(logits + [index for index in competing if index not in taken], names,
                     [known.get(name, '') for name in names], valid_labels, notes)

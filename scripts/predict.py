@@ -31,6 +31,7 @@ from explain import (
     share_on_padding,
     tap_distances,
 )
+from imagenet_labels import describe_synsets
 from open_model import ModelSettings, open_model
 from overlay import draw_guesses, draw_heat, draw_kernel, draw_kernels, draw_picture, panels
 from pictures import UNREADABLE, to_mode
@@ -107,17 +108,11 @@ def read_labels(model: nn.Module) -> list[Label]:
     """The classes of a model in the order of its logits: as its config names them, else as ImageNet, else by number."""
     count, config = model.num_classes, model.pretrained_cfg
     names, words = config.get('label_names') or (), config.get('label_descriptions') or {}
-    imagenet = ImageNetInfo(infer_imagenet_subset(model) or 'imagenet-22k')
     if len(names) != count:
-        names = imagenet.label_names() if infer_imagenet_subset(model) else [f'class {i}' for i in range(count)]
-    return [Label(str(name), words.get(name) or describe_synset(imagenet, name)) for name in names]
-
-
-def describe_synset(imagenet: ImageNetInfo, name: str) -> str:
-    try:
-        return imagenet.label_name_to_description(name)
-    except KeyError:
-        return ''  # a name of the user's own
+        subset = infer_imagenet_subset(model)
+        names = ImageNetInfo(subset).label_names() if subset else [f'class {i}' for i in range(count)]
+    known = describe_synsets(names)
+    return [Label(str(name), words.get(name) or known.get(name, '')) for name in names]
 
 
 def position_of(at: tuple[float, float] | None, feat_size: tuple[int, int]) -> tuple[int, int] | None:

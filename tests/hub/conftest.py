@@ -8,10 +8,9 @@ import finetune
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from names import NAME
 from script_runs import write_pictures
 from server import OWNER_TOKEN, HubServer
-
-NAME = 'coatnet_pico_64.colours'
 
 
 @pytest.fixture(scope='session')

@@ -8,8 +8,8 @@ import card
 import pytest
 import timm
 import torch
-from conftest import NAME
 from huggingface_hub import ModelCard, ModelCardData
+from names import NAME
 from PIL import Image
 from settings import SettingsError
 

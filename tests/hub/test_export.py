@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import verify
-from conftest import NAME
+from names import NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from script_runs import CLASSES
@@ -107,6 +107,21 @@ def test_config_is_of_these_weights_alone(exported, run_settings):
     data = resolve_data_config(model=model, use_test_size=True)
     assert tuple(data['mean']) == run_settings.mean and data['crop_pct'] == 0.9
     assert model.pretrained_cfg['tag'] == 'colours' and list(model.pretrained_cfg['label_names']) == list(CLASSES)
+
+
+def test_synsets_are_described_and_the_card_prints_words(run_dir, exported):
+    synsets = ['n01440764', 'n02123045', 'n07920052']
+    change_json(run_dir / 'config.json', label_names=synsets)
+    made = make(run_dir)
+    words = json.loads((made / 'config.json').read_text())['label_descriptions']
+    assert words == dict(zip(synsets, ('tench, Tinca tinca', 'tabby, tabby cat', 'espresso'), strict=True))
+    verify.verify(made)
+    assert timm.create_model(f'local-dir:{made}', pretrained=True).pretrained_cfg['label_descriptions'] == words
+    assert '{words[names[index]]}' in (made / 'README.md').read_text()
+    assert '{names[index]}' in (exported / 'README.md').read_text()
+    # names of one's own among them: none is described
+    change_json(run_dir / 'config.json', label_names=[*synsets[:2], 'green'])
+    assert 'label_descriptions' not in json.loads((make(run_dir) / 'config.json').read_text())
 
 
 def test_release_tells_how_the_run_went(exported, trained):

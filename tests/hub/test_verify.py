@@ -238,6 +238,7 @@ def edit(**changes) -> Callable[[dict], None]:
     (edit(pretrained_cfg__input_size=[3, 32]), 'three positive integers'),
     (edit(label_names=['a', 'b']), 'each of its 3 classes once, but has 2'),
     (edit(label_names=['a', 'b', 'a']), 'each of its 3 classes once'), (edit(label_names=...), 'KeyError'),
+    (edit(label_descriptions={'red': 'a colour'}), 'words for all of its label_names'),
     (edit(pretrained_cfg__num_classes=4), 'each of its 3 classes'), (edit(pretrained_cfg=[]), 'cannot be used'),
 ])
 def test_config_that_says_too_little_or_too_much_is_refused(folder, no_process, change, said):
