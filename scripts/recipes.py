@@ -18,6 +18,12 @@ COATNET_IN1K_384 = COATNET_IN1K | dict(
     img_size=384, epochs=30, lr=5e-5, lr_base_size=512, min_lr=5e-5, warmup_epochs=0.0, weight_decay=1e-8,
     model_ema=True, model_ema_decay=0.9999, batch_size=32)
 
+TIN200_PREVIEW = dict(
+    img_size=64, crop_pct=1.0, epochs=10, train_img_sizes=(32, 32, 32, 48, 64), batch_size=64, lr=1e-3,
+    scale=(0.35, 1.0), color_jitter=0.0, amp=True, mean=(0.4802, 0.4481, 0.3975), std=(0.2764, 0.2689, 0.2816),
+    model_kwargs={name: ('dynamic_img_size=True', 'conv_norm_momentum=0.1') for name in (
+        'coatnet_pico_64', 'coatnet_pico_ccdd_64', 'lightconvnet_pico_64', 'dynamicconvnet_pico_64')})
+
 RECIPES = {
     'coatnet_in1k': COATNET_IN1K,
     'coatnet_in1k_384': COATNET_IN1K_384,
@@ -26,12 +32,10 @@ RECIPES = {
     'imagenette_64': dict(
         img_size=64, crop_pct=1.0, epochs=10, batch_size=64, lr=1e-3, scale=(0.35, 1.0), color_jitter=0.0, amp=True,
         model_kwargs={'coatnet_pico_64': ('conv_norm_momentum=0.1',)}),
-    # From nothing, Tiny-ImageNet-200 on a few CPU cores: most epochs see small pictures. Previews, not final weights.
-    'tin200_preview': dict(
-        img_size=64, crop_pct=1.0, epochs=10, train_img_sizes=(32, 32, 32, 48, 64), batch_size=64, lr=1e-3,
-        scale=(0.35, 1.0), color_jitter=0.0, amp=True, mean=(0.4802, 0.4481, 0.3975), std=(0.2764, 0.2689, 0.2816),
-        model_kwargs={name: ('dynamic_img_size=True', 'conv_norm_momentum=0.1') for name in (
-            'coatnet_pico_64', 'coatnet_pico_ccdd_64', 'lightconvnet_pico_64', 'dynamicconvnet_pico_64')}),
+    # Tiny-ImageNet-200 on a few CPU cores: from nothing, most epochs on small pictures, then on from there
+    # (--initial-checkpoint) on larger ones. Previews, not final weights.
+    'tin200_preview': TIN200_PREVIEW,
+    'tin200_preview_more': TIN200_PREVIEW | dict(epochs=4, warmup_epochs=0.25, train_img_sizes=(48, 48, 64, 64)),
     # Pretrained weights on some thousand pictures of one's own.
     'finetune_small': dict(
         epochs=30, lr=5e-4, layer_decay=0.75, warmup_epochs=3.0, weight_decay=0.05, drop_path=0.1,
