@@ -70,8 +70,8 @@ def test_reliability_plot_is_drawn(settings, tmp_path):
 
 
 def test_pretrained_weights_are_the_default_and_can_be_left_out(settings):
-    with pytest.raises(SettingsError, match='coatnet_pico_64 has no released weights'):
-        run(settings, model=('coatnet_pico_64',), checkpoint=())
+    with pytest.raises(SettingsError, match='coatnet_pico has no released weights'):
+        run(settings, model=('coatnet_pico',), checkpoint=())
     assert run(settings, checkpoint=(), pretrained=False)['images'] == 30
 
 

@@ -14,7 +14,8 @@ def create(name: str = 'coatnet_pico_64', **kwargs) -> torch.nn.Module:
 
 
 def load(name: str, file, **kwargs) -> torch.nn.Module:
-    return create(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), **kwargs)
+    overlay = dict(file=str(file), num_classes=1000)  # also where released weights say another number
+    return create(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_classifier_and_channels_adapt(saved):
     assert torch.equal(other.stages[3].blocks[1].attn.qkv.weight, model.stages[3].blocks[1].attn.qkv.weight)
     pyramid = timm.create_model(
         'coatnet_pico_64', pretrained=True, features_only=True,
-        pretrained_cfg_overlay=dict(file=str(folder / 'own.safetensors'))).eval()
+        pretrained_cfg_overlay=dict(file=str(folder / 'own.safetensors'), num_classes=1000)).eval()
     torch.testing.assert_close(pyramid(IMAGES)[-1], model.forward_features(IMAGES))
 
 

@@ -95,7 +95,7 @@ def test_output_that_cannot_be_written_is_refused(settings, picture):
 
 def test_pretrained_is_passed_on_and_its_failure_is_a_sentence(settings):
     with pytest.raises(SettingsError, match=r'cannot be built: .*[Pp]retrained'):
-        predict.main(dataclasses.replace(settings, pretrained=True))
+        predict.main(dataclasses.replace(settings, model='coatnet_pico', pretrained=True))
 
 
 # The command line, and several processes
