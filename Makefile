@@ -10,7 +10,7 @@ EXTRAS ?= test,space,transformers
 # the folder that is pushed as a Space, and the trained model in it until weights are released
 SPACE ?= output/space
 RUN ?= output/demo/run
-ROOMS = explain open_model overlay pictures plots predict processes run_folder settings
+ROOMS = explain imagenet_labels open_model overlay pictures plots predict processes run_folder settings
 
 .PHONY: demo test conformance test-lowest lint space space-folder clean
 .DELETE_ON_ERROR:

@@ -4,12 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from evaluation import Predictions
 from settings import SettingsError
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import nn
+
+if TYPE_CHECKING:
+    from evaluation import Predictions
 
 __all__ = [
     'ALEXNET_ERROR', 'LabelMap', 'corruption_folders', 'describe_synsets', 'map_labels', 'mean_corruption_error',
@@ -48,7 +51,7 @@ class LabelMap:
         """For `evaluation.predict`; None if labels and logits agree as they are."""
         return None if self.order == list(range(len(self.names))) else torch.tensor(self.order)
 
-    def to_logits(self, predictions: Predictions) -> Predictions:
+    def to_logits(self, predictions: 'Predictions') -> 'Predictions':
         """Labels and predictions as logit indices; -1 stays."""
         order = torch.tensor(self.order)
         labels = torch.where(predictions.labels < 0, -1, order[predictions.labels])
@@ -164,7 +167,7 @@ def _competing(valid_labels: str, logits: list[int], count: int, subset: str | N
     return indices, valid_labels
 
 
-def to_real_labels(predictions: Predictions, file_names: list[str], real_labels: str = 'timm') -> Predictions:
+def to_real_labels(predictions: 'Predictions', file_names: list[str], real_labels: str = 'timm') -> 'Predictions':
     """Label each picture with the best ranked prediction among its ReaL labels, else its first one, and score that.
 
     A prediction is then right if it is any of the labels: timm's `RealLabelsImagenet`, after Beyer et al.,

@@ -1,4 +1,5 @@
 """hub/space/upload.py and the files of the Space: what strangers may send, and that the folder needs nothing else."""
+import ast
 import re
 import struct
 import sys
@@ -140,6 +141,23 @@ def test_transparency_is_white_and_phones_are_held_upright(tmp_path):
 
 
 # The files of the Space
+
+
+def imported(file: Path) -> set[str]:
+    """Names of the modules that are imported where this file is; those for type hints alone are not."""
+    statements = ast.parse(file.read_text()).body
+    froms = {node.module for node in statements if isinstance(node, ast.ImportFrom)}
+    return froms | {name.name for node in statements if isinstance(node, ast.Import) for name in node.names}
+
+
+def test_the_folder_holds_the_scripts_that_its_page_imports_and_no_others():
+    found, todo = set(), sorted(SPACE.glob('*.py'))
+    while todo:
+        rooms = imported(todo.pop()) & {file.stem for file in (ROOT / 'scripts').glob('*.py')} - found
+        found |= rooms
+        todo += [ROOT / 'scripts' / f'{room}.py' for room in rooms]
+    copied = re.search(r'^ROOMS = (.+)$', (ROOT / 'Makefile').read_text(), re.MULTILINE)[1].split()
+    assert copied == sorted(found)
 
 
 def test_requirements_are_those_of_the_package():
