@@ -95,7 +95,7 @@ def training_table(release: dict) -> str:
     rows = {
         'data': release['trained_on'] or 'not stated', 'starting from': release['started_from'] or 'not stated',
         'teacher': release['teacher'], 'recipe': release['recipe'] or 'none by name',
-        'epochs': epochs, 'hours': number(release['hours'], 2), 'hardware': release['hardware'] or MISSING,
+        'epochs': epochs, 'hours in all': number(release['hours'], 2), 'hardware': release['hardware'] or MISSING,
         'seed': 'not stated' if release['seed'] is None else release['seed'],
         'commit of coatnet_zoo': release['commit'] or 'not stated',
         'versions': ', '.join(f'{name} {release[name]}' for name in ('torch', 'timm') if release[name]) or 'not stated',

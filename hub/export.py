@@ -212,7 +212,16 @@ def held_out_figures(settings: Settings, args: dict, summary: dict, config: dict
     return metrics, without_folders(row['data']), picked
 
 
+def earlier_run(args: dict) -> dict | None:
+    """The summary beside the checkpoint that the run started from, if a run of finetune.py left it there."""
+    path = Path(args['initial_checkpoint']).with_name('summary.json') if args['initial_checkpoint'] else None
+    return read_json(path) if path and path.is_file() else None
+
+
 def starting_point(args: dict) -> str:
+    if earlier := earlier_run(args):
+        return (f'the weights that `{without_folders(earlier["command"])}` left: {earlier["epochs"]} epochs, '
+                f'{earlier["train_seconds"] / 3600:.2f} hours, seed {earlier["seed"]}, commit {earlier["commit"]}')
     if args['initial_checkpoint']:
         return f'weights of {Path(args["initial_checkpoint"]).name}'
     return f'pretrained weights of {without_folders(args["model"])}' if args['pretrained'] else 'random weights'
@@ -222,6 +231,7 @@ def describe_release(settings: Settings, config: dict) -> dict:
     """What config.json says under 'release'; None is what the run's files and the settings do not tell."""
     args, summary = (read_json(settings.run_dir / name) for name in ('args.json', 'summary.json'))
     try:
+        seconds = summary['train_seconds'] + (earlier_run(args) or {'train_seconds': 0})['train_seconds']
         found, evaluated_on, picked = held_out_figures(settings, args, summary, config)
         metrics = {name: None for name in ('top1', 'top5', 'loss', 'ece', 'images', 'top1_change')} | found
         hub_id = re.fullmatch(r'hfi?ds/([\w.-]+/[\w.-]+)', args['dataset'])
@@ -232,7 +242,7 @@ def describe_release(settings: Settings, config: dict) -> dict:
             'dataset_id': settings.dataset_id or (hub_id[1] if hub_id else None), 'data_license': settings.data_license,
             'recipe': args['recipe'] or None, 'command': without_folders(summary['command']),
             'hardware': f'{summary["processes"]} x ' * (summary['processes'] > 1) + summary['hardware'],
-            'hours': round(summary['train_seconds'] / 3600, 4), 'seed': summary['seed'], 'commit': summary['commit'],
+            'hours': round(seconds / 3600, 4), 'seed': summary['seed'], 'commit': summary['commit'],
             'epochs': summary['epochs'], 'best_epoch': summary['best_epoch'], 'started_from': starting_point(args),
             'teacher': without_folders(args['teacher']) or None, 'date': summary['date'], 'torch': summary['torch'],
             'timm': summary['timm'], 'dtype': settings.dtype, 'repo': settings.repo,

@@ -135,6 +135,21 @@ def test_release_tells_how_the_run_went(exported, trained):
     assert (release['dtype'], release['started_from'], release['teacher']) == ('float32', 'random weights', None)
 
 
+def test_release_tells_of_the_run_that_it_went_on_from(run_dir, tmp_path):
+    first = Path(shutil.copytree(run_dir, tmp_path / 'first'))
+    change_json(first / 'summary.json', epochs=7, train_seconds=7200.0, seed=5, commit='c0ffee',
+                command='python scripts/finetune.py --data-dir /home/me/colours --recipe early')
+    change_json(run_dir / 'args.json', initial_checkpoint=str(first / 'model.safetensors'))
+    change_json(run_dir / 'summary.json', train_seconds=1800.0)
+    release = release_of(make(run_dir))
+    assert release['hours'] == 2.5 and release['started_from'] == (
+        'the weights that `python scripts/finetune.py --data-dir colours --recipe early` left: 7 epochs, 2.00 hours, '
+        'seed 5, commit c0ffee')
+    (first / 'summary.json').unlink()
+    release = release_of(make(run_dir))
+    assert (release['started_from'], release['hours']) == ('weights of model.safetensors', 0.5)
+
+
 def test_golden_logits_are_those_of_the_file(exported):
     golden = load_file(exported / 'golden.safetensors')
     with torch.no_grad():
