@@ -1,0 +1,137 @@
+"""The weights in the package: each is what it was when it was released, loads offline, and adapts."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import eval_imagenet
+import pytest
+import timm
+import torch
+from freeze_release import RELEASES as FROZEN
+from freeze_release import tensors_of
+from release_folder import TOLERANCE
+from safetensors.torch import load_file
+from timm.models import get_arch_pretrained_cfgs
+
+from coatnet_zoo import releases
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / 'shared'
+SHIPPED = sorted(name for name, entry in releases.RELEASES.items() if entry['packaged'])
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return model.eval()(images)
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_packaged_release_is_frozen_and_no_other():
+    assert sorted(path.stem for path in FROZEN.glob('*.json')) == SHIPPED
+
+
+def test_together_they_are_small():
+    sizes = [releases.RELEASES[name]['size'] for name in SHIPPED]
+    assert max(sizes) <= 8e6 and sum(sizes) <= 24e6
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_names_types_and_shapes_are_frozen(name):
+    path = releases.WEIGHTS / releases.RELEASES[name]['packaged']
+    assert tensors_of(path) == json.loads((FROZEN / f'{name}.json').read_text())
+    state = timm.create_model(name).state_dict()
+    assert {key: list(value.shape) for key, value in state.items()} == {
+        key: shape for key, (_, shape) in tensors_of(path).items()}
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_logits_are_golden(name):
+    golden = load_file(FROZEN / f'{name}.golden.safetensors')
+    found = logits_of(timm.create_model(name, pretrained=True), golden['input'])
+    assert (found - golden['logits']).abs().max() <= TOLERANCE * golden['logits'].abs().max()
+    assert golden['logits'].std(0).min() > 0.01  # other pictures, other logits
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_they_adapt_to_other_classes_channels_and_sizes(name, image):
+    whole = timm.create_model(name, pretrained=True)
+    assert whole.num_classes == len(whole.pretrained_cfg['label_names']) == 200
+    assert set(whole.pretrained_cfg['label_descriptions']) == set(whole.pretrained_cfg['label_names'])
+    few, grey = (timm.create_model(name, pretrained=True, **changed) for changed in (
+        dict(num_classes=7), dict(in_chans=1)))
+    with torch.no_grad():
+        expected = whole.eval().forward_features(image)
+        assert torch.equal(few.eval().forward_features(image), expected)
+        one = image.mean(1, keepdim=True)  # a grey picture is one whose three channels are alike
+        torch.testing.assert_close(grey.eval()(one), whole(one.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-3)
+    assert logits_of(few, image).shape == (2, 7)
+    pyramid = timm.create_model(name, pretrained=True, features_only=True)
+    assert torch.equal(pyramid.eval()(image)[-1], whole.forward_intermediates(image, intermediates_only=True)[-1])
+    larger = timm.create_model(name, pretrained=True, img_size=96)
+    assert logits_of(larger, torch.zeros(1, 3, 96, 96)).shape == (1, 200)
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_the_name_without_tag_means_them(name):
+    architecture = name.partition('.')[0]
+    assert architecture.endswith('_64')
+    default = next(iter(get_arch_pretrained_cfgs(architecture).values()))
+    assert default.tag == name.partition('.')[2] and default.num_classes == 200
+    assert timm.create_model(f'{architecture}.untrained', device='meta').num_classes == 1000
+
+
+def test_they_are_listed_and_load_without_a_network():
+    code = '''
+import socket
+def refuse(*args):
+    raise OSError('no network here')
+socket.socket.connect = refuse
+import timm, torch
+import coatnet_zoo
+names = timm.list_models('*', pretrained=True, module=['coatnet', 'lightconvnet'])
+for name in names:
+    assert timm.create_model(name, pretrained=True).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 200)
+print(' '.join(sorted(names)))
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, 'HF_HUB_OFFLINE': '1'})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == SHIPPED
+
+
+def test_what_ships_says_what_binds_it():
+    terms = (releases.WEIGHTS / 'LICENSE').read_text()
+    assert 'non-commercial research' in terms
+    for name in SHIPPED:
+        entry = releases.RELEASES[name]
+        assert entry['pretrained_cfg']['license'] == 'other' and entry['release']['license_name'] in terms
+        said = entry['release']
+        assert said['recipe'] and said['hours'] > 0 and said['seed'] is not None and said['hardware']
+        assert re.fullmatch('[0-9a-f]{12}', said['commit'])  # not of changed files
+        assert said['command'].startswith('python scripts/finetune.py --recipe')
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('pictures') / 'tiny-imagenet'
+    subprocess.run([sys.executable, SHARED / 'tools' / 'unpack_data.py', 'tiny-imagenet', folder, '--splits', 'val'],
+                   check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.mark.skipif(not (SHARED / 'data' / 'tiny-imagenet-val.zip').exists(),
+                    reason='needs ../shared/data/tiny-imagenet-val.zip, the 10,000 pictures that the top-1 is of')
+@pytest.mark.parametrize('name', SHIPPED)
+def test_recorded_top1_is_found_again(name, pictures):
+    row = eval_imagenet.main(eval_imagenet.Settings(
+        data_dir=str(pictures), model=(name,), pretrained=True, device='cpu', workers=1))[0]
+    recorded = releases.RELEASES[name]['release']['metrics']
+    assert row['images'] == recorded['images'] == 10_000
+    assert abs(row['top1'] - recorded['top1']) <= 0.05
