@@ -22,6 +22,7 @@ import coatnet_zoo
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'results'
 DOCUMENTS = ('README.md', 'MODEL_CARD.md', 'scripts/launch/README.md')
+NOT_MEASURED = 'not measured'
 # epochs and pictures of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and of its 21k set
 PAPER_RUNS = {'ImageNet-1k, 300 epochs': (300, 1_281_167), 'ImageNet-21k, 90 epochs': (90, 14_197_122)}
 
@@ -64,11 +65,47 @@ def weights() -> str:
     for name, entry in sorted(releases.items()):
         said, metrics, link = entry['release'], entry['release']['metrics'], entry['repo']
         places = ['the package'] * bool(entry['packaged']) + [f'[{link}](https://huggingface.co/{link})'] * bool(link)
-        top1 = 'not measured' if metrics['top1'] is None else f'{metrics["top1"]:.2f}'
         rows.append([
-            f'`{name}`', top1, said['evaluated_on'], said['trained_on'] or 'not stated', f'{entry["size"] / 1e6:.1f}',
-            ', '.join(places), said['license_name'] or entry['pretrained_cfg']['license'], f'`{entry["sha256"][:12]}`'])
-    return table(['name', 'top-1 (%)', 'measured on', 'trained on', 'MB', 'comes with', 'licence', 'sha256'], rows)
+            f'`{name}`', *(NOT_MEASURED if metrics[key] is None else f'{metrics[key]:.2f}' for key in ('top1', 'top5')),
+            said['evaluated_on'], said['trained_on'] or 'not stated',
+            NOT_MEASURED if said['hours'] is None else f'{said["hours"]:.1f} h on {said["hardware"]}',
+            f'{entry["size"] / 1e6:.1f}', ', '.join(places),
+            said['license_name'] or entry['pretrained_cfg']['license'], f'`{entry["sha256"][:12]}`'])
+    header = ['name', 'top-1 (%)', 'top-5 (%)', 'measured on', 'trained on', 'training', 'MB', 'comes with', 'licence']
+    return table([*header, 'sha256'], rows)
+
+
+def transfer() -> str:
+    """Few labels: fine-tuned, probed, and from random weights."""
+    rows, pictures, origins = [], [], {}
+    for file in sorted(RESULTS.glob('transfer_*.json')):
+        report = json.loads(file.read_text())
+        settings, data = report['settings'], Path(report['settings']['data_dir']).name
+        draws, size = ', '.join(map(str, settings['subsets'])), settings['img_size'] or 'their own'
+        origins[f'{data} at size {size}, {settings["updates"]} updates, draws: {draws}; {report["hardware"]}'] = None
+        for way, cells in report['table'].items():
+            rows.append([f'`{settings["model"]}`', data, way, *(
+                f'{cell["top1"]:.1f}' + ('' if isinstance(cell['deviation'], str) else f' ± {cell["deviation"]:.1f}')
+                for cell in (cells[str(share)] for share in settings['shares']))])
+        pictures.append(f'![Top-1 over the share of labels](results/{file.stem}.png)')
+    if not rows:
+        return 'Transfer to few labels: not measured.'
+    shares = [f'{100 * share:g} % of the labels' for share in settings['shares']]
+    return (table(['weights', 'data', 'way', *shares], rows)
+            + '\n\nTop-1 (%) after the last epoch, mean and deviation over the draws.\n'
+            + '\n'.join(f'{origin}.' for origin in origins) + '\n\n' + '\n'.join(pictures))
+
+
+def robustness() -> str:
+    """Other sizes and damaged pictures, without retraining."""
+    file = RESULTS / 'robustness_tin200_cpu.json'
+    if not file.exists():
+        return 'Other sizes and damaged pictures: not measured.'
+    report = json.loads(file.read_text())
+    rows = [[f'`{name}`', *(f'{top1:.2f}' for top1 in row.values())] for name, row in report['top1'].items()]
+    return (table(['top-1 (%)', *next(iter(report['top1'].values()))], rows)
+            + '\n\nOn the validation split of what the weights were trained on: whole pictures resized; at the size '
+              'of the\nweights, JPEG at quality 30, Gaussian blur of radius 1 pixel, noise of deviation 0.1.')
 
 
 def speed() -> str:
@@ -218,14 +255,18 @@ def demo() -> str:
     if not file.exists():
         return 'Accuracy and time of the demo: not measured.'
     report = json.loads(file.read_text())
-    return (f'Recorded: {report["top1"]:.2f} % of {report["images"]} held-out digits after {report["epochs"]} epochs\n'
-            f'(the best epoch is picked on the same digits), {report["seconds"]:.0f} s on {report["threads"]} threads '
-            f'of {report["hardware"]}, seed {report["seed"]}.')
+    ways = '; '.join(f'{way} {", ".join(f"{top1:.1f}" for top1 in rows)}' for way, rows in report['top1'].items())
+    return (f'Recorded, % of {report["images"]} held-out digits after each of {report["epochs"]} epochs: {ways}\n'
+            f'(`{report["model"]}`, seed {report["seed"]}; the demo takes the best epoch by the same digits). '
+            f'{report["seconds"]:.0f} s on {report["threads"]} threads of {report["hardware"]}.')
+
+
+SECTIONS = (weights, transfer, robustness, family, speed, scaling, ops, ablation, training, loader, budget, demo)
 
 
 def render(text: str) -> str:
     """`text` with what stands between <!-- NAME --> and <!-- /NAME --> made anew."""
-    for section in (weights, family, speed, scaling, ops, ablation, training, loader, budget, demo):
+    for section in SECTIONS:
         name = section.__name__
         pattern = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
         if pattern.search(text):

@@ -1,5 +1,6 @@
 """scripts/demo.py without its training: the digits it writes, the picture it draws, and when it fails."""
 import dataclasses
+import json
 from pathlib import Path
 
 import demo
@@ -51,41 +52,71 @@ def test_held_out_fifth_is_stratified_and_always_the_same(digits_dir, tmp_path):
     assert [path.relative_to(tmp_path) for path in sorted((tmp_path / 'val').rglob('*.png'))] == held_out
 
 
-def test_picture_shows_errors_in_red_before_the_rest(digits_dir):
+def history(least: float) -> list[dict]:
+    return [{'epoch': epoch, 'eval_top1': 99 - least / epoch} for epoch in range(1, 6)]
+
+
+def test_picture_shows_errors_in_red_before_the_rest(digits_dir, tmp_path):
     files = [str(path) for path in sorted((digits_dir / 'val').rglob('*.png'))]
     labels = np.array([int(Path(file).parent.name) for file in files])
     probabilities = torch.nn.functional.one_hot(torch.from_numpy(labels), 10) * 0.9 + 0.01
     for index in (7, 200, 359):
         probabilities[index] = probabilities[index].roll(1)
-    history = [{'epoch': epoch, 'train_loss': 2 / epoch, 'eval_loss': 1.5 / epoch, 'eval_top1': 99 - 50 / epoch}
-               for epoch in range(1, 6)]
-    figure = demo.draw_demo(history, probabilities, labels, files)
+    overlays = [tmp_path / 'cat.png', tmp_path / 'coffee.png']
+    for path in overlays:
+        Image.new('RGB', (64, 32)).save(path)
+    histories = {'pretrained': history(20), 'from random weights': history(80)}
+    figure = demo.draw_demo(overlays, histories, probabilities, labels, files)
 
-    loss, accuracy, *digits = figure.axes
-    assert loss.get_xlabel() == accuracy.get_xlabel() == 'epoch' and '%' in accuracy.get_ylabel()
-    assert list(accuracy.lines[0].get_ydata()) == [row['eval_top1'] for row in history]
+    *photographs, accuracy = figure.axes[:3]
+    assert [axes.images[0].get_size() for axes in photographs] == [(32, 64)] * 2
+    assert accuracy.get_xlabel() == 'epoch' and '%' in accuracy.get_ylabel()
+    assert {line.get_label(): list(line.get_ydata()) for line in accuracy.lines} == {
+        name: [row['eval_top1'] for row in rows] for name, rows in histories.items()}
+    digits = figure.axes[3:]
     titles = [axes.get_title() for axes in digits]
     assert titles[:3] == [f'{(labels[index] + 1) % 10}, not {labels[index]}  91 %' for index in (7, 200, 359)]
-    assert len(titles) == 40 and all('not' not in title and title.endswith('  91 %') for title in titles[3:])
+    assert len(titles) == 32 and all('not' not in title and title.endswith('  91 %') for title in titles[3:])
     colours = [to_hex(axes.title.get_color()) for axes in digits]
     assert set(colours[:3]) == {'#dc2626'} and '#dc2626' not in colours[3:]
-    assert '3 read wrong' in figure.subfigs[1].get_suptitle() and '99.17 %' in figure.subfigs[1].get_suptitle()
+    said = figure.subfigs[1].subfigs[1].get_suptitle()
+    assert '3 read wrong' in said and '99.17 %' in said
+
+
+def test_first_epoch_is_the_first_that_was_good_enough():
+    rows = [{'epoch': epoch, 'eval_top1': top1} for epoch, top1 in enumerate((50.0, 90.0, 80.0, 95.0), 1)]
+    assert [demo.first_epoch(rows, least) for least in (10, 90, 90.5, 96)] == [1, 2, 4, None]
+
+
+def test_photographs_are_looked_at_by_the_weights_that_ship(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, 'DEMO_DIR', tmp_path)
+    overlays = demo.look_at_photographs()
+    assert [path.stem.partition('-')[0] for path in overlays] == ['cat', 'coffee']
+    said = capsys.readouterr().out
+    assert f'{demo.PRETRAINED}: its own weights' in said and said.count('  1  ') == 2
 
 
 def test_demo_fails_on_low_accuracy_and_starts_afresh(tmp_path, monkeypatch, capsys):
-    digits = load_digits()
+    digits, photograph = load_digits(), tmp_path / 'photograph.png'
+    Image.new('RGB', (64, 32)).save(photograph)
+    monkeypatch.setattr(demo, 'look_at_photographs', lambda: [photograph] * 2)
     monkeypatch.setattr(demo, 'load_digits', lambda: Bunch(images=digits.images[:300], target=digits.target[:300]))
     monkeypatch.setattr(demo, 'DEMO_DIR', tmp_path)
     monkeypatch.setattr(demo, 'RECIPE', dataclasses.replace(
-        demo.RECIPE, model='test_resnet', model_kwargs=(), epochs=1, data_dir=str(tmp_path / 'digits'),
-        output=str(tmp_path)))
+        demo.RECIPE, model='test_resnet', pretrained=False, model_kwargs=(), epochs=1, workers=0,
+        data_dir=str(tmp_path / 'digits'), output=str(tmp_path)))
     assert demo.main() == 1  # one epoch of a tiny network cannot reach 97 %
     assert 'is below the expected 97.0 %' in capsys.readouterr().out
     assert Image.open(tmp_path / 'demo.png').size[0] > 1000
 
+    results = tmp_path / 'results.json'
     monkeypatch.setattr(demo, 'LEAST_ACCURACY', 0.0)
-    assert demo.main() == 0
-    assert 'of 60 held-out digits right' in capsys.readouterr().out
+    assert demo.main(str(results)) == 0
+    said, report = capsys.readouterr().out, json.loads(results.read_text())
+    assert 'of 60 held-out digits right' in said
+    assert list(report['top1']) == ['pretrained', 'from random weights']
+    for name, rows in report['top1'].items():
+        assert len(rows) == 1 and f'{name:20}{rows[0]:7.2f}   below 90 %' in said
 
     train = demo.finetune.main
     monkeypatch.setattr(demo.finetune, 'main', lambda settings: {**train(settings), 'top1': 12.5})

@@ -39,15 +39,44 @@ def test_results_name_their_origin():
 def test_releases_fill_the_table_of_weights(tmp_path, monkeypatch):
     (tmp_path / 'weights').mkdir()
     monkeypatch.setattr(report.coatnet_zoo, '__file__', str(tmp_path / '__init__.py'))
-    release = {'evaluated_on': 'Digits, val', 'trained_on': 'Digits', 'metrics': {'top1': 98.333}, 'license_name': None}
+    release = {'evaluated_on': 'Digits, val', 'trained_on': 'Digits', 'metrics': {'top1': 98.333, 'top5': 99.9},
+               'license_name': None, 'hours': 5.04, 'hardware': 'a CPU'}
     entry = {'repo': None, 'packaged': 'x.safetensors', 'sha256': 'ab' * 32, 'size': 7_654_321,
              'pretrained_cfg': {'license': 'apache-2.0'}, 'release': release}
-    unknown = {**entry, 'repo': 'owner/x', 'packaged': None, 'release': {**release, 'metrics': {'top1': None}}}
+    unknown = {**entry, 'repo': 'owner/x', 'packaged': None, 'release': {**release, 'hours': None, 'metrics': {
+        'top1': None, 'top5': None}}}
     for releases, parts in (
             ({}, ['No weights are released yet']),
-            ({'x_64.digits': entry}, ['| `x_64.digits` | 98.33 | Digits, val | Digits | 7.7 | the package |']),
-            ({'x_64.digits': unknown}, ['| not measured |', '[owner/x](https://huggingface.co/owner/x)'])):
+            ({'x_64.digits': entry}, [
+                '| `x_64.digits` | 98.33 | 99.90 | Digits, val | Digits | 5.0 h on a CPU | 7.7 | the package |']),
+            ({'x_64.digits': unknown}, ['| not measured | not measured | Digits', '[owner/x](https://huggingface.co/owner/x)'])):
         (tmp_path / 'weights' / 'releases.json').write_text(json.dumps(releases))
         content = report.render('<!-- weights -->\n<!-- /weights -->')
         for part in parts:
             assert part in content
+
+
+ORIGIN = dict(hardware='a CPU')
+
+
+def test_transfer_shows_each_way_with_its_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'RESULTS', tmp_path)
+    assert 'not measured' in report.transfer()
+    settings = dict(
+        model='x_64.a', data_dir='some/flowers', img_size=64, updates=300, shares=[0.1, 1.0], subsets=[5, 1])
+    (tmp_path / 'transfer_flowers_cpu.json').write_text(json.dumps(dict(settings=settings, **ORIGIN, table={
+        'linear probe': {'0.1': dict(top1=40.04, deviation=1.26), '1.0': dict(top1=55.5, deviation='not measured')}})))
+    text = report.transfer()
+    assert '| weights | data | way | 10 % of the labels | 100 % of the labels |' in text
+    assert '| `x_64.a` | flowers | linear probe | 40.0 ± 1.3 | 55.5 |' in text
+    assert 'flowers at size 64, 300 updates, draws: 5, 1; a CPU.' in text
+    assert '(results/transfer_flowers_cpu.png)' in text
+
+
+def test_robustness_shows_each_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'RESULTS', tmp_path)
+    assert 'not measured' in report.robustness()
+    (tmp_path / 'robustness_tin200_cpu.json').write_text(json.dumps(dict(
+        top1={'x_64.a': {'48 px': 10.126, 'noise': 9.0}, 'y_64.a': {'48 px': 11.0, 'noise': 8.5}}, **ORIGIN)))
+    text = report.robustness()
+    assert '| top-1 (%) | 48 px | noise |' in text and '| `x_64.a` | 10.13 | 9.00 |' in text and '| `y_64.a` |' in text
