@@ -7,9 +7,9 @@ PYTHON_LOWEST ?= python3.10
 
 # what `make test` installs; the tests of what is left out are skipped
 EXTRAS ?= test,space,transformers
-# the folder that is pushed as a Space, and the trained model in it until weights are released
+# the folder that is pushed as a Space, and a run folder of one's own to show there beside the released weights
 SPACE ?= output/space
-RUN ?= output/demo/run
+RUN ?=
 ROOMS = explain imagenet_labels open_model overlay pictures plots predict processes run_folder settings
 
 .PHONY: demo test conformance test-lowest lint space space-folder clean
@@ -37,16 +37,16 @@ lint: $(VENV)/.test
 space: $(VENV)/.space space-folder
 	$(BIN)/python $(SPACE)/app.py
 
-space-folder: $(RUN)/model.safetensors
+space-folder:
 	rm -rf $(SPACE)
-	mkdir -p $(SPACE)/scripts $(SPACE)/models/$(notdir $(RUN))
+	mkdir -p $(SPACE)/scripts $(SPACE)/models
 	cp $(addprefix hub/space/,app.py answer.py upload.py style.css README.md requirements.txt) LICENSE $(SPACE)
 	cp $(ROOMS:%=scripts/%.py) $(SPACE)/scripts
 	cp -r coatnet_zoo $(SPACE) && find $(SPACE) -name __pycache__ -prune -exec rm -r {} +
+ifneq ($(RUN),)
+	mkdir $(SPACE)/models/$(notdir $(RUN))
 	cp $(RUN)/config.json $(RUN)/model.safetensors $(SPACE)/models/$(notdir $(RUN))
-
-output/demo/run/model.safetensors:
-	$(MAKE) demo
+endif
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, $(PYTHON) is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3, 10) else 0)'

@@ -1,6 +1,6 @@
 """A page to try the models: drop a picture, see the best guesses and what the stages looked at.
 
-    python hub/space/app.py --model local-dir:output/demo/run local-dir:output/coatnet_pico
+    python hub/space/app.py --model coatnet_pico_64.tin200_preview local-dir:output/coatnet_pico
     python app.py
 
 The second line is how a Space starts it: with the released models and those in the folder models/ beside this file.
@@ -63,8 +63,8 @@ def choose_models(settings: Settings, folder: Path = HERE / 'models') -> tuple[s
     found = settings.model or (
         *released_models(), *(f'local-dir:{config.parent}' for config in sorted(folder.glob('*/config.json'))))
     if not found:
-        raise SettingsError('--model must name at least one model while no weights are released, and names none; give '
-                            'local-dir:FOLDER, such as local-dir:output/demo/run after `make demo`.')
+        raise SettingsError('--model must name at least one model where none are released, and names none; give '
+                            'local-dir:FOLDER.')
     return found
 
 

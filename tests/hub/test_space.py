@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from settings import SettingsError
 from timm.data import create_transform, resolve_input_data_config
 
+from coatnet_zoo.releases import RELEASES
+
 gradio = pytest.importorskip('gradio', reason='gradio comes with the space extra')
 
 import answer  # noqa: E402  imports gradio, or this file is skipped
@@ -105,7 +107,7 @@ def test_refusals_of_models(runs, tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match='two models of one title, got coatnet_pico_64 twice'):
         answer.open_models((run, run), (), CPU)
     monkeypatch.setattr(app, 'released_models', lambda: ())
-    with pytest.raises(SettingsError, match='--model must name at least one model while no weights are released'):
+    with pytest.raises(SettingsError, match='--model must name at least one model where none are released'):
         app.choose_models(app.Settings(), tmp_path)
     shutil.copytree(runs / 'coatnet_pico_64', tmp_path / 'digits')
     assert app.choose_models(app.Settings(), tmp_path) == (f'local-dir:{tmp_path / "digits"}',)
@@ -325,8 +327,9 @@ def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
     # a good one its prediction, of the model that is picked
     upload.set_input_files(picture)
     page.locator('.panels img').first.wait_for()
+    assert page.get_by_label('Model').input_value() == next(iter(RELEASES))  # what ships comes first
     page.get_by_label('Model').click()
-    page.get_by_role('option', name='dynamicconvnet_pico_64').click()
+    page.get_by_role('option', name='dynamicconvnet_pico_64', exact=True).click()
     page.get_by_text('Kernels predicted at positions').first.wait_for()
     best, share = next(iter(expected(runs / 'dynamicconvnet_pico_64', picture).items()))
     guesses = page.locator('#guesses').inner_text()
