@@ -18,11 +18,13 @@ COATNET_IN1K_384 = COATNET_IN1K | dict(
     img_size=384, epochs=30, lr=5e-5, lr_base_size=512, min_lr=5e-5, warmup_epochs=0.0, weight_decay=1e-8,
     model_ema=True, model_ema_decay=0.9999, batch_size=32)
 
-TIN200_PREVIEW = dict(
-    img_size=64, crop_pct=1.0, epochs=10, train_img_sizes=(32, 32, 32, 48, 64), batch_size=64, lr=1e-3,
-    scale=(0.35, 1.0), color_jitter=0.0, amp=True, mean=(0.4802, 0.4481, 0.3975), std=(0.2764, 0.2689, 0.2816),
+# Tiny-ImageNet-200, from nothing.
+TIN200 = dict(
+    img_size=64, crop_pct=1.0, scale=(0.35, 1.0), color_jitter=0.0, amp=True,
+    mean=(0.4802, 0.4481, 0.3975), std=(0.2764, 0.2689, 0.2816),
     model_kwargs={name: ('dynamic_img_size=True', 'conv_norm_momentum=0.1') for name in (
         'coatnet_pico_64', 'coatnet_pico_ccdd_64', 'lightconvnet_pico_64', 'dynamicconvnet_pico_64')})
+TIN200_PREVIEW = TIN200 | dict(epochs=10, train_img_sizes=(32, 32, 32, 48, 64), batch_size=64, lr=1e-3)
 
 RECIPES = {
     'coatnet_in1k': COATNET_IN1K,
@@ -32,8 +34,12 @@ RECIPES = {
     'imagenette_64': dict(
         img_size=64, crop_pct=1.0, epochs=10, batch_size=64, lr=1e-3, scale=(0.35, 1.0), color_jitter=0.0, amp=True,
         model_kwargs={'coatnet_pico_64': ('conv_norm_momentum=0.1',)}),
-    # Tiny-ImageNet-200 on a few CPU cores: from nothing, most epochs on small pictures, then on from there
-    # (--initial-checkpoint) on larger ones. Previews, not final weights.
+    # For a GPU, which it has not seen yet.
+    'tin200': TIN200 | dict(
+        epochs=100, batch_size=512, lr=2e-3, warmup_epochs=5.0, drop_path=0.1, smoothing=0.1,
+        aa='rand-m9-mstd0.5-inc1', mixup=0.2, cutmix=1.0, reprob=0.25, model_ema=True, model_ema_decay=0.9998),
+    # For a few CPU cores, previews: most epochs on small pictures, then on from there (--initial-checkpoint) on larger
+    # ones.
     'tin200_preview': TIN200_PREVIEW,
     'tin200_preview_more': TIN200_PREVIEW | dict(epochs=4, warmup_epochs=0.25, train_img_sizes=(48, 48, 64, 64)),
     # Pretrained weights on some thousand pictures of one's own.

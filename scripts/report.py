@@ -84,9 +84,10 @@ def transfer() -> str:
         draws, size = ', '.join(map(str, settings['subsets'])), settings['img_size'] or 'their own'
         origins[f'{data} at size {size}, {settings["updates"]} updates, draws: {draws}; {report["hardware"]}'] = None
         for way, cells in report['table'].items():
+            found = [cells.get(str(share)) for share in settings['shares']]
             rows.append([f'`{settings["model"]}`', data, way, *(
-                f'{cell["top1"]:.1f}' + ('' if isinstance(cell['deviation'], str) else f' ± {cell["deviation"]:.1f}')
-                for cell in (cells[str(share)] for share in settings['shares']))])
+                NOT_MEASURED if cell is None else f'{cell["top1"]:.1f}' + (
+                    '' if isinstance(cell['deviation'], str) else f' ± {cell["deviation"]:.1f}') for cell in found)])
         pictures.append(f'![Top-1 over the share of labels](results/{file.stem}.png)')
     if not rows:
         return 'Transfer to few labels: not measured.'
@@ -255,10 +256,11 @@ def demo() -> str:
     if not file.exists():
         return 'Accuracy and time of the demo: not measured.'
     report = json.loads(file.read_text())
-    ways = '; '.join(f'{way} {", ".join(f"{top1:.1f}" for top1 in rows)}' for way, rows in report['top1'].items())
-    return (f'Recorded, % of {report["images"]} held-out digits after each of {report["epochs"]} epochs: {ways}\n'
-            f'(`{report["model"]}`, seed {report["seed"]}; the demo takes the best epoch by the same digits). '
-            f'{report["seconds"]:.0f} s on {report["threads"]} threads of {report["hardware"]}.')
+    rows = [[way, *(f'{top1:.1f}' for top1 in after)] for way, after in report['top1'].items()]
+    return (table(['after epoch', *map(str, range(1, report['epochs'] + 1))], rows)
+            + f'\n\nHeld-out digits read right (%), {report["images"]} in all, by `{report["model"]}`, seed '
+              f'{report["seed"]}; the demo takes\nthe best epoch by the same digits. {report["seconds"]:.0f} s on '
+              f'{report["threads"]} threads of {report["hardware"]}.')
 
 
 SECTIONS = (weights, transfer, robustness, family, speed, scaling, ops, ablation, training, loader, budget, demo)

@@ -11,7 +11,7 @@ BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
 def test_blocks_are_found_and_short():
-    assert len(BLOCKS) == 6 and all(len(block.strip().splitlines()) <= 10 for block in BLOCKS)
+    assert len(BLOCKS) == 7 and all(len(block.strip().splitlines()) <= 10 for block in BLOCKS)
 
 
 @pytest.mark.parametrize('block', BLOCKS, ids=range(len(BLOCKS)))

@@ -118,6 +118,16 @@ def test_what_ships_says_what_binds_it():
         assert said['command'].startswith('python scripts/finetune.py --recipe')
 
 
+@pytest.mark.parametrize('name', SHIPPED)
+def test_every_epoch_of_their_runs_is_kept(name):
+    architecture, tag = name.split('.')
+    kept = sorted((ROOT / 'results' / tag / architecture).glob('metrics*.csv'))
+    epochs = [len(file.read_text().splitlines()) - 1 for file in kept]
+    said = releases.RELEASES[name]['release']
+    earlier = re.search(r': (\d+) epochs', said['started_from'])
+    assert sum(epochs) == said['epochs'] + int(earlier[1] if earlier else 0) and min(epochs) > 0
+
+
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('pictures') / 'tiny-imagenet'
