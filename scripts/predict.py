@@ -1,7 +1,7 @@
 """Ask any timm or zoo model what is in a picture, and see what it looked at.
 
-    python scripts/predict.py kite.jpg flowers/val --model local-dir:output/coatnet_pico
-    python scripts/predict.py kite.jpg --model resnet18 --pretrained --output overlays
+    python scripts/predict.py kite.jpg
+    python scripts/predict.py kite.jpg flowers/val --model local-dir:output/coatnet_pico --output overlays
 
 Prints the five best guesses for each picture and writes OUTPUT/PICTURE-KIND.png, an overlay of one KIND: attention of
 the last T stage, the kernels that the last D stage predicts, or Grad-CAM of the best guess for models without them
@@ -42,6 +42,7 @@ from run_folder import write_figure
 from settings import SettingsError, end_with_sentence, one_line
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.models import is_model_pretrained
 from torch import nn
 
 RANDOM = 'RANDOM WEIGHTS: the guesses mean nothing'
@@ -53,6 +54,7 @@ SHOWN = {
 @dataclass(frozen=True, kw_only=True)
 class Settings(ModelSettings):
     images: tyro.conf.Positional[tuple[Path, ...]]  # Pictures, or folders of them.
+    model: str = 'coatnet_pico_64.tin200_preview'  # NAME.TAG with its weights, any other name, hf-hub: or local-dir:.
     checkpoint: str = ''  # File of weights to load.
     explain: str = 'auto'  # auto (by the model's last T or D stage), attention, kernels or gradcam.
     stage: int | None = None  # Stage to explain, 1 to 4 (the last one that can be, if not given).
@@ -177,7 +179,9 @@ def look(
 
 def open_weights(settings: Settings) -> tuple[nn.Module, dict, str]:
     """The model, its data settings, and where its weights come from."""
-    stored = settings.model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:'))  # whoever names these means their weights
+    # whoever names one of these, or a tag, means its weights
+    stored = settings.model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or (
+        '.' in settings.model and is_model_pretrained(settings.model))
     settings = dataclasses.replace(settings, pretrained=settings.pretrained or (stored and not settings.checkpoint))
     model, data_config = open_model(settings, settings.checkpoint, num_classes=settings.num_classes)
     if not model.num_classes:

@@ -1,5 +1,6 @@
 """The files scripts/predict.py reads and writes, what it refuses, its command line, and several processes."""
 import dataclasses
+import re
 from pathlib import Path
 
 import predict
@@ -96,6 +97,15 @@ def test_output_that_cannot_be_written_is_refused(settings, picture):
 def test_pretrained_is_passed_on_and_its_failure_is_a_sentence(settings):
     with pytest.raises(SettingsError, match=r'cannot be built: .*[Pp]retrained'):
         predict.main(dataclasses.replace(settings, model='coatnet_pico', pretrained=True))
+
+
+def test_a_name_with_a_tag_means_its_weights(picture, tmp_path, capsys):
+    settings = predict.Settings(images=(picture,), output=tmp_path / 'out', device='cpu')
+    assert predict.main(settings) == 0
+    said = capsys.readouterr().out
+    assert f'{settings.model}: its own weights' in said and len(re.findall(r'n\d{8}  \w', said)) == 5
+    assert predict.main(dataclasses.replace(settings, model=f'{settings.model.partition(".")[0]}.untrained')) == 0
+    assert 'RANDOM WEIGHTS' in capsys.readouterr().out
 
 
 # The command line, and several processes
