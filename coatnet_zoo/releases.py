@@ -30,7 +30,7 @@ def read_releases(path: Path) -> dict[str, dict[str, Any]]:
     """The entries of a releases.json, once each says where its weights are and what they must be.
 
     Raises:
-        ValueError: It is no JSON, or an entry is not as hub/publish.py writes it.
+        ValueError: It cannot be read, is no JSON, or an entry is not as hub/publish.py writes it.
     """
     try:
         releases = json.loads(path.read_text(encoding='utf-8'))
@@ -47,7 +47,7 @@ def read_releases(path: Path) -> dict[str, dict[str, Any]]:
                     key in entry['pretrained_cfg'] for key in ('input_size', 'num_classes'))}
             if broken := [rule for rule, kept in rules.items() if not kept]:
                 raise ValueError(f'{name} must have {broken[0]}')
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is damaged ({type(error).__name__}: {error}); reinstall coatnet_zoo, or take back '
                          f'what was changed in it.') from error
     return releases

@@ -16,7 +16,7 @@ import math
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -49,6 +49,8 @@ from settings import SettingsError, end_with_sentence, flag, one_line
 from torch import nn
 from torch.nn.functional import interpolate
 
+from coatnet_zoo.releases import RELEASES
+
 RUN_FILES = ('config.json', 'args.json', 'summary.json', 'curves.png', 'model.safetensors')
 DATA_KEYS = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
 
@@ -62,7 +64,7 @@ class Settings:
     data_dir: str = ''  # Held-out pictures, as in eval_imagenet.py, to measure what --dtype costs.
     workers: int = 4  # Processes that read them.
     with_onnx: bool = False  # Also write model.onnx and model.pt2.
-    license: str = 'apache-2.0'  # Licence of the weights, by the Hub's identifier.
+    license: str | None = None  # Identifier of the Hub (if not given: of the weights it started from, else apache-2.0).
     license_name: str | None = None  # Its name, for --license other.
     license_link: str | None = None  # Its address, for --license other.
     trained_on: str | None = None  # Name of the training data (that of --dataset in the run if not given).
@@ -87,7 +89,7 @@ def check_values(settings: Settings) -> None:
     if settings.data_dir and settings.dtype == 'float32':
         raise SettingsError('--data-dir measures what --dtype costs, which is float32 here; give --dtype, or put '
                             'figures into the card by eval_imagenet.py --results-file RUN_DIR/evaluation.json.')
-    check_license(settings.license, settings.license_name, settings.license_link)
+    check_license(settings.license or 'apache-2.0', settings.license_name, settings.license_link)
     for name in ('trained_on', 'data_license', 'evaluated_on', 'license_name', 'license_link'):
         value = getattr(settings, name)
         if value is not None and not (value.strip() and value.isprintable()):  # it stands in a table of the card
@@ -227,6 +229,20 @@ def starting_point(args: dict) -> str:
     return f'pretrained weights of {without_folders(args["model"])}' if args['pretrained'] else 'random weights'
 
 
+def license_of_start(args: dict) -> dict[str, str]:
+    """Licence of the released weights that a run was fine-tuned from, at first or second hand; else apache-2.0."""
+    model = args.get('model', '') if args.get('pretrained') else ''
+    earlier = Path(model.removeprefix('local-dir:'), 'args.json')
+    if model.startswith('local-dir:') and earlier.is_file():
+        return license_of_start(read_json(earlier))
+    name = next((known for known in RELEASES if model in (known, known.partition('.')[0])), None)
+    if name is None:
+        return {'license': 'apache-2.0'}
+    release = RELEASES[name]['release']
+    return {'license': RELEASES[name]['pretrained_cfg']['license'],
+            'license_name': release['license_name'], 'license_link': release['license_link']}
+
+
 def describe_release(settings: Settings, config: dict) -> dict:
     """What config.json says under 'release'; None is what the run's files and the settings do not tell."""
     args, summary = (read_json(settings.run_dir / name) for name in ('args.json', 'summary.json'))
@@ -314,6 +330,8 @@ def main(settings: Settings) -> Path:
     config = read_run(settings)
     output = settings.output or Path('output/hub') / settings.name
     check_replaceable(output)
+    if settings.license is None:
+        settings = replace(settings, **license_of_start(read_json(settings.run_dir / 'args.json')))
     release = describe_release(settings, config)
     model = open_weights(settings, config)
     check_architecture(model, settings.run_dir, config)

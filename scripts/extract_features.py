@@ -23,14 +23,14 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
 from accelerate import Accelerator
 from features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
-from open_model import ModelSettings, open_model
+from open_model import ModelSettings, means_weights, open_model
 from pictures import BadPictures, DataSettings, Pictures, is_stream, open_pictures, targets_of
 from processes import start
 from provenance import provenance
@@ -323,6 +323,8 @@ def read_split(settings: Settings, split: Split) -> tuple[torch.Tensor, torch.Te
 def main(settings: Settings) -> dict:
     """Extract as `settings` say; the main process returns the summary that is also written to summary.json."""
     check_values(settings)
+    stored = means_weights(settings.model) and not settings.checkpoint
+    settings = replace(settings, pretrained=settings.pretrained or stored)
     accelerator = start(settings.device, settings.amp, settings.amp_dtype)
     with accelerator.main_process_first():  # a download is done once
         splits = [open_split(settings, settings.split)]

@@ -8,12 +8,12 @@ import torch
 from safetensors import SafetensorError
 from settings import SettingsError, did_you_mean, flag, one_line, parse_argument
 from timm.data import resolve_input_data_config
-from timm.models import parse_model_name, resolve_model_input_args
+from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, parse_model_name, resolve_model_input_args
 from torch import nn
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 
-__all__ = ['ModelSettings', 'open_model']
+__all__ = ['ModelSettings', 'means_weights', 'open_model']
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')
@@ -67,6 +67,14 @@ def check_model_settings(settings: ModelSettings) -> None:
     if source is None and not timm.is_model(name):
         raise SettingsError(f'--model {name} is not a name in timm.list_models()'
                             f'{did_you_mean(name, timm.list_models()) or "."}')
+    architecture, _, tag = name.partition('.')
+    if source is None and tag and name not in (tags := get_arch_pretrained_cfgs(architecture)):
+        raise SettingsError(f'--model {name}: {architecture} has no tag {tag!r}; give one of {", ".join(tags)}.')
+
+
+def means_weights(model: str) -> bool:
+    """Whether who names this model means its weights: a folder, a repository, or a tag that has some."""
+    return model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or ('.' in model and is_model_pretrained(model))
 
 
 def open_model(

@@ -32,7 +32,7 @@ from explain import (
     tap_distances,
 )
 from imagenet_labels import describe_synsets
-from open_model import ModelSettings, open_model
+from open_model import ModelSettings, means_weights, open_model
 from overlay import draw_guesses, draw_heat, draw_kernel, draw_kernels, draw_picture, panels
 from pictures import UNREADABLE, to_mode
 from PIL import Image
@@ -42,7 +42,6 @@ from run_folder import write_figure
 from settings import SettingsError, end_with_sentence, one_line
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.models import is_model_pretrained
 from torch import nn
 
 RANDOM = 'RANDOM WEIGHTS: the guesses mean nothing'
@@ -179,10 +178,8 @@ def look(
 
 def open_weights(settings: Settings) -> tuple[nn.Module, dict, str]:
     """The model, its data settings, and where its weights come from."""
-    # whoever names one of these, or a tag, means its weights
-    stored = settings.model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or (
-        '.' in settings.model and is_model_pretrained(settings.model))
-    settings = dataclasses.replace(settings, pretrained=settings.pretrained or (stored and not settings.checkpoint))
+    stored = means_weights(settings.model) and not settings.checkpoint
+    settings = dataclasses.replace(settings, pretrained=settings.pretrained or stored)
     model, data_config = open_model(settings, settings.checkpoint, num_classes=settings.num_classes)
     if not model.num_classes:
         raise SettingsError(f'--model {settings.model} has no classes to predict; give a model with a classifier.')

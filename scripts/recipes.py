@@ -33,7 +33,7 @@ RECIPES = {
     # From nothing, on some ten thousand small pictures: what results/imagenette_64_cpu.json was made with.
     'imagenette_64': dict(
         img_size=64, crop_pct=1.0, epochs=10, batch_size=64, lr=1e-3, scale=(0.35, 1.0), color_jitter=0.0, amp=True,
-        model_kwargs={'coatnet_pico_64': ('conv_norm_momentum=0.1',)}),
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), model_kwargs={'coatnet_pico_64': ('conv_norm_momentum=0.1',)}),
     # For a GPU, which it has not seen yet.
     'tin200': TIN200 | dict(
         epochs=100, batch_size=512, lr=2e-3, warmup_epochs=5.0, drop_path=0.1, smoothing=0.1,

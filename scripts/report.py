@@ -52,7 +52,8 @@ def family() -> str:
         [f'`{name}`', row['word'], f'{row["parameters"] / 1e6:.2f}', f'{row["multiply_adds"] / 1e9:.2f}',
          str(row['img_size']), ' '.join(map(str, row['strides']))]
         for name, row in sorted(counts.items(), key=lambda item: item[1]['parameters'])]
-    return table(['name', 'word', 'parameters (M)', 'multiply-adds (G)', 'image size', 'strides of the features'], rows)
+    header = ['name', 'word', 'parameters (M)', 'multiply-adds (G)', 'image size', 'strides of the features']
+    return table(header, rows) + '\n\nEach with 1000 classes.'
 
 
 def weights() -> str:

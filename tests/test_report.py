@@ -43,12 +43,15 @@ def test_releases_fill_the_table_of_weights(tmp_path, monkeypatch):
                'license_name': None, 'hours': 5.04, 'hardware': 'a CPU'}
     entry = {'repo': None, 'packaged': 'x.safetensors', 'sha256': 'ab' * 32, 'size': 7_654_321,
              'pretrained_cfg': {'license': 'apache-2.0'}, 'release': release}
+    bound = {**entry, 'release': {**release, 'license_name': 'research-only'}}
     unknown = {**entry, 'repo': 'owner/x', 'packaged': None, 'release': {**release, 'hours': None, 'metrics': {
         'top1': None, 'top5': None}}}
     for releases, parts in (
             ({}, ['No weights are released yet']),
             ({'x_64.digits': entry}, [
                 '| `x_64.digits` | 98.33 | 99.90 | Digits, val | Digits | 5.0 h on a CPU | 7.7 | the package |']),
+            ({'x_64.digits': entry}, ['| apache-2.0 | `abababababab` |']),
+            ({'x_64.digits': bound}, ['| research-only | `abababababab` |']),
             ({'x_64.digits': unknown}, ['| not measured | not measured | Digits', '[owner/x](https://huggingface.co/owner/x)'])):
         (tmp_path / 'weights' / 'releases.json').write_text(json.dumps(releases))
         content = report.render('<!-- weights -->\n<!-- /weights -->')

@@ -116,9 +116,10 @@ def _check_source(
     cfg = {**cfg, **(overlay or {})}
     if not any(cfg.get(key) for key in _SOURCES):
         zoo = __package__.partition('.')[0]
+        tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
         released = [name for name in timm.list_pretrained() if model_entrypoint(name).__module__.startswith(zoo)]
         raise RuntimeError(
-            f'pretrained=True: {variant} has no released weights. Names of this zoo that have some: '
+            f'pretrained=True: {variant}{tag} has no released weights. Names of this zoo that have some: '
             f'{", ".join(released) or "none yet"}. Pass pretrained=False, or weights of your own by '
             f'pretrained_cfg_overlay=dict(file=...).')
     file, folder = cfg.get('file'), cfg.get('source') == 'local-dir'

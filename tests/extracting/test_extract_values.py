@@ -109,7 +109,10 @@ def test_local_dir_and_pretrained(settings, pictures, tmp_path, capsys):
     timm.models.save_for_hf(model, tmp_path / 'run', {'label_names': list(CLASSES)}, safe_serialization=True)
     columns, _ = read_rows(run(settings, model=f'local-dir:{tmp_path / "run"}', pretrained=True))
     assert 'RANDOM' not in capsys.readouterr().out
-    run(settings, model=f'local-dir:{tmp_path / "run"}', output=settings.output + '2')
+    named = read_rows(run(settings, model=f'local-dir:{tmp_path / "run"}', output=settings.output + '2'))[0]
+    assert 'RANDOM' not in capsys.readouterr().out  # who names a folder means its weights
+    assert torch.equal(named['embedding'], columns['embedding'])
+    run(settings, output=settings.output + '3')
     assert 'RANDOM WEIGHTS, pooled features' in capsys.readouterr().out
     values = expected_rows(pictures / 'train', model)[0]
     torch.testing.assert_close(columns['embedding'], values, rtol=1e-4, atol=1e-5)

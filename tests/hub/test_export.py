@@ -150,6 +150,25 @@ def test_release_tells_of_the_run_that_it_went_on_from(run_dir, tmp_path):
     assert (release['started_from'], release['hours']) == ('weights of model.safetensors', 0.5)
 
 
+def test_what_was_fine_tuned_from_released_weights_keeps_their_licence(run_dir, tmp_path, monkeypatch):
+    entry = {'pretrained_cfg': {'license': 'other'}, 'release': {'license_name': 'terms', 'license_link': 'https://x.y'}}
+    monkeypatch.setattr(export, 'RELEASES', {'coatnet_pico_64.photos': entry})
+
+    def licence(**options) -> tuple:
+        made = make(run_dir, **options)
+        said = release_of(made)
+        cfg = json.loads((made / 'config.json').read_text())['pretrained_cfg']
+        return cfg['license'], said['license_name'], said['license_link']
+
+    assert licence() == ('apache-2.0', None, None)  # from random weights, though of the same name
+    second = Path(shutil.copytree(run_dir, tmp_path / 'second'))
+    for model in ('coatnet_pico_64.photos', 'coatnet_pico_64', f'local-dir:{second}'):
+        change_json(run_dir / 'args.json', model=model, pretrained=True)
+        assert licence() == ('other', 'terms', 'https://x.y'), model
+        change_json(second / 'args.json', model=model, pretrained=True)
+    assert licence(license='mit') == ('mit', None, None)  # whoever says one knows
+
+
 def test_golden_logits_are_those_of_the_file(exported):
     golden = load_file(exported / 'golden.safetensors')
     with torch.no_grad():

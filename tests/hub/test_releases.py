@@ -192,6 +192,8 @@ def test_a_damaged_index_says_so_when_the_package_is_imported(weights, tmp_path)
     path.write_text(json.dumps({NAME: entry_for(weights, repo=REPO)}))
     with pytest.raises(ValueError, match=rf'{NAME} must have repo and commit of 40 digits.*; reinstall coatnet_zoo'):
         releases.read_releases(path)
+    with pytest.raises(ValueError, match=r'nothing.json is damaged \(FileNotFoundError.*reinstall coatnet_zoo'):
+        releases.read_releases(tmp_path / 'nothing.json')
     package = shutil.copytree(ROOT / 'coatnet_zoo', tmp_path / 'site/coatnet_zoo')
     (package / 'weights/releases.json').write_text('<<<<<<< ours')
     done = subprocess.run([sys.executable, '-c', 'import coatnet_zoo'], capture_output=True, text=True, cwd=tmp_path,

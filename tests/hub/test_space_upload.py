@@ -13,6 +13,8 @@ import upload
 from PIL import Image, ImageCms
 from settings import SettingsError
 
+from coatnet_zoo.releases import RELEASES
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -172,7 +174,8 @@ def test_header_is_what_the_hub_reads():
     text = (SPACE / 'README.md').read_text()
     header = yaml.safe_load(text.split('---')[1])
     assert header['sdk'] == 'gradio' and (SPACE / header['app_file']).is_file()
-    assert len(header['short_description']) <= 60 and header['license'] == 'apache-2.0'
+    assert len(header['short_description']) <= 60 and header['license'] == 'other'
+    assert all(entry['release']['license_name'] in header['license_name'] for entry in RELEASES.values())
     space = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']['space']
     bounds = next(item for item in space if item.startswith('gradio')).removeprefix('gradio')
     assert header['sdk_version'] in version.SpecifierSet(bounds)

@@ -106,6 +106,8 @@ def test_a_name_with_a_tag_means_its_weights(picture, tmp_path, capsys):
     assert f'{settings.model}: its own weights' in said and len(re.findall(r'n\d{8}  \w', said)) == 5
     assert predict.main(dataclasses.replace(settings, model=f'{settings.model.partition(".")[0]}.untrained')) == 0
     assert 'RANDOM WEIGHTS' in capsys.readouterr().out
+    with pytest.raises(SettingsError, match=rf"has no tag 'nonsense'; give one of {re.escape(settings.model)}, "):
+        predict.main(dataclasses.replace(settings, model=f'{settings.model.partition(".")[0]}.nonsense'))
 
 
 # The command line, and several processes
