@@ -102,13 +102,14 @@ def _check_source(
 
     Released weights are downloaded and checked here; timm then finds them in the cache.
     """
-    tags = get_arch_pretrained_cfgs(variant)
+    tags, asked = get_arch_pretrained_cfgs(variant), variant
     if isinstance(cfg, str):
-        if f'{variant}.{cfg}' not in tags:
+        asked = f'{variant}.{cfg}'
+        if asked not in tags:
             raise ValueError(
                 f'{variant} has no pretrained tag {cfg!r}; known tags: '
                 f'{", ".join(name.partition(".")[2] for name in tags)}.')
-        cfg = tags[f'{variant}.{cfg}']
+        cfg = tags[asked]
     if not pretrained:
         return ''
     cfg = cfg or next(iter(tags.values()))
@@ -116,10 +117,9 @@ def _check_source(
     cfg = {**cfg, **(overlay or {})}
     if not any(cfg.get(key) for key in _SOURCES):
         zoo = __package__.partition('.')[0]
-        tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
         released = [name for name in timm.list_pretrained() if model_entrypoint(name).__module__.startswith(zoo)]
         raise RuntimeError(
-            f'pretrained=True: {variant}{tag} has no released weights. Names of this zoo that have some: '
+            f'pretrained=True: {asked} has no released weights. Names of this zoo that have some: '
             f'{", ".join(released) or "none yet"}. Pass pretrained=False, or weights of your own by '
             f'pretrained_cfg_overlay=dict(file=...).')
     file, folder = cfg.get('file'), cfg.get('source') == 'local-dir'

@@ -23,6 +23,8 @@ def test_unknown_tag_lists_known_ones():
 def test_pretrained_without_weights_says_which_names_have_some():
     with pytest.raises(RuntimeError, match=r'coatnet_0 has no released weights\. Names of this zoo that have some: '):
         timm.create_model('coatnet_0', pretrained=True)
+    with pytest.raises(RuntimeError, match=r'coatnet_pico_64\.untrained has no released weights'):
+        timm.create_model('coatnet_pico_64.untrained', pretrained=True)
 
 
 def test_missing_checkpoint_file_is_named(tmp_path):
