@@ -31,7 +31,8 @@ def train(data: Path, output: Path, processes: int, batch_size: int, *flags: str
         '--batch-size', str(batch_size), '--device', 'cpu', '--workers', '0', '--output', output,
         '--experiment', f'{processes}', '--drop-path', '0', *flags]
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count('best epoch') == 1  # one process speaks
     with (output / f'{processes}' / 'metrics.csv').open() as file:
