@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'coatnet_zoo'
 
 
-def python(code: str, **kwargs) -> str:
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, **kwargs)
+def python(code: str, *args: str, **kwargs) -> str:
+    done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, **kwargs)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -133,3 +133,27 @@ print(tuple(timm.create_model('coatnet_pico_64', num_classes=3)(torch.zeros(1, 3
 '''
     where, shape = python(code, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(site)}).splitlines()
     assert Path(where).is_relative_to(site) and shape == '(1, 3)'
+
+
+def test_wheel_carries_the_weights(wheel, tmp_path):
+    """Every packaged release loads from the wheel alone: no cache, and no name is looked up."""
+    assert wheel.stat().st_size < 30e6
+    site = tmp_path / 'site'
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+        assert 'coatnet_zoo/weights/LICENSE' in archive.namelist()
+    code = '''
+import socket, sys
+def refuse(*args, **kwargs): raise OSError('the network was asked')
+socket.getaddrinfo = socket.socket.connect = refuse
+import timm, torch
+from coatnet_zoo import releases
+assert releases.__file__.startswith(sys.argv[1]), releases.__file__
+for name in (name for name, entry in releases.RELEASES.items() if entry['packaged']):
+    logits = timm.create_model(name, pretrained=True).eval()(torch.zeros(1, 3, 64, 64))
+    print(name, tuple(logits.shape), logits.isfinite().all().item())
+'''
+    said = python(code, str(site), cwd=tmp_path,
+                  env={**os.environ, 'PYTHONPATH': str(site), 'HF_HOME': str(tmp_path / 'cache')})
+    shipped = json.loads((PACKAGE / 'weights' / 'releases.json').read_text())
+    assert said.splitlines() == [f'{name} (1, 200) True' for name, entry in shipped.items() if entry['packaged']] != []
