@@ -82,8 +82,9 @@ def transfer() -> str:
     for file in sorted(RESULTS.glob('transfer_*.json')):
         report = json.loads(file.read_text())
         settings, data = report['settings'], Path(report['settings']['data_dir']).name
-        draws, size = ', '.join(map(str, settings['subsets'])), settings['img_size'] or 'their own'
-        origins[f'{data} at size {size}, {settings["updates"]} updates, draws: {draws}; {report["hardware"]}'] = None
+        draws, updates = (', '.join(map(str, settings[name])) for name in ('subsets', 'updates'))
+        size = settings['img_size'] or 'their own'
+        origins[f'{data} at size {size}, updates: {updates}, draws: {draws}; {report["hardware"]}'] = None
         for way, cells in report['table'].items():
             found = [cells.get(str(share)) for share in settings['shares']]
             rows.append([f'`{settings["model"]}`', data, way, *(

@@ -4,8 +4,9 @@
         --results-file results/transfer_imagenette_cpu.json
 
 Each share of the training split is drawn several times, evenly over the classes; all three ways see the same pictures,
-and fine-tuning and random start take the same number of updates under the same settings. Nothing is chosen on the
-validation split: what counts is the last epoch. Rows that the results file holds are not made again.
+and fine-tuning and random start take the same number of updates under the same settings, more where there are more
+pictures. Nothing is chosen on the validation split: what counts is the last epoch. Rows that the results file holds are
+not made again; one that was made under other settings is refused.
 """
 import json
 import os
@@ -41,7 +42,7 @@ class Settings:
     shares: tuple[float, ...] = (0.01, 0.1, 1.0)  # Of the training split.
     subsets: tuple[int, ...] = (5, 5, 1)  # Draws of each share.
     ways: tuple[str, ...] = tuple(WAYS)  # Of these.
-    updates: int = 600  # Of the weights, rounded up to whole epochs.
+    updates: tuple[int, ...] = (300, 1000, 3000)  # Of the weights, for each share; rounded up to whole epochs.
     batch_size: int = 32  # Pictures per update.
     lr: float = 5e-4  # Highest learning rate of AdamW; cosine decay after a tenth of warm-up.
     amp: bool = False  # bfloat16 autocast.
@@ -54,19 +55,33 @@ class Settings:
 
 def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
-    for name in ('updates', 'batch_size', 'threads'):
+    for name in ('batch_size', 'threads'):
         if getattr(settings, name) < 1:
             raise SettingsError(f'{flag(name)} must be at least 1, got {getattr(settings, name)}.')
-    if len(settings.shares) != len(settings.subsets) or not settings.shares:
-        raise SettingsError(f'--subsets must give a number for each of --shares, got {settings.subsets} for '
-                            f'{settings.shares}.')
-    if not all(0 < share <= 1 for share in settings.shares) or min(settings.subsets) < 1:
-        raise SettingsError(f'--shares must be above 0 and at most 1, and --subsets at least 1, got {settings.shares} '
-                            f'and {settings.subsets}.')
+    if not settings.shares or not all(0 < share <= 1 for share in settings.shares):
+        raise SettingsError(f'--shares must be above 0 and at most 1, got {settings.shares}.')
+    for name in ('subsets', 'updates'):
+        values = getattr(settings, name)
+        if len(values) != len(settings.shares) or min(values) < 1:
+            raise SettingsError(f'{flag(name)} must give a number of at least 1 for each of --shares, got {values} for '
+                                f'{settings.shares}.')
     if unknown := sorted(set(settings.ways) - set(WAYS)):
         raise SettingsError(f'--ways must be of {", ".join(WAYS)}, got {unknown[0]!r}.')
     if settings.results_file and not Path(settings.results_file).parent.is_dir():
         raise SettingsError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
+
+
+def check_same(settings: Settings, earlier: dict) -> None:
+    """Refuse to go on with rows that were made under other settings."""
+    now = json.loads(json.dumps(asdict(settings)))
+    changed = [f'{flag(name)} was {earlier[name]!r} and is {now[name]!r}'
+               for name in ('data_dir', 'model', 'img_size', 'batch_size', 'lr', 'amp') if earlier[name] != now[name]]
+    before, after = (dict(zip(kept['shares'], kept['updates'], strict=True)) for kept in (earlier, now))
+    changed += [f'--updates was {before[share]} and is {after[share]} for share {share:g}'
+                for share in sorted(before.keys() & after.keys()) if before[share] != after[share]]
+    if changed:
+        raise SettingsError(f'--results-file {settings.results_file} holds rows made under other settings: '
+                            f'{"; ".join(changed)}. Give another file, and another --output.')
 
 
 def draw(labels: np.ndarray, share: float, subset: int) -> np.ndarray:
@@ -99,9 +114,9 @@ def architecture_of(model: str) -> str:
     return name.split('/')[-1].partition('.')[0]
 
 
-def train(settings: Settings, data_dir: Path, count: int, seed: int, pretrained: bool) -> float:
+def train(settings: Settings, data_dir: Path, count: int, updates: int, seed: int, pretrained: bool) -> float:
     """Top-1 (%) after the last epoch of a run, which goes on where an earlier call was stopped."""
-    architecture, epochs = architecture_of(settings.model), -(-settings.updates // max(1, count // settings.batch_size))
+    architecture, epochs = architecture_of(settings.model), -(-updates // max(1, count // settings.batch_size))
     ours = model_entrypoint(architecture).__module__.startswith(f'{coatnet_zoo.__name__}.')
     summary = finetune.main(finetune.Settings(
         data_dir=str(data_dir), model=settings.model if pretrained else architecture, pretrained=pretrained,
@@ -171,10 +186,13 @@ def main(settings: Settings) -> dict:
     dataset, _ = open_pictures(DataSettings(data_dir=settings.data_dir), 'train')
     labels, names = np.array(targets_of(dataset)), dataset.filenames(absolute=True)
     path = Path(settings.results_file) if settings.results_file else None
-    rows = json.loads(path.read_text())['rows'] if path and path.exists() else []
-    features = {}
+    rows, features = [], {}
+    if path and path.exists():
+        earlier = json.loads(path.read_text())
+        check_same(settings, earlier['settings'])
+        rows = earlier['rows']
     report = summarize(settings, rows)
-    for share, subsets in zip(settings.shares, settings.subsets, strict=True):
+    for share, subsets, updates in zip(settings.shares, settings.subsets, settings.updates, strict=True):
         for subset in range(subsets):
             chosen = draw(labels, share, subset)
             folder = Path(settings.output) / f'{safe_model_name(settings.model)}-{share:g}-{subset}'
@@ -187,7 +205,7 @@ def main(settings: Settings) -> dict:
                     top1 = linear_probe(inputs[chosen], targets[chosen], *held_out, seed=subset)['top1']
                 else:
                     data_dir = link_subset(settings, [Path(names[place]) for place in chosen], folder)
-                    top1 = train(settings, data_dir, len(chosen), subset, way == 'fine-tuned')
+                    top1 = train(settings, data_dir, len(chosen), updates, subset, way == 'fine-tuned')
                 rows.append(dict(way=way, share=share, subset=subset, pictures=len(chosen), top1=top1))
                 report = summarize(settings, rows)
                 print(f'{way:12} {share:6.1%} of the labels, draw {subset + 1}: top-1 {top1:.2f} %')

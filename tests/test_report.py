@@ -66,13 +66,14 @@ def test_transfer_shows_each_way_with_its_spread(tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'RESULTS', tmp_path)
     assert 'not measured' in report.transfer()
     settings = dict(
-        model='x_64.a', data_dir='some/flowers', img_size=64, updates=300, shares=[0.01, 0.1, 1.0], subsets=[5, 5, 1])
+        model='x_64.a', data_dir='some/flowers', img_size=64, updates=[300, 600, 900], shares=[0.01, 0.1, 1.0],
+        subsets=[5, 5, 1])
     (tmp_path / 'transfer_flowers_cpu.json').write_text(json.dumps(dict(settings=settings, **ORIGIN, table={
         'linear probe': {'0.1': dict(top1=40.04, deviation=1.26), '1.0': dict(top1=55.5, deviation='not measured')}})))
     text = report.transfer()
     assert '| weights | data | way | 1 % of the labels | 10 % of the labels | 100 % of the labels |' in text
     assert '| `x_64.a` | flowers | linear probe | not measured | 40.0 ± 1.3 | 55.5 |' in text
-    assert 'flowers at size 64, 300 updates, draws: 5, 5, 1; a CPU.' in text
+    assert 'flowers at size 64, updates: 300, 600, 900, draws: 5, 5, 1; a CPU.' in text
     assert '(results/transfer_flowers_cpu.png)' in text
 
 

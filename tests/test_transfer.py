@@ -26,7 +26,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
 def settings(trained, tmp_path) -> transfer.Settings:
     data, run = trained
     return transfer.Settings(
-        data_dir=str(data), model=f'local-dir:{run}', shares=(0.5, 1.0), subsets=(2, 1), updates=4, batch_size=6,
+        data_dir=str(data), model=f'local-dir:{run}', shares=(0.5, 1.0), subsets=(2, 1), updates=(4, 6), batch_size=6,
         workers=0, device='cpu', output=str(tmp_path / 'out'), results_file=str(tmp_path / 'transfer.json'))
 
 
@@ -58,12 +58,26 @@ def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
 
 
 @pytest.mark.parametrize(('changes', 'sentence'), [
-    ({'subsets': (2,)}, '--subsets must give a number for each of --shares'),
+    ({'subsets': (2,)}, '--subsets must give a number of at least 1 for each of --shares'),
+    ({'updates': (4, 6, 8)}, '--updates must give a number of at least 1 for each of --shares'),
     ({'shares': (0.5, 2.0)}, '--shares must be above 0 and at most 1'),
-    ({'updates': 0}, '--updates must be at least 1, got 0'),
+    ({'updates': (4, 0)}, '--updates must give a number of at least 1 for each of --shares'),
+    ({'batch_size': 0}, '--batch-size must be at least 1, got 0'),
     ({'ways': ('prayer',)}, "--ways must be of fine-tuned, linear probe, random start, got 'prayer'"),
     ({'results_file': 'no/such/file.json'}, '--results-file no/such/file.json: its folder does not exist'),
 ])
 def test_bad_settings_are_refused(settings, changes, sentence):
     with pytest.raises(SettingsError, match=sentence):
         transfer.main(dataclasses.replace(settings, **changes))
+
+
+def test_rows_of_other_settings_are_refused(settings):
+    settings = dataclasses.replace(settings, ways=('linear probe',), subsets=(1, 1))
+    first = transfer.main(settings)
+    more = transfer.main(dataclasses.replace(settings, subsets=(2, 1), workers=1))
+    assert len(more['rows']) == len(first['rows']) + 1  # more draws, or another way to read them, go on
+    for changes, said in (({'model': 'local-dir:other'}, "--model was 'local-dir:.*' and is 'local-dir:other'"),
+                          ({'updates': (4, 7)}, '--updates was 6 and is 7 for share 1'),
+                          ({'lr': 1.0}, '--lr was 0.0005 and is 1.0')):
+        with pytest.raises(SettingsError, match=said):
+            transfer.main(dataclasses.replace(settings, **changes))
