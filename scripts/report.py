@@ -82,20 +82,20 @@ def transfer() -> str:
     for file in sorted(RESULTS.glob('transfer_*.json')):
         report = json.loads(file.read_text())
         settings, data = report['settings'], Path(report['settings']['data_dir']).name
-        draws, updates = (', '.join(map(str, settings[name])) for name in ('subsets', 'updates'))
-        size = settings['img_size'] or 'their own'
-        origins[f'{data} at size {size}, updates: {updates}, draws: {draws}; {report["hardware"]}'] = None
+        updates, size = ', '.join(map(str, settings['updates'])), settings['img_size'] or 'their own'
+        origins[f'{data} at size {size}, updates: {updates}; {report["hardware"]}'] = None
         for way, cells in report['table'].items():
             found = [cells.get(str(share)) for share in settings['shares']]
             rows.append([f'`{settings["model"]}`', data, way, *(
                 NOT_MEASURED if cell is None else f'{cell["top1"]:.1f}' + (
-                    '' if isinstance(cell['deviation'], str) else f' ± {cell["deviation"]:.1f}') for cell in found)])
+                    '' if isinstance(cell['deviation'], str) else f' ± {cell["deviation"]:.1f}')
+                + f' ({cell["subsets"]})' for cell in found)])
         pictures.append(f'![Top-1 over the share of labels](results/{file.stem}.png)')
     if not rows:
         return 'Transfer to few labels: not measured.'
     shares = [f'{100 * share:g} % of the labels' for share in settings['shares']]
     return (table(['weights', 'data', 'way', *shares], rows)
-            + '\n\nTop-1 (%) after the last epoch, mean and deviation over the draws.\n'
+            + '\n\nTop-1 (%) after the last epoch, mean and deviation over the draws (as many as in brackets).\n'
             + '\n'.join(f'{origin}.' for origin in origins) + '\n\n' + '\n'.join(pictures))
 
 

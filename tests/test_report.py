@@ -69,11 +69,12 @@ def test_transfer_shows_each_way_with_its_spread(tmp_path, monkeypatch):
         model='x_64.a', data_dir='some/flowers', img_size=64, updates=[300, 600, 900], shares=[0.01, 0.1, 1.0],
         subsets=[5, 5, 1])
     (tmp_path / 'transfer_flowers_cpu.json').write_text(json.dumps(dict(settings=settings, **ORIGIN, table={
-        'linear probe': {'0.1': dict(top1=40.04, deviation=1.26), '1.0': dict(top1=55.5, deviation='not measured')}})))
+        'linear probe': {'0.1': dict(top1=40.04, deviation=1.26, subsets=4),
+                         '1.0': dict(top1=55.5, deviation='not measured', subsets=1)}})))
     text = report.transfer()
     assert '| weights | data | way | 1 % of the labels | 10 % of the labels | 100 % of the labels |' in text
-    assert '| `x_64.a` | flowers | linear probe | not measured | 40.0 ± 1.3 | 55.5 |' in text
-    assert 'flowers at size 64, updates: 300, 600, 900, draws: 5, 5, 1; a CPU.' in text
+    assert '| `x_64.a` | flowers | linear probe | not measured | 40.0 ± 1.3 (4) | 55.5 (1) |' in text
+    assert 'flowers at size 64, updates: 300, 600, 900; a CPU.' in text
     assert '(results/transfer_flowers_cpu.png)' in text
 
 
