@@ -3,6 +3,7 @@
 The K * K windows of a position are never gathered: x is padded once, and a tap is a view of it. Compiled, the sum is
 one loop. The kernels are laid out taps first, (Kh * Kw, B, H, W, G), so that the softmax over them and every step of
 the sum walk through memory in order, and they are divided by their total after the sum, which has fewer elements.
+On a CPU, a map hardly larger than its kernels takes the product with their band matrix instead, as fairseq's code does.
 """
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,9 @@ def eager(
         kernels = kernels * scale.view(B, H, W, G, taps).permute(4, 0, 1, 2, 3)
 
     heads = x.permute(0, 2, 3, 1).contiguous().reshape(B, H, W, G, C // G).to(dtype)
-    if torch.jit.is_scripting() or torch.jit.is_tracing():  # their graphs cannot hold a backward written in Python
+    if x.is_cpu and H * W <= max(64, 3 * taps):  # measured: two to five times faster to train up to there
+        out = band_product(heads, kernels, kernel_size)
+    elif torch.jit.is_scripting() or torch.jit.is_tracing():  # their graphs cannot hold a backward written in Python
         out = shifted_sum(heads, kernels.unbind(0), kernel_size)
     else:
         out = ShiftedSum.apply(heads, kernels, kernel_size)
@@ -46,6 +49,26 @@ def eager(
     if bias is not None:
         out = out + bias.to(dtype)
     return out.to(x.dtype).permute(0, 3, 1, 2)
+
+
+def band_product(x: torch.Tensor, kernels: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tensor:
+    """`shifted_sum` of kernels (Kh * Kw, B, H, W, G): row i of a matrix is what position i takes of the others."""
+    B, H, W, G, c = x.shape
+    rows = kernels.permute(1, 4, 2, 3, 0).reshape(B, G, H * W, kernel_size[0] * kernel_size[1])
+    band = torch.zeros([B, G, H * W, H * W + 1], dtype=x.dtype, device=x.device)  # one column for all outside
+    band = band.scatter(3, sources(H, W, kernel_size, x.device).expand_as(rows), rows)[..., :H * W]
+    out = band @ x.permute(0, 3, 1, 2, 4).reshape(B, G, H * W, c)
+    return out.view(B, G, H, W, c).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def sources(H: int, W: int, kernel_size: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """(H * W, Kh * Kw) int64: the place that each tap of each position reads, H * W where that is outside."""
+    Kh, Kw = kernel_size
+    rows = torch.arange(H, device=device)[:, None] + torch.arange(Kh, device=device) - Kh // 2
+    columns = torch.arange(W, device=device)[:, None] + torch.arange(Kw, device=device) - Kw // 2
+    inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[None, :, None, :]
+    place = rows[:, None, :, None] * W + columns[None, :, None, :]
+    return place.masked_fill(~inside, H * W).reshape(H * W, Kh * Kw)
 
 
 def shifted_sum(x: torch.Tensor, kernels: list[torch.Tensor], kernel_size: tuple[int, int]) -> torch.Tensor:
