@@ -24,8 +24,10 @@ def eager(
         kernel = kernel * dropconnect_scale(seed, G * Kh * Kw, dropconnect, dtype).view(G, Kh, Kw)
     # CPUs convolve float16 slowly. bfloat16 in 2 to 16 channels never came back from torch 2.15 on an AVX-512 CPU with
     # sides from 15 up and maps wider than 30
-    stuck = x.dtype == torch.bfloat16 and C <= 16 and max(Kh, Kw) > 13
-    widen = x.device.type == 'cpu' and (x.dtype == torch.float16 or stuck)
+    stuck = C <= 16 and max(Kh, Kw) > 13
+    # torch's gradient of a bfloat16 kernel of 5 x 5 or more takes three to five times the float32 one's time there
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) and max(Kh, Kw) > 3
+    widen = x.is_cpu and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and (stuck or learns)))
     compute = torch.float32 if widen else x.dtype
     # (G, Kh, Kw) -> (C, 1, Kh, Kw), a copy for each channel of a head
     kernel = kernel.to(compute)[:, None].expand(G, C // G, Kh, Kw).reshape(C, 1, Kh, Kw)
