@@ -5,9 +5,10 @@
 
 Sizes resize the whole picture; crop and colours stay those of the weights. The damage is done to the picture as it is
 stored, before it is resized: JPEG at quality 30, Gaussian blur of radius 1 pixel, Gaussian noise of deviation 0.1 (of
-1), the same noise for a picture each time.
+1), the same noise for a picture each time. Models that the results file holds are not measured again.
 """
 import io
+import json
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from PIL import Image, ImageFilter
 from processes import start
 from provenance import provenance
 from run_folder import write_json
-from settings import SettingsError, check_range, end_with_sentence
+from settings import SettingsError, check_range, end_with_sentence, flag
 from timm.data import create_transform
 from torchvision.transforms import Compose
 
@@ -62,7 +63,7 @@ class Settings:
     amp: bool = False  # bfloat16 autocast.
     device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
     workers: int = 1  # Processes that read pictures.
-    results_file: str = ''  # JSON to write after every row.
+    results_file: str = ''  # JSON to write after every model.
 
 
 def top1(settings: Settings, name: str, size: int | None, damage: str) -> float:
@@ -90,20 +91,32 @@ def main(settings: Settings) -> dict:
                             f'{settings.sizes}.')
     if settings.results_file and not Path(settings.results_file).parent.is_dir():
         raise SettingsError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
+    path = Path(settings.results_file) if settings.results_file else None
+    rows, made = {}, {}
+    kept = {name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(settings).items() if name not in ('model', 'results_file')}
+    if path and path.exists():
+        earlier = json.loads(path.read_text())
+        rows, made = earlier['top1'], earlier['made']
+        for name in ('data_dir', 'sizes', 'val_split', 'amp'):
+            if earlier['settings'][name] != kept[name]:
+                raise SettingsError(f'--results-file {path} holds rows made with {flag(name)} '
+                                    f'{earlier["settings"][name]}, not {kept[name]}; give another file.')
     columns = [(f'{size} px', size, '') for size in settings.sizes] + [(damage, None, damage) for damage in DAMAGE]
-    rows, width = {}, max(map(len, settings.model))
-    kept = {name: value for name, value in asdict(settings).items() if name != 'results_file'}
+    facts, width = provenance(str(start(settings.device).device)), max(map(len, settings.model))
     print(f'{"top-1 (%)":{width}}  ' + ''.join(f'{title:>9}' for title, _, _ in columns), flush=True)
     for name in settings.model:
         print(f'{name:{width}}  ', end='', flush=True)
+        row = rows.get(name) or {}
         for title, size, damage in columns:
-            rows.setdefault(name, {})[title] = top1(settings, name, size, damage)
-            print(f'{rows[name][title]:9.2f}', end='', flush=True)
+            if name not in rows:
+                row[title] = top1(settings, name, size, damage)
+            print(f'{row[title]:9.2f}', end='', flush=True)
         print()
-        report = dict(settings=kept, top1=rows, **provenance(str(start(settings.device).device)))
-        if settings.results_file:
-            write_json(Path(settings.results_file), report)
-    return report
+        rows[name], made[name] = row, made.get(name, facts)
+        if path:
+            write_json(path, dict(settings=kept, top1=rows, made=made))
+    return dict(settings=kept, top1=rows, made=made)
 
 
 if __name__ == '__main__':

@@ -208,6 +208,7 @@ def main(settings: Settings) -> dict:
                     top1 = train(settings, data_dir, len(chosen), updates, subset, way == 'fine-tuned')
                 rows.append(dict(way=way, share=share, subset=subset, pictures=len(chosen), top1=top1))
                 report = summarize(settings, rows)
+                rows[-1].update((fact, report[fact]) for fact in ('hardware', 'commit', 'date'))
                 print(f'{way:12} {share:6.1%} of the labels, draw {subset + 1}: top-1 {top1:.2f} %')
                 if path:
                     write_json(path, report)

@@ -45,7 +45,19 @@ def test_numbers_are_those_of_timm_alone(settings):
     for name, damage in robustness.DAMAGE.items():
         assert found[name] == pytest.approx(by_hand(settings, 32, damage))
     written = json.loads(Path(settings.results_file).read_text())
-    assert list(written['top1'].values()) == [found] and written['hardware']
+    assert list(written['top1'].values()) == [found] and written['made'][settings.model[0]]['hardware']
+
+
+def test_models_of_the_file_are_not_measured_again(settings, monkeypatch, tmp_path):
+    file = str(tmp_path / 'robustness.json')
+    monkeypatch.setattr(robustness, 'top1', lambda settings, name, size, damage: float(len(name)))
+    robustness.main(dataclasses.replace(settings, model=('first',), results_file=file))
+    monkeypatch.setattr(robustness, 'top1', lambda *arguments: 0.0)
+    found = robustness.main(dataclasses.replace(settings, model=('second', 'first'), results_file=file))
+    assert found == json.loads(Path(file).read_text())
+    assert set(found['top1']['first'].values()) == {5.0} and set(found['top1']['second'].values()) == {0.0}
+    with pytest.raises(SettingsError, match='holds rows made with --sizes'):
+        robustness.main(dataclasses.replace(settings, sizes=(32,), results_file=file))
 
 
 @pytest.mark.parametrize('name', robustness.DAMAGE)

@@ -43,6 +43,7 @@ def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
     report = transfer.main(settings)
     assert {way: [row['pictures'] for row in report['rows'] if row['way'] == way] for way in transfer.WAYS} == {
         way: [18, 18, 36] for way in transfer.WAYS}
+    assert all(row['hardware'] == report['hardware'] and row['date'] == report['date'] for row in report['rows'])
     table = report['table']
     assert table['fine-tuned']['0.5']['top1'] > table['random start']['0.5']['top1'] + 10
     assert table['linear probe']['1.0']['top1'] > 80 and table['fine-tuned']['1.0']['deviation'] == 'not measured'
