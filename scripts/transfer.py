@@ -45,6 +45,8 @@ class Settings:
     updates: tuple[int, ...] = (300, 1000, 3000)  # Of the weights, for each share; rounded up to whole epochs.
     batch_size: int = 32  # Pictures per update.
     lr: float = 5e-4  # Highest learning rate of AdamW; cosine decay after a tenth of warm-up.
+    scale: tuple[float, float] = (0.35, 1.0)  # Area of the random crop, as a share of the picture.
+    hflip: float = 0.5  # Probability of a horizontal flip.
     amp: bool = False  # bfloat16 autocast.
     device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
     workers: int = 1  # Processes that read pictures.
@@ -75,7 +77,8 @@ def check_same(settings: Settings, earlier: dict) -> None:
     """Refuse to go on with rows that were made under other settings."""
     now = json.loads(json.dumps(asdict(settings)))
     changed = [f'{flag(name)} was {earlier[name]!r} and is {now[name]!r}'
-               for name in ('data_dir', 'model', 'img_size', 'batch_size', 'lr', 'amp') if earlier[name] != now[name]]
+               for name in ('data_dir', 'model', 'img_size', 'batch_size', 'lr', 'scale', 'hflip', 'amp')
+               if earlier[name] != now[name]]
     before, after = (dict(zip(kept['shares'], kept['updates'], strict=True)) for kept in (earlier, now))
     changed += [f'--updates was {before[share]} and is {after[share]} for share {share:g}'
                 for share in sorted(before.keys() & after.keys()) if before[share] != after[share]]
@@ -121,9 +124,9 @@ def train(settings: Settings, data_dir: Path, count: int, updates: int, seed: in
     summary = finetune.main(finetune.Settings(
         data_dir=str(data_dir), model=settings.model if pretrained else architecture, pretrained=pretrained,
         img_size=settings.img_size, epochs=epochs, val_interval=epochs, batch_size=min(settings.batch_size, count),
-        lr=settings.lr, warmup_epochs=epochs / 10, scale=(0.35, 1.0), color_jitter=0.0, amp=settings.amp,
-        model_kwargs=('conv_norm_momentum=0.1',) if ours else (), device=settings.device, workers=settings.workers,
-        seed=seed, output=str(data_dir.parent), resume='auto',
+        lr=settings.lr, warmup_epochs=epochs / 10, scale=settings.scale, hflip=settings.hflip, color_jitter=0.0,
+        amp=settings.amp, model_kwargs=('conv_norm_momentum=0.1',) if ours else (), device=settings.device,
+        workers=settings.workers, seed=seed, output=str(data_dir.parent), resume='auto',
         experiment=f'{data_dir.name}-{"fine-tuned" if pretrained else "random"}'))
     return summary['top1']
 
