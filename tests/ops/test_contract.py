@@ -240,16 +240,21 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize('channels,dtype,kernel,computed', [
-    (8, torch.bfloat16, 15, torch.float32), (8, torch.bfloat16, 13, torch.bfloat16),
-    (32, torch.bfloat16, 15, torch.bfloat16), (32, torch.float16, 3, torch.float32),
-    (8, torch.float32, 15, torch.float32)])
-def test_convolutions_that_cpus_do_not_do_well_are_widened(channels, dtype, kernel, computed):
-    x, weight = torch.randn(1, channels, 7, 9), torch.randn(1, kernel, kernel)
+@pytest.mark.parametrize('channels,dtype,kernel,learns,computed', [
+    (8, torch.bfloat16, 15, False, torch.float32), (8, torch.bfloat16, 13, False, torch.bfloat16),
+    (32, torch.bfloat16, 15, False, torch.bfloat16), (32, torch.float16, 3, False, torch.float32),
+    (8, torch.float32, 15, False, torch.float32), (32, torch.bfloat16, 5, True, torch.float32),
+    (32, torch.bfloat16, 3, True, torch.bfloat16)])
+def test_convolutions_that_cpus_do_not_do_well_are_widened(channels, dtype, kernel, learns, computed):
+    x, weight = torch.randn(1, channels, 7, 9), torch.randn(1, kernel, kernel, requires_grad=learns)
     for autocast in (False, True) if dtype != torch.float32 else (False,):
         with Convolutions() as seen, torch.autocast('cpu', dtype, enabled=autocast):
             out = lightconv2d(x if autocast else x.to(dtype), weight, backend='eager')
         assert seen.dtypes == [computed] and out.dtype == dtype
+    if learns:
+        with Convolutions() as seen, torch.no_grad():
+            lightconv2d(x.to(dtype), weight, backend='eager')
+        assert seen.dtypes == [dtype]
 
 
 def pads_no_channels() -> bool:

@@ -1,6 +1,7 @@
 """The definition against the paper's formula written out by hand and against its band matrix; eager against the
 definition."""
 import functools
+import importlib
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coatnet_zoo.ops import dynamicconv2d, lightconv2d
 
+EAGER = importlib.import_module('coatnet_zoo.ops.dynamicconv2d.eager')  # the functions hide the folders
 EXACT = dict(rtol=0, atol=1e-12)
 
 
@@ -91,7 +93,7 @@ def operands(draw) -> dict:
     heads, per_head = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     odd = st.integers(0, 3).map(lambda n: 2 * n + 1)
     return dict(
-        B=draw(st.integers(0, 2)), C=heads * per_head, H=draw(st.integers(1, 7)), W=draw(st.integers(1, 7)), G=heads,
+        B=draw(st.integers(0, 2)), C=heads * per_head, H=draw(st.integers(1, 12)), W=draw(st.integers(1, 12)), G=heads,
         kernel=(draw(odd), draw(odd)), bias=draw(st.booleans()), normalize=draw(st.sampled_from(['softmax', 'none'])),
         dropconnect=draw(st.sampled_from([0., .3])), strides=draw(st.sampled_from(['nchw', 'nhwc', 'sliced'])))
 
@@ -126,6 +128,30 @@ def test_eager_lightconv_is_the_definition(a):
     bias = rand(a['C'], grad=True) if a['bias'] else None
     agree(lambda backend: lightconv2d(x, weight, bias, a['dropconnect'], True, backend, a['normalize']),
           [x, weight] + ([bias] if a['bias'] else []))
+
+
+@pytest.mark.parametrize(('H', 'W', 'kernel'), [(9, 8, (3, 5)), (1, 3, (1, 7)), (5, 5, (1, 1)), (2, 6, (7, 5))])
+def test_the_two_forms_of_eager_dynamicconv_agree(H, W, kernel):
+    x, kernels = rand(2, H, W, 3, 4, grad=True), rand(kernel[0] * kernel[1], 2, H, W, 3, grad=True)
+    forms = [form(x, kernels, kernel) for form in (EAGER.ShiftedSum.apply, EAGER.band_product)]
+    torch.testing.assert_close(*forms, **EXACT)
+    weight = torch.randn_like(forms[0])
+    torch.testing.assert_close(*(torch.autograd.grad(form, (x, kernels), weight) for form in forms), **EXACT)
+
+
+@pytest.mark.parametrize(('H', 'W', 'kernel', 'form'), [
+    (12, 12, 7, 'band_product'), (13, 12, 7, 'shifted_sum'), (8, 8, 1, 'band_product'), (13, 5, 3, 'shifted_sum')])
+def test_small_maps_take_the_band_matrix(H, W, kernel, form, monkeypatch):
+    taken = []
+
+    def noting(name: str):
+        run = getattr(EAGER, name)
+        return lambda *args: (taken.append(name), run(*args))[1]
+
+    for name in ('band_product', 'shifted_sum'):
+        monkeypatch.setattr(EAGER, name, noting(name))
+    dynamicconv2d(rand(1, 2, H, W), rand(1, kernel ** 2, H, W), (kernel, kernel), backend='eager')
+    assert taken == [form]
 
 
 @settings(max_examples=60, deadline=None)
