@@ -83,7 +83,8 @@ def transfer() -> str:
         report = json.loads(file.read_text())
         settings, data = report['settings'], Path(report['settings']['data_dir']).name
         updates, size = ', '.join(map(str, settings['updates'])), settings['img_size'] or 'their own'
-        origins[f'{data} at size {size}, updates: {updates}; {report["hardware"]}'] = None
+        hardware = ' and '.join(sorted({row['hardware'] for row in report['rows']}))
+        origins[f'{data} at size {size}, updates: {updates}; {hardware}'] = None
         for way, cells in report['table'].items():
             found = [cells.get(str(share)) for share in settings['shares']]
             rows.append([f'`{settings["model"]}`', data, way, *(
