@@ -76,6 +76,25 @@ def weights() -> str:
     return table([*header, 'sha256'], rows)
 
 
+def previews() -> str:
+    """What each run of the previews had reached on the pictures held out of train."""
+    rows = []
+    for folder in sorted((RESULTS / 'tin200_preview').glob('*')):
+        found = []
+        for name in ('metrics.csv', 'metrics_more.csv'):
+            try:
+                with (folder / name).open(newline='', encoding='utf-8') as file:
+                    *_, last = csv.DictReader(file)
+                found.append(f'{float(last["eval_top1"]):.2f} ({last["epoch"]} epochs)')
+            except FileNotFoundError:
+                found.append(NOT_MEASURED)
+        rows.append([f'`{folder.name}`', *found])
+    if not rows:
+        return 'Previews: not measured.'
+    return table(['top-1 (%) on 2,000 pictures held out of train', 'after `tin200_preview`',
+                  'after `tin200_preview_more`'], rows)
+
+
 def transfer() -> str:
     """Few labels: fine-tuned, probed, and from random weights."""
     rows, pictures, origins = [], [], {}
@@ -266,7 +285,8 @@ def demo() -> str:
               f'{report["threads"]} threads of {report["hardware"]}.')
 
 
-SECTIONS = (weights, transfer, robustness, family, speed, scaling, ops, ablation, training, loader, budget, demo)
+SECTIONS = (
+    weights, previews, transfer, robustness, family, speed, scaling, ops, ablation, training, loader, budget, demo)
 
 
 def render(text: str) -> str:

@@ -60,6 +60,18 @@ def test_releases_fill_the_table_of_weights(tmp_path, monkeypatch):
             assert part in content
 
 
+def test_previews_show_the_last_epoch_of_each_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'RESULTS', tmp_path)
+    assert report.previews() == 'Previews: not measured.'
+    for name, files in (('x_64', ('metrics.csv', 'metrics_more.csv')), ('y_64', ('metrics.csv',))):
+        (tmp_path / 'tin200_preview' / name).mkdir(parents=True)
+        for place, file in enumerate(files):
+            (tmp_path / 'tin200_preview' / name / file).write_text(f'epoch,eval_top1\n1,1.0\n2,{place + 5}.126\n')
+    text = report.previews()
+    assert '| `x_64` | 5.13 (2 epochs) | 6.13 (2 epochs) |' in text
+    assert '| `y_64` | 5.13 (2 epochs) | not measured |' in text
+
+
 ORIGIN = dict(hardware='a CPU')
 
 
