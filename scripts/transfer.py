@@ -109,6 +109,11 @@ def link_subset(settings: Settings, files: list[Path], folder: Path) -> Path:
     return folder
 
 
+def root_of(settings: Settings) -> Path:
+    """Where the runs and features of these weights on this data go."""
+    return Path(settings.output) / f'{Path(settings.data_dir).name}-{safe_model_name(settings.model)}'
+
+
 def architecture_of(model: str) -> str:
     """The registered name under a tag, a folder or a repository."""
     source, name = parse_model_name(model)
@@ -135,7 +140,7 @@ def read_features(settings: Settings) -> dict[str, tuple[np.ndarray, np.ndarray]
     """Features (N, C) and labels (N,) of both splits, before the classifier; extracted once."""
     options = extract_features.Settings(
         data_dir=settings.data_dir, model=settings.model, pretrained=True, img_size=settings.img_size, amp=settings.amp,
-        device=settings.device, workers=settings.workers, output=str(Path(settings.output) / 'features'))
+        device=settings.device, workers=settings.workers, output=str(root_of(settings) / 'features'))
     found = {}
     for split in ('train', 'validation'):
         options = extract_features.Settings(**{**vars(options), 'split': split})
@@ -198,7 +203,7 @@ def main(settings: Settings) -> dict:
     for share, subsets, updates in zip(settings.shares, settings.subsets, settings.updates, strict=True):
         for subset in range(subsets):
             chosen = draw(labels, share, subset)
-            folder = Path(settings.output) / f'{safe_model_name(settings.model)}-{share:g}-{subset}'
+            folder = root_of(settings) / f'{share:g}-{subset}'
             for way in settings.ways:
                 if any((row['way'], row['share'], row['subset']) == (way, share, subset) for row in rows):
                     continue
