@@ -38,8 +38,9 @@ def test_every_packaged_release_is_frozen_and_no_other():
 
 
 def test_together_they_are_small():
-    sizes = [releases.RELEASES[name]['size'] for name in SHIPPED]
-    assert max(sizes) <= 8e6 and sum(sizes) <= 24e6
+    sizes = {name: releases.RELEASES[name]['size'] for name in SHIPPED}
+    assert sizes['coatnet_pico_64.tin200_preview'] <= 8e6
+    assert max(sizes.values()) <= 8.5e6 and sum(sizes.values()) <= 24e6
 
 
 @pytest.mark.parametrize('name', SHIPPED)
