@@ -1,4 +1,5 @@
 """Features out of any model of timm, and how well they tell classes apart."""
+import math
 import warnings
 
 import numpy as np
@@ -77,8 +78,8 @@ def linear_probe(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, v
                  seed: int = 0) -> dict[str, float | bool]:
     """Logistic regression on standardised features: its top-1 (%) on val, and how it was fitted.
 
-    The strength C of the L2 penalty is the best of PROBE_STRENGTHS on a fifth of train held out of each class; then
-    all of train is fitted with it. Val has no part in either.
+    The strength C of the L2 penalty is the best of PROBE_STRENGTHS on a fifth of train held out of each class, at least
+    one picture of it; then all of train is fitted with it. Val has no part in either.
 
     Args:
         train, val: Features (N, C) and (M, C).
@@ -92,9 +93,10 @@ def linear_probe(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, v
     from sklearn.preprocessing import StandardScaler
 
     most = 1000
+    held_out = max(math.ceil(0.2 * len(train_labels)), len(np.unique(train_labels)))
     search = GridSearchCV(
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=most)),
-        {'logisticregression__C': PROBE_STRENGTHS}, cv=StratifiedShuffleSplit(1, test_size=0.2, random_state=seed))
+        {'logisticregression__C': PROBE_STRENGTHS}, cv=StratifiedShuffleSplit(1, test_size=held_out, random_state=seed))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', ConvergenceWarning)  # told by 'converged'

@@ -171,6 +171,13 @@ def test_knn_weighs_near_neighbours_more():
     assert knn_top1(train, labels, query, answer, k=3, temperature=10.) == 0     # by number alone it does not
 
 
+def test_linear_probe_of_two_pictures_a_class():
+    pytest.importorskip('sklearn')
+    labels = np.arange(20) % 10  # a fifth of them would leave out most classes
+    features = np.eye(10)[labels] + np.random.default_rng(0).normal(scale=0.01, size=(20, 10))
+    assert linear_probe(features, labels, np.eye(10), np.arange(10))['top1'] == 100
+
+
 def test_linear_probe_is_a_logistic_regression_that_never_saw_val():
     pytest.importorskip('sklearn')
     rng = np.random.default_rng(0)
