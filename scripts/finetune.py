@@ -58,6 +58,7 @@ class Settings(ModelSettings, DataSettings):
     validation_batch_size: int | None = None  # Pictures per evaluation step (--batch-size if not given).
     grad_accum_steps: int = 1  # Steps whose gradients are added up before the weights change.
     epochs: int = 10  # Passes over the training split.
+    last_epoch: int | None = None  # End the run after this one of --epochs, where time is short; --resume auto goes on.
     val_interval: int = 1  # Evaluate after every so many epochs, and after the last.
     patience: int | None = None  # Stop after this many epochs without a better one.
     opt: str = 'adamw'  # Any name of timm.optim.list_optimizers().
@@ -112,8 +113,8 @@ class Settings(ModelSettings, DataSettings):
 
 # Settings that may differ when a run is resumed: they change where it is, not what it computes.
 FREE_ON_RESUME = (
-    'recipe', 'dataset_download', 'output', 'experiment', 'resume', 'device', 'recovery_interval', 'tracker',
-    'max_bad_images')
+    'recipe', 'last_epoch', 'dataset_download', 'output', 'experiment', 'resume', 'device', 'recovery_interval',
+    'tracker', 'max_bad_images')
 
 
 def check_values(settings: Settings) -> None:
@@ -133,8 +134,8 @@ def check_values(settings: Settings) -> None:
     for name, least, most in (
             ('smoothing', 0, 0.999), ('hflip', 0, 1), ('reprob', 0, 1), ('color_jitter', 0, 10),
             ('momentum', 0, 1), ('model_ema_decay', 0, 1), ('layer_decay', 1e-6, 1), ('seed', 0, 2**32 - 1),
-            ('warmup_epochs', 0, settings.epochs), ('min_lr', 0, settings.lr), ('max_bad_images', 0, 1),
-            ('mixup_prob', 0, 1), ('mixup_switch_prob', 0, 1), ('kd_loss_weight', 0, 1)):
+            ('warmup_epochs', 0, settings.epochs), ('last_epoch', 1, settings.epochs), ('min_lr', 0, settings.lr),
+            ('max_bad_images', 0, 1), ('mixup_prob', 0, 1), ('mixup_switch_prob', 0, 1), ('kd_loss_weight', 0, 1)):
         check_range(settings, name, least, most)
     if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
         raise SettingsError(f'--scale must be two rising shares of the picture from 0 to 1, got {settings.scale}.')

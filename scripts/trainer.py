@@ -102,6 +102,7 @@ class Trainer:
         self.sharded = whole_model is not None
         self.eval_model = whole_model if self.sharded else unwrap_model(task.get_eval_model(ema=settings.model_ema))
         self.progress = Progress()
+        self.last_epoch = settings.last_epoch or settings.epochs
 
         # A last group of batches that is not whole would weigh less than the others.
         self.steps_per_epoch = len(self.train_loader) - len(self.train_loader) % settings.grad_accum_steps
@@ -166,7 +167,7 @@ class Trainer:
             FloatingPointError: A loss or gradient is not finite; the last checkpoint was saved before.
         """
         with self.reporting(headline):
-            while self.progress.epoch <= self.settings.epochs and not self.out_of_patience():
+            while self.progress.epoch <= self.last_epoch and not self.out_of_patience():
                 self.train_epoch()
                 self.end_epoch()
             # The released file once more, from disk: the pictures show what it does.
@@ -271,11 +272,11 @@ class Trainer:
         """Evaluate if it is due, and save."""
         progress, epoch = self.progress, self.progress.epoch
         progress.train_seconds += progress.epoch_seconds
-        if epoch % self.settings.val_interval == 0 or epoch == self.settings.epochs:
+        if epoch % self.settings.val_interval == 0 or epoch == self.last_epoch:
             self.score_epoch()
         progress.epoch, progress.batch, progress.loss_sum, progress.epoch_seconds = epoch + 1, 0, 0.0, 0.0
         self.save()
-        if self.accelerator.check_trigger() and progress.epoch <= self.settings.epochs:
+        if self.accelerator.check_trigger() and progress.epoch <= self.last_epoch:
             raise Preempted(f'stopped by SIGTERM, saved after epoch {epoch}')
 
     def score_epoch(self) -> None:

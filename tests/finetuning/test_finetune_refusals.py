@@ -38,6 +38,7 @@ from settings import SettingsError
     ({'model_kwargs': ('num_classes=5',)}, ['--model-kwargs num_classes=5', 'flag of its own']),
     ({'amp_dtype': 'int8'}, ['--amp-dtype', 'bfloat16 or float16', "'int8'"]),
     ({'amp': True, 'amp_dtype': 'float16'}, ['--amp-dtype float16', 'needs a GPU', 'use bfloat16']),
+    ({'last_epoch': 3}, ['--last-epoch', 'from 1 to 2', 'got 3']),
     ({'patience': 0}, ['--patience', 'greater than 0', 'got 0']),
     ({'grad_accum_steps': 0}, ['--grad-accum-steps', 'greater than 0', 'got 0']),
     ({'max_bad_images': 1.5}, ['--max-bad-images', 'from 0 to 1', 'got 1.5']),

@@ -40,6 +40,16 @@ def test_same_seed_gives_same_weights_and_another_seed_does_not(settings, worker
     assert read_metrics(first) != read_metrics(other)
 
 
+def test_run_that_ended_early_is_whole_and_may_go_on(settings):
+    whole = run(settings, experiment='whole', epochs=3)
+    run_dir = run(settings, experiment='early', epochs=3, last_epoch=2, val_interval=3)
+    assert json.loads((run_dir / 'summary.json').read_text())['epochs'] == 2
+    assert read_metrics(run_dir) == read_metrics(whole)[1:2]
+    run(settings, experiment='early', epochs=3, val_interval=3, resume='auto')
+    assert json.loads((run_dir / 'summary.json').read_text())['epochs'] == 3
+    assert_same_tensors(read_checkpoint(run_dir)['state_dict'], read_checkpoint(whole)['state_dict'])
+
+
 def test_run_killed_at_any_write_resumes_to_the_same_weights(settings, monkeypatch):
     options = dict(model_ema=True, drop=0.2, color_jitter=0.2, epochs=1)
     whole = run(settings, experiment='whole', **options)
