@@ -37,7 +37,7 @@ def eager(
         kernels = kernels * scale.view(B, H, W, G, taps).permute(4, 0, 1, 2, 3)
 
     heads = x.permute(0, 2, 3, 1).contiguous().reshape(B, H, W, G, C // G).to(dtype)
-    if x.is_cpu and H * W <= max(64, 3 * taps):  # measured: two to five times faster to train up to there
+    if x.is_cpu and H * W <= max(64, 3 * taps):  # beyond, the matrix outgrows what it saves
         out = band_product(heads, kernels, kernel_size)
     elif torch.jit.is_scripting() or torch.jit.is_tracing():  # their graphs cannot hold a backward written in Python
         out = shifted_sum(heads, kernels.unbind(0), kernel_size)

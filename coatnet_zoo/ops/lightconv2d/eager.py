@@ -25,7 +25,7 @@ def eager(
     # CPUs convolve float16 slowly. bfloat16 in 2 to 16 channels never came back from torch 2.15 on an AVX-512 CPU with
     # sides from 15 up and maps wider than 30
     stuck = C <= 16 and max(Kh, Kw) > 13
-    # torch's gradient of a bfloat16 kernel of 5 x 5 or more takes three to five times the float32 one's time there
+    # torch's gradient of a bfloat16 kernel of 5 x 5 or more takes several times the float32 one's time there
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) and max(Kh, Kw) > 3
     widen = x.is_cpu and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and (stuck or learns)))
     compute = torch.float32 if widen else x.dtype
