@@ -69,7 +69,7 @@ def measure(settings: Settings) -> dict:
     """Let everything take turns."""
     recipe = finetune.Settings(
         **settings_of(settings.recipe, settings.model) | dict(
-            data_dir=settings.data_dir, model=settings.model, batch_size=settings.batch_size))
+            data_dir=settings.data_dir, model=settings.model, batch_size=settings.batch_size, decode_once=False))
     train_set, _, class_names = open_data(recipe)
     _, data_config = open_model(recipe, use_train_size=True, num_classes=len(class_names))
     pictures = Pictures(train_set, training_transform(recipe, data_config), substitute=True)

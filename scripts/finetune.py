@@ -52,6 +52,7 @@ class Settings(ModelSettings, DataSettings):
     val_num_samples: int | None = None  # Held-out pictures of such a stream.
     max_bad_images: float = 0.001  # Share of unreadable pictures to report and skip before it ends; streams only warn.
     class_balanced: bool = False  # Draw every class equally often.
+    decode_once: bool = False  # Keep all pictures, squared to the model's size, on the device, and augment them there.
     initial_checkpoint: str = ''  # Start from this file of weights, whose classes must be the data's.
 
     batch_size: int = 64  # Pictures per training step and process.
@@ -149,6 +150,10 @@ def check_values(settings: Settings) -> None:
     if settings.tracker and settings.tracker not in (known := [str(t) for t in get_available_trackers()]):
         raise SettingsError(f'--tracker must be the name of an installed tracker ({", ".join(known) or "none is"}), '
                             f'got {settings.tracker!r}; pip install it.')
+    if settings.decode_once and (settings.aa or is_stream(settings)):
+        raise SettingsError(f'--decode-once keeps pictures that PIL never sees again and a stream never ends with: '
+                            f'leave --aa (got {settings.aa}) and streams (--dataset {settings.dataset or "is empty"}) '
+                            f'out, or --decode-once.')
     if settings.class_balanced and is_stream(settings):
         raise SettingsError('--class-balanced needs all labels before the start, which a stream does not have.')
     check_model_settings(settings)

@@ -2,6 +2,7 @@
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
+from decoded import Augmentation, DecodedPictures, Normalize, decoded_batches
 from pictures import EpochSampler, Pictures, StreamedPictures, batches, is_stream, open_pictures, targets_of
 from settings import SettingsError, one_line
 from timm.data import create_transform
@@ -36,7 +37,11 @@ def open_data(settings: 'Settings') -> tuple[Dataset, Dataset, list[str]]:
 
 
 def training_transform(settings: 'Settings', data_config: dict, size: int | None = None) -> object:
-    """timm's augmentation at the model's size, or at a size in pixels."""
+    """timm's augmentation, or that of decoded pictures, at the model's size or at a size in pixels."""
+    if settings.decode_once:
+        return Augmentation(
+            size or data_config['input_size'][-1], data_config['mean'], data_config['std'], settings.scale,
+            settings.hflip, settings.color_jitter, settings.reprob)
     shape = data_config['input_size'] if size is None else (data_config['input_size'][0], size, size)
     return create_transform(
         shape, is_training=True, interpolation=data_config['interpolation'], mean=data_config['mean'],
@@ -61,22 +66,34 @@ def _loaders(settings: 'Settings', train_set: Dataset, val_set: Dataset, data_co
     except (ValueError, KeyError, AssertionError) as error:
         raise SettingsError(f'--aa, --interpolation or another setting of the pictures: {one_line(error)}.') from error
     mode = 'RGB' if settings.in_chans == 3 else 'L'
-    shared = dict(workers=settings.workers, pin_memory=accelerator.device.type == 'cuda')
     val_batch = settings.validation_batch_size or settings.batch_size
+    shared = dict(workers=settings.workers, pin_memory=accelerator.device.type == 'cuda')
     if is_stream(settings):  # timm's streams share their pictures out themselves
         train, val = (StreamedPictures(dataset, transform, settings.seed, accelerator.process_index)
                       for dataset, transform in zip((train_set, val_set), transforms, strict=True))
         return (batches(train, None, settings.batch_size, drop_last=True, **shared),
                 batches(val, None, val_batch, **shared), None)
-    train = Pictures(train_set, transforms[0], settings.seed, mode, substitute=True)
-    val = Pictures(val_set, transforms[1], settings.seed, mode)
     targets = targets_of(train_set) if settings.class_balanced else None
-    sampler = EpochSampler(len(train), settings.seed, shuffle=True, targets=targets)
+    sampler = EpochSampler(len(train_set), settings.seed, shuffle=True, targets=targets)
     batch = settings.batch_size * accelerator.num_processes
-    odd = len(train) % 2 and (settings.mixup or settings.cutmix)
-    if len(train) < batch and (accelerator.num_processes > 1 or odd):
+    odd = len(train_set) % 2 and (settings.mixup or settings.cutmix)
+    if len(train_set) < batch and (accelerator.num_processes > 1 or odd):
         raise SettingsError(f'--batch-size {settings.batch_size} in {accelerator.num_processes} processes must be at '
-                            f'most the {len(train)} training pictures; give a smaller one.')
-    loaders = (batches(train, sampler, batch, drop_last=len(train) > batch, **shared),
-               batches(val, EpochSampler(len(val)), val_batch * accelerator.num_processes, **shared))
+                            f'most the {len(train_set)} training pictures; give a smaller one.')
+    order = EpochSampler(len(val_set))
+    val_batch, drop_last = val_batch * accelerator.num_processes, len(train_set) > batch
+    if settings.decode_once:
+        keep = dict(device=accelerator.device, workers=settings.workers, quiet=not accelerator.is_main_process)
+        # train is cropped on the device: what is kept of it is all of each picture
+        whole = create_transform(**data_config | dict(crop_pct=1.0, crop_mode='squash'), normalize=False)
+        train = Pictures(train_set, whole, settings.seed, mode, substitute=True)
+        val = Pictures(val_set, create_transform(**data_config, normalize=False), settings.seed, mode)
+        as_it_is = Normalize(data_config['mean'], data_config['std'])
+        loaders = (decoded_batches(DecodedPictures(train, transforms[0], **keep), sampler, batch, drop_last),
+                   decoded_batches(DecodedPictures(val, as_it_is, **keep), order, val_batch))
+    else:
+        train = Pictures(train_set, transforms[0], settings.seed, mode, substitute=True)
+        val = Pictures(val_set, transforms[1], settings.seed, mode)
+        loaders = (batches(train, sampler, batch, drop_last=drop_last, **shared),
+                   batches(val, order, val_batch, **shared))
     return *accelerator.prepare(*loaders), sampler

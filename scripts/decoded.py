@@ -1,0 +1,156 @@
+"""Pictures that are decoded once and stay on the device as uint8: crop, flip, colours and erasing are computed there.
+
+For many epochs on small pictures, where a GPU would wait for PIL. Whoever trains sees the distribution of
+RandomResizedCrop and ColorJitter as timm's transforms draw it, but every crop is bilinear and the colours change in one
+order; evaluation sees the very pictures that it always sees.
+"""
+import math
+from collections.abc import Callable
+
+import torch
+from pictures import EpochSampler, Pictures, batches, seed_of
+from settings import SettingsError
+from timm.data.random_erasing import RandomErasing
+from timm.utils import random_seed
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+from tqdm import tqdm
+
+__all__ = ['Augmentation', 'DecodedPictures', 'Normalize', 'adjust_colors', 'cut', 'decoded_batches', 'draw_crops']
+
+ASPECT = (3 / 4, 4 / 3)  # of a crop, width over height, as in RandomResizedCrop
+GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision's colour operations
+
+
+class Normalize:
+    """uint8 pictures (B, C, H, W) -> (x / 255 - mean) / std in float32, to the bit what ToTensor and Normalize give."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.mean, self.std = mean, std
+
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.normalize(pictures.float().div_(255))
+
+    def normalize(self, pictures: torch.Tensor) -> torch.Tensor:
+        mean, std = (torch.tensor(values, device=pictures.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pictures - mean) / std
+
+
+def draw_crops(count: int, scale: tuple[float, float], device: torch.device | str = 'cpu') -> torch.Tensor:
+    """(left, top, width, height) of a crop for each of `count` square pictures, as shares of its side: (count, 4).
+
+    The first of ten draws that fits inside, else the whole picture, as in RandomResizedCrop: the area is uniform in
+    `scale`, the logarithm of width over height uniform from 3/4 to 4/3.
+    """
+    area = torch.empty(count, 10, device=device).uniform_(*scale)
+    aspect = torch.empty(count, 10, device=device).uniform_(*map(math.log, ASPECT)).exp()
+    width, height = (area * aspect).sqrt(), (area / aspect).sqrt()
+    fits = (width <= 1) & (height <= 1)
+    first = fits.int().argmax(1, keepdim=True)  # 0 where none fits
+    found = fits.any(1)
+    width, height = (torch.where(found, side.gather(1, first).squeeze(1), 1) for side in (width, height))
+    left, top = torch.rand(2, count, device=device)
+    return torch.stack((left * (1 - width), top * (1 - height), width, height), 1)
+
+
+def cut(pictures: torch.Tensor, crops: torch.Tensor, flipped: torch.Tensor, size: int) -> torch.Tensor:
+    """Crops (B, 4) of pictures (B, C, S, S), flipped left to right where `flipped` (B,) says so: (B, C, size, size)."""
+    left, top, width, height = crops.unbind(1)
+    zero, sign = torch.zeros_like(left), torch.where(flipped, -1., 1.)
+    across = torch.stack((sign * width, zero, 2 * left + width - 1), 1)
+    down = torch.stack((zero, height, 2 * top + height - 1), 1)
+    finer = math.ceil(pictures.shape[-1] / size)  # so that a smaller picture is an average, not a choice, of pixels
+    grid = F.affine_grid(torch.stack((across, down), 1), (len(pictures), 1, finer * size, finer * size), False)
+    return F.avg_pool2d(F.grid_sample(pictures, grid, padding_mode='border', align_corners=False), finer)
+
+
+def adjust_colors(pictures: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor,
+                  saturation: torch.Tensor) -> torch.Tensor:
+    """Scale brightness, then contrast, then saturation of pictures (B, C, H, W) in 0 to 1 by factors (B,) around 1.
+
+    As torchvision's adjust_brightness, adjust_contrast and adjust_saturation compute them.
+    """
+    def grey(pictures: torch.Tensor) -> torch.Tensor:
+        weights = GREY if pictures.shape[1] == 3 else (1,)
+        return (pictures * torch.tensor(weights, device=pictures.device).view(-1, 1, 1)).sum(1, keepdim=True)
+
+    brightness, contrast, saturation = (factor.view(-1, 1, 1, 1) for factor in (brightness, contrast, saturation))
+    pictures = (pictures * brightness).clamp(0, 1)
+    pictures = torch.lerp(grey(pictures).mean((2, 3), keepdim=True), pictures, contrast).clamp(0, 1)
+    return torch.lerp(grey(pictures), pictures, saturation).clamp(0, 1) if pictures.shape[1] == 3 else pictures
+
+
+class Augmentation(Normalize):
+    """uint8 pictures (B, C, S, S) -> what a model trains on, (B, C, size, size) float32 on their device.
+
+    Args:
+        size: In pixels.
+        mean, std: Of each channel, for pictures in 0 to 1.
+        scale: Area of the random crop, as a share of the picture.
+        hflip: Probability of a horizontal flip.
+        color_jitter: Brightness, contrast and saturation are scaled by factors up to this far from 1.
+        reprob: Probability of random erasing, by timm's RandomErasing.
+    """
+
+    def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...], scale: tuple[float, float],
+                 hflip: float, color_jitter: float, reprob: float):
+        super().__init__(mean, std)
+        self.size, self.scale, self.hflip, self.color_jitter, self.reprob = size, scale, hflip, color_jitter, reprob
+
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        count, device = len(pictures), pictures.device
+        flipped = torch.rand(count, device=device) < self.hflip
+        pictures = cut(pictures.float().div_(255), draw_crops(count, self.scale, device), flipped, self.size)
+        if self.color_jitter:
+            pictures = adjust_colors(pictures, *torch.empty(3, count, device=device).uniform_(
+                max(0, 1 - self.color_jitter), 1 + self.color_jitter))
+        pictures = self.normalize(pictures)
+        return RandomErasing(self.reprob, mode='pixel', device=device)(pictures) if self.reprob else pictures
+
+
+class DecodedPictures(Dataset):
+    """A list of (epoch, index) -> (images (B, C, H, W), labels (B,), bad (B,)), all on the device.
+
+    What is random follows from (seed, epoch, first index), whatever was drawn before.
+
+    Args:
+        pictures: Read once, here, in the order of their places; their transform gives uint8 (C, S, S).
+        transform: uint8 (B, C, S, S) -> float32 (B, C, H, W).
+        device: Where the pictures stay.
+        workers: Processes that read.
+        quiet: Without a progress bar.
+    """
+
+    def __init__(self, pictures: Pictures, transform: Callable[[torch.Tensor], torch.Tensor], device: torch.device,
+                 workers: int = 0, quiet: bool = False):
+        self.dataset, self.transform, self.seed = pictures.dataset, transform, pictures.seed
+        shape = pictures[0, 0][0].shape
+        size = f'{len(pictures)} pictures of {tuple(shape)} take {len(pictures) * shape.numel() / 1e9:.2g} GB'
+        try:
+            self.images = torch.empty(len(pictures), *shape, dtype=torch.uint8, device=device)
+        except RuntimeError as error:
+            raise SettingsError(f'--decode-once: {size}, more than {device} has left; leave it out.') from error
+        labels, bad, done = [], [], 0
+        with tqdm(total=len(pictures), desc=f'decoding: {size}', unit='img', unit_scale=True, disable=quiet) as bar:
+            for images, *rest in batches(pictures, EpochSampler(len(pictures)), 256, workers):
+                self.images[done:done + len(images)] = images.to(device)
+                done += len(images)
+                labels.append(rest[0])
+                bad.append(rest[1])
+                bar.update(len(images))
+        self.labels, self.bad = torch.cat(labels).to(device), torch.cat(bad).to(device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        places = torch.tensor([index for _, index in keys], device=self.images.device)
+        random_seed(seed_of(self.seed, *keys[0]))
+        return self.transform(self.images[places]), self.labels[places], self.bad[places]
+
+
+def decoded_batches(pictures: DecodedPictures, sampler: EpochSampler, batch_size: int,
+                    drop_last: bool = False) -> DataLoader:
+    """What `pictures.batches` is for others: the main process takes and augments a batch at once."""
+    return DataLoader(
+        pictures, batch_sampler=BatchSampler(sampler, batch_size, drop_last), collate_fn=lambda batch: batch)

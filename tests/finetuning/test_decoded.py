@@ -1,0 +1,183 @@
+"""Pictures that are decoded once: crop, colours and evaluation against torchvision and timm, and a run that goes on."""
+import csv
+import json
+import math
+
+import eval_imagenet
+import numpy as np
+import pytest
+import torch
+from decoded import Augmentation, DecodedPictures, Normalize, adjust_colors, cut, decoded_batches, draw_crops
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import DataSettings, EpochSampler, Pictures, batches, open_pictures
+from PIL import Image
+from runs import assert_same_run, read_metrics, run, write_shards
+from script_runs import write_pictures
+from settings import SettingsError
+from test_finetune_processes import train
+from timm.data import create_transform
+from torch.nn import functional as F
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as reference
+from trainer import Preempted, Trainer
+
+MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816)
+AUGMENTED = dict(decode_once=True, mixup=0.2, cutmix=1.0, reprob=0.5, color_jitter=0.4, train_img_sizes=(16, 32))
+
+
+def noise(count: int = 4, channels: int = 3, size: int = 32) -> torch.Tensor:
+    return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@given(low=st.floats(0.01, 1), high=st.floats(0.01, 1), count=st.integers(1, 50))
+def test_crops_lie_inside_and_are_as_large_and_as_wide_as_asked(low, high, count):
+    low, high = sorted((low, high))
+    left, top, width, height = draw_crops(count, (low, high)).double().unbind(1)
+    assert min(left.min(), top.min()) >= 0 and max((left + width).max(), (top + height).max()) <= 1 + 1e-6
+    whole = (width == 1) & (height == 1)
+    assert ((width * height > low - 1e-5) & (width * height < high + 1e-5) | whole).all()
+    assert ((width / height > 3 / 4 - 1e-5) & (width / height < 4 / 3 + 1e-5)).all()
+
+
+@pytest.mark.parametrize('scale', [(0.08, 1.0), (0.35, 1.0), (0.9, 1.0)])
+def test_crops_are_drawn_as_torchvision_draws_them(scale):
+    torch.manual_seed(0)
+    side = 10_000  # where whole pixels do not matter
+    theirs = np.array([RandomResizedCrop.get_params(torch.empty(1, side, side), scale, (3 / 4, 4 / 3))
+                       for _ in range(4000)]) / side
+    theirs = torch.from_numpy(theirs[:, [1, 0, 3, 2]])
+    ours = draw_crops(40_000, scale).double()
+    for function in (lambda crops: crops, lambda crops: crops**2, lambda crops: crops[:, 2] * crops[:, 3],
+                     lambda crops: crops[:, 0] * crops[:, 2]):
+        torch.testing.assert_close(function(ours).mean(0), function(theirs).mean(0), atol=0.015, rtol=0)
+
+
+WHOLE, HALF = [0, 0, 32, 32], [8, 4, 16, 8]
+
+
+@pytest.mark.parametrize('flipped', [False, True])
+def test_a_whole_picture_stays_what_it_is_or_is_averaged(flipped):
+    pictures = noise()
+    expected = reference.hflip(pictures) if flipped else pictures
+    flipped, crops = torch.full((4,), flipped), torch.tensor([WHOLE] * 4) / 32
+    torch.testing.assert_close(cut(pictures, crops, flipped, 32), expected, atol=1e-5, rtol=0)
+    for size in (16, 8):
+        small = F.avg_pool2d(expected, 32 // size)
+        torch.testing.assert_close(cut(pictures, crops, flipped, size), small, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('flipped', [False, True])
+def test_enlarged_crops_are_bilinear(flipped):
+    pictures = noise()
+    found = cut(pictures, torch.tensor([HALF, WHOLE, HALF, HALF]) / 32, torch.full((4,), flipped), 32)
+    expected = F.interpolate(pictures[..., 4:12, 8:24], (32, 32), mode='bilinear')
+    expected[1] = pictures[1]
+    expected = reference.hflip(expected) if flipped else expected
+    # at its border the crop looks at the pixels beyond, which interpolate() does not have
+    torch.testing.assert_close(found[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_colours_change_as_in_torchvision(channels):
+    pictures = noise(channels=channels)
+    factors = torch.empty(3, 4).uniform_(0.3, 1.7, generator=torch.Generator().manual_seed(1))
+    found = adjust_colors(pictures, *factors)
+    for index, (brightness, contrast, saturation) in enumerate(factors.T.tolist()):
+        expected = reference.adjust_brightness(pictures[index], brightness)
+        expected = reference.adjust_contrast(expected, contrast)
+        torch.testing.assert_close(found[index], reference.adjust_saturation(expected, saturation))
+
+
+def test_augmentation_does_what_it_is_asked_to():
+    pictures = (noise(64) * 255).byte()
+    plain = dict(size=32, mean=MEAN, std=STD, scale=(1, 1), hflip=0., color_jitter=0., reprob=0.)
+    as_they_are = Normalize(MEAN, STD)(pictures)
+    torch.testing.assert_close(Augmentation(**plain)(pictures), as_they_are, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        Augmentation(**plain | dict(hflip=1.))(pictures), as_they_are.flip(-1), atol=1e-4, rtol=0)
+    changes = dict(scale=(0.3, 0.5), hflip=0.5, color_jitter=0.4, reprob=1.)
+    for name, value in changes.items():
+        changed = (Augmentation(**plain | {name: value})(pictures) - as_they_are).abs().amax((1, 2, 3)) > 1e-3
+        assert changed.float().mean() > 0.9 if name != 'hflip' else 0.25 < changed.float().mean() < 0.75, name
+    assert Augmentation(**plain | dict(size=16))(pictures).shape == (64, 3, 16, 16)
+
+
+def test_evaluation_sees_the_very_pictures(pictures):
+    dataset, _ = open_pictures(DataSettings(data_dir=str(pictures)), 'validation')
+    options = dict(input_size=(3, 24, 24), crop_pct=0.9, interpolation='bicubic', mean=MEAN, std=STD)
+    expected = batches(Pictures(dataset, create_transform(**options)), EpochSampler(len(dataset)), 4, 0)
+    decoded = DecodedPictures(Pictures(dataset, create_transform(**options, normalize=False)), Normalize(MEAN, STD),
+                              torch.device('cpu'), quiet=True)
+    found = decoded_batches(decoded, EpochSampler(len(dataset)), 4)
+    assert decoded.images.dtype == torch.uint8 and len(found) == len(expected) == math.ceil(len(dataset) / 4)
+    for batch, other in zip(found, expected, strict=True):
+        assert all(map(torch.equal, batch, other))
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(settings, monkeypatch):
+    whole = run(settings, **AUGMENTED)
+    assert len(read_metrics(whole)) == 2
+    train_step = Trainer.train_step
+
+    def stop_soon(trainer: Trainer, *batch: torch.Tensor) -> None:
+        if (trainer.progress.epoch, trainer.progress.batch) == (2, 1):
+            trainer.accelerator.set_trigger()
+        train_step(trainer, *batch)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(Trainer, 'train_step', stop_soon)
+        run(settings, **AUGMENTED, experiment='killed')
+    assert_same_run(whole, run(settings, **AUGMENTED, experiment='killed', resume='auto'))
+
+
+def test_it_learns_and_its_scores_are_those_of_evaluation(settings, pictures):
+    run_dir = run(settings, decode_once=True, epochs=8, lr=5e-3, scale=(0.3, 1.), color_jitter=0.1, val_interval=8)
+    row, = read_metrics(run_dir)
+    report, = eval_imagenet.main(eval_imagenet.Settings(
+        data_dir=str(pictures), model=(f'local-dir:{run_dir}',), workers=0, device='cpu'))
+    assert row['eval_top1'] == report['top1'] > 80 and row['eval_loss'] == pytest.approx(report['loss'], abs=1e-4)
+
+
+def test_two_processes_share_the_batches(tmp_path):
+    data = write_pictures(tmp_path / 'pictures', train=8, val=5)
+    flags = ('--decode-once', '--scale', '1', '1', '--hflip', '0', '--color-jitter', '0', '--epochs', '4',
+             '--warmup-epochs', '1', '--lr', '1e-3')
+    for first, second in zip(train(data, tmp_path, 1, 8, *flags), train(data, tmp_path, 2, 4, *flags), strict=True):
+        assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
+        assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
+
+
+def test_unreadable_pictures_are_named_and_wide_ones_kept_whole(settings, tmp_path):
+    data = write_pictures(tmp_path / 'own')
+    bad = data / 'train' / 'red' / '3.png'
+    bad.write_bytes(b'no picture')
+    wide = Image.new('RGB', (90, 30))
+    wide.paste((255, 255, 255), (0, 0, 30, 30))
+    wide.save(data / 'train' / 'blue' / '0.png')
+    run_dir = run(settings, data_dir=str(data), decode_once=True, max_bad_images=0.1)
+    assert json.loads((run_dir / 'summary.json').read_text())['unreadable'] == [str(bad)]
+    dataset, _ = open_pictures(DataSettings(data_dir=str(data)), 'train')
+    whole = create_transform((3, 30, 30), crop_pct=1.0, crop_mode='squash', interpolation='bilinear', normalize=False)
+    decoded = DecodedPictures(Pictures(dataset, whole, substitute=True), Normalize(MEAN, STD), torch.device('cpu'),
+                              quiet=True)
+    place = next(i for i in range(len(dataset)) if dataset.filename(i) == 'blue/0.png')
+    assert decoded.images[place, :, :, :8].min() > 200 and decoded.images[place, :, :, 12:].max() < 50
+    with (run_dir / 'metrics.csv').open() as file:
+        assert len(list(csv.DictReader(file))) == 2
+
+
+def test_what_it_cannot_do_is_refused(settings, tmp_path, monkeypatch):
+    with pytest.raises(SettingsError, match=r'--decode-once .* leave --aa \(got rand-m9\)'):
+        run(settings, decode_once=True, aa='rand-m9')
+    with pytest.raises(SettingsError, match=r'--decode-once .* streams'):
+        run(settings, decode_once=True, dataset='wds/', data_dir=str(write_shards(tmp_path / 'shards')))
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError('none left')
+
+    dataset, _ = open_pictures(DataSettings(data_dir=settings.data_dir), 'train')
+    whole = create_transform((3, 32, 32), normalize=False)
+    monkeypatch.setattr(torch, 'empty', full)
+    with pytest.raises(SettingsError, match=r'--decode-once: 36 pictures of \(3, 32, 32\) take .* GB, more than cpu'):
+        DecodedPictures(Pictures(dataset, whole), Normalize(MEAN, STD), torch.device('cpu'))
