@@ -37,7 +37,8 @@ RECIPES = {
     # For a GPU, which it has not seen yet.
     'tin200': TIN200 | dict(
         epochs=100, batch_size=512, lr=2e-3, warmup_epochs=5.0, drop_path=0.1, smoothing=0.1, decode_once=True,
-        torchcompile=True, color_jitter=0.4, mixup=0.2, cutmix=1.0, reprob=0.25, model_ema=True, model_ema_decay=0.9998),
+        torchcompile=True, color_jitter=0.4, mixup=0.2, cutmix=1.0, reprob=0.25, model_ema=True,
+        model_ema_decay=0.9998),
     # Imagenette at 128 px, from nothing: as much for a GPU, and as unseen.
     'nette': dict(
         img_size=128, crop_pct=1.0, epochs=150, batch_size=256, lr=1.5e-3, warmup_epochs=10.0, drop_path=0.1,

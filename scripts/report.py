@@ -7,6 +7,7 @@
 import csv
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -25,6 +26,9 @@ DOCUMENTS = ('README.md', 'MODEL_CARD.md', 'scripts/launch/README.md')
 NOT_MEASURED = 'not measured'
 # epochs and pictures of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and of its 21k set
 PAPER_RUNS = {'ImageNet-1k, 300 epochs': (300, 1_281_167), 'ImageNet-21k, 90 epochs': (90, 14_197_122)}
+# the small models of the zoo and timm's of like size, which are to be trained alike on Tiny-ImageNet-200
+ALIKE = ('coatnet_pico_64', 'lightconvnet_pico_64', 'dynamicconvnet_pico_64', 'coatnet_pico_ccdd_64',
+         'convnextv2_femto', 'resnet18', 'coatnet_pico_rw_224')
 
 
 def count_models() -> dict:
@@ -77,22 +81,25 @@ def weights() -> str:
 
 
 def previews() -> str:
-    """What each run of the previews had reached on the pictures held out of train."""
-    rows = []
-    for folder in sorted((RESULTS / 'tin200_preview').glob('*')):
-        found = []
-        for name in ('metrics.csv', 'metrics_more.csv'):
-            try:
-                with (folder / name).open(newline='', encoding='utf-8') as file:
-                    *_, last = csv.DictReader(file)
-                found.append(f'{float(last["eval_top1"]):.2f} ({last["epoch"]} epochs)')
-            except FileNotFoundError:
-                found.append(NOT_MEASURED)
-        rows.append([f'`{folder.name}`', *found])
-    if not rows:
-        return 'Previews: not measured.'
+    """What each run on Tiny-ImageNet-200 has reached on the pictures held out of train, by its last epoch."""
+    def last_epochs(pattern: str) -> list[dict]:
+        return [list(csv.DictReader(path.read_text(encoding='utf-8').splitlines()))[-1]
+                for path in sorted(RESULTS.glob(pattern))]
+
+    def reached(pattern: str) -> str:
+        found = last_epochs(pattern)
+        return f'{float(found[0]["eval_top1"]):.2f} ({found[0]["epoch"]} epochs)' if found else NOT_MEASURED
+
+    def over_seeds(pattern: str) -> str:
+        top1 = [float(row['eval_top1']) for row in last_epochs(pattern)]
+        return (f'{statistics.mean(top1):.2f} ({min(top1):.2f} to {max(top1):.2f}, {len(top1)} seeds)' if top1 else
+                NOT_MEASURED)
+
+    rows = [[f'`{name}`', reached(f'tin200_preview/{name}/metrics.csv'),
+             reached(f'tin200_preview/{name}/metrics_more.csv'),
+             over_seeds(f'tin200/{name}-seed*/metrics.csv')] for name in ALIKE]
     return table(['top-1 (%) on 2,000 pictures held out of train', 'after `tin200_preview`',
-                  'after `tin200_preview_more`'], rows)
+                  'then `tin200_preview_more`', '`tin200`, on a GPU'], rows)
 
 
 def transfer() -> str:

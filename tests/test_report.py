@@ -60,16 +60,19 @@ def test_releases_fill_the_table_of_weights(tmp_path, monkeypatch):
             assert part in content
 
 
-def test_previews_show_the_last_epoch_of_each_recipe(tmp_path, monkeypatch):
+def test_previews_show_the_last_epoch_of_each_recipe_and_every_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'RESULTS', tmp_path)
-    assert report.previews() == 'Previews: not measured.'
-    for name, files in (('x_64', ('metrics.csv', 'metrics_more.csv')), ('y_64', ('metrics.csv',))):
-        (tmp_path / 'tin200_preview' / name).mkdir(parents=True)
-        for place, file in enumerate(files):
-            (tmp_path / 'tin200_preview' / name / file).write_text(f'epoch,eval_top1\n1,1.0\n2,{place + 5}.126\n')
+    assert report.previews().count('not measured') == 3 * len(report.ALIKE)
+    for place, file in enumerate((
+            'tin200_preview/resnet18/metrics.csv', 'tin200_preview/resnet18/metrics_more.csv',
+            'tin200_preview/coatnet_pico_64/metrics.csv', 'tin200/coatnet_pico_64-seed42/metrics.csv',
+            'tin200/coatnet_pico_64-seed43/metrics.csv')):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(f'epoch,eval_top1\n1,1.0\n2,{place + 5}.126\n')
     text = report.previews()
-    assert '| `x_64` | 5.13 (2 epochs) | 6.13 (2 epochs) |' in text
-    assert '| `y_64` | 5.13 (2 epochs) | not measured |' in text
+    assert '| `resnet18` | 5.13 (2 epochs) | 6.13 (2 epochs) | not measured |' in text
+    assert '| `coatnet_pico_64` | 7.13 (2 epochs) | not measured | 8.63 (8.13 to 9.13, 2 seeds) |' in text
+    assert '| `convnextv2_femto` | not measured | not measured | not measured |' in text
 
 
 ORIGIN = dict(hardware='a CPU')
