@@ -77,7 +77,7 @@ def adjust_colors(pictures: torch.Tensor, brightness: torch.Tensor, contrast: to
     brightness, contrast, saturation = (factor.view(-1, 1, 1, 1) for factor in (brightness, contrast, saturation))
     pictures = (pictures * brightness).clamp(0, 1)
     pictures = torch.lerp(grey(pictures).mean((2, 3), keepdim=True), pictures, contrast).clamp(0, 1)
-    return torch.lerp(grey(pictures), pictures, saturation).clamp(0, 1) if pictures.shape[1] == 3 else pictures
+    return torch.lerp(grey(pictures), pictures, saturation).clamp(0, 1)
 
 
 class Augmentation(Normalize):

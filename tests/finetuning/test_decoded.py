@@ -1,5 +1,6 @@
 """Pictures that are decoded once: crop, colours and evaluation against torchvision and timm, and a run that goes on."""
 import csv
+import dataclasses
 import json
 import math
 
@@ -10,8 +11,10 @@ import torch
 from decoded import Augmentation, DecodedPictures, Normalize, adjust_colors, cut, decoded_batches, draw_crops
 from hypothesis import given
 from hypothesis import strategies as st
+from loaders import create_loaders, open_data, training_transform
 from pictures import DataSettings, EpochSampler, Pictures, batches, open_pictures
 from PIL import Image
+from processes import start
 from runs import assert_same_run, read_metrics, run, write_shards
 from script_runs import write_pictures
 from settings import SettingsError
@@ -148,23 +151,32 @@ def test_two_processes_share_the_batches(tmp_path):
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
 
 
-def test_unreadable_pictures_are_named_and_wide_ones_kept_whole(settings, tmp_path):
+def test_unreadable_pictures_are_named(settings, tmp_path):
     data = write_pictures(tmp_path / 'own')
     bad = data / 'train' / 'red' / '3.png'
     bad.write_bytes(b'no picture')
-    wide = Image.new('RGB', (90, 30))
-    wide.paste((255, 255, 255), (0, 0, 30, 30))
-    wide.save(data / 'train' / 'blue' / '0.png')
     run_dir = run(settings, data_dir=str(data), decode_once=True, max_bad_images=0.1)
     assert json.loads((run_dir / 'summary.json').read_text())['unreadable'] == [str(bad)]
-    dataset, _ = open_pictures(DataSettings(data_dir=str(data)), 'train')
-    whole = create_transform((3, 30, 30), crop_pct=1.0, crop_mode='squash', interpolation='bilinear', normalize=False)
-    decoded = DecodedPictures(Pictures(dataset, whole, substitute=True), Normalize(MEAN, STD), torch.device('cpu'),
-                              quiet=True)
-    place = next(i for i in range(len(dataset)) if dataset.filename(i) == 'blue/0.png')
-    assert decoded.images[place, :, :, :8].min() > 200 and decoded.images[place, :, :, 12:].max() < 50
     with (run_dir / 'metrics.csv').open() as file:
         assert len(list(csv.DictReader(file))) == 2
+
+
+def test_settings_reach_the_pictures(settings, tmp_path):
+    data = write_pictures(tmp_path / 'own')
+    wide = Image.new('RGB', (96, 32))
+    wide.paste((255, 255, 255), (0, 0, 32, 32))
+    wide.save(data / 'train' / 'blue' / '0.png')
+    settings = dataclasses.replace(
+        settings, data_dir=str(data), decode_once=True, scale=(0.2, 0.6), hflip=0.3, color_jitter=0.1, reprob=0.7)
+    data_config = dict(
+        input_size=(3, 32, 32), interpolation='bilinear', mean=MEAN, std=STD, crop_pct=0.9, crop_mode='center')
+    augmentation = dict(mean=MEAN, std=STD, scale=(0.2, 0.6), hflip=0.3, color_jitter=0.1, reprob=0.7)
+    assert vars(training_transform(settings, data_config, 16)) == dict(size=16, **augmentation)
+    loader, _, _ = create_loaders(settings, *open_data(settings)[:2], data_config, start('cpu'))
+    assert vars(loader.dataset.transform) == dict(size=32, **augmentation)
+    place = next(i for i in range(36) if loader.dataset.dataset.filename(i) == 'blue/0.png')
+    picture = loader.dataset.images[place]  # the left third, squeezed, is there
+    assert picture[:, :, :9].min() > 200 and picture[:, :, 13:].max() < 50
 
 
 def test_what_it_cannot_do_is_refused(settings, tmp_path, monkeypatch):
