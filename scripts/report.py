@@ -117,7 +117,8 @@ def transfer() -> str:
                 NOT_MEASURED if cell is None else f'{cell["top1"]:.1f}' + (
                     '' if isinstance(cell['deviation'], str) else f' ± {cell["deviation"]:.1f}')
                 + f' ({cell["subsets"]})' for cell in found)])
-        pictures.append(f'![Top-1 over the share of labels](results/{file.stem}.png)')
+        if len({share for cells in report['table'].values() for share in cells}) > 1:  # a curve, not a column of dots
+            pictures.append(f'![Top-1 over the share of labels](results/{file.stem}.png)')
     if not rows:
         return 'Transfer to few labels: not measured.'
     shares = [f'{100 * share:g} % of the labels' for share in settings['shares']]

@@ -92,6 +92,10 @@ def test_transfer_shows_each_way_with_its_spread(tmp_path, monkeypatch):
     assert '| `x_64.a` | flowers | linear probe | not measured | 40.0 ± 1.3 (4) | 55.5 (1) |' in text
     assert 'flowers at size 64, updates: 300, 600, 900; a CPU.' in text
     assert '(results/transfer_flowers_cpu.png)' in text
+    (tmp_path / 'transfer_trees_cpu.json').write_text(json.dumps(dict(settings=settings, rows=[ORIGIN], table={
+        'fine-tuned': {'0.01': dict(top1=12.0, deviation='not measured', subsets=1)}})))
+    text = report.transfer()  # one share makes no curve
+    assert '12.0 (1)' in text and 'transfer_trees_cpu.png' not in text and 'transfer_flowers_cpu.png' in text
 
 
 def test_robustness_shows_each_model(tmp_path, monkeypatch):
