@@ -4,7 +4,8 @@
     python scripts/benchmark.py loader --data-dir imagenette --model coatnet_pico_64 --workers 0 1 2 --device cuda --amp
 
 Decoding, augmentation and collation run alone for each number of --workers; then the model trains on one batch that is
-already there. The windows of all take turns, and the median one counts.
+already there. The windows of all take turns, and the median one counts. Recipes that decode once are timed as if they
+did not.
 """
 import statistics
 import sys

@@ -1,14 +1,15 @@
 """Pictures that are decoded once and stay on the device as uint8: crop, flip, colours and erasing are computed there.
 
-For many epochs on small pictures, where a GPU would wait for PIL. Whoever trains sees the distribution of
-RandomResizedCrop and ColorJitter as timm's transforms draw it, but every crop is bilinear and the colours change in one
-order; evaluation sees the very pictures that it always sees.
+For many epochs on pictures no larger than the model takes, where a GPU would wait for PIL. Of larger ones the detail
+that a crop would show is lost, and of wide ones the shape, as all are kept as squares. From these, crops and colours
+are drawn as by RandomResizedCrop and ColorJitter, but every crop is bilinear and the colours change in one order.
+Evaluation sees the pictures that it always sees.
 """
 import math
 from collections.abc import Callable
 
 import torch
-from pictures import EpochSampler, Pictures, batches, seed_of
+from pictures import EpochSampler, Pictures, batches, check_labels, seed_of
 from settings import SettingsError
 from timm.data.random_erasing import RandomErasing
 from timm.utils import random_seed
@@ -19,11 +20,12 @@ from tqdm import tqdm
 __all__ = ['Augmentation', 'DecodedPictures', 'Normalize', 'adjust_colors', 'cut', 'decoded_batches', 'draw_crops']
 
 ASPECT = (3 / 4, 4 / 3)  # of a crop, width over height, as in RandomResizedCrop
+AT_ONCE = 256  # pictures read
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision's colour operations
 
 
 class Normalize:
-    """uint8 pictures (B, C, H, W) -> (x / 255 - mean) / std in float32, to the bit what ToTensor and Normalize give."""
+    """uint8 pictures (B, C, H, W) -> (x / 255 - mean) / std in float32, on a CPU to the bit as after ToTensor."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         self.mean, self.std = mean, std
@@ -109,12 +111,12 @@ class Augmentation(Normalize):
 
 
 class DecodedPictures(Dataset):
-    """A list of (epoch, index) -> (images (B, C, H, W), labels (B,), bad (B,)), all on the device.
+    """A list of (epoch, index) -> (images (B, C, H, W), labels (B,), bad (B,)), all on the device, after `load`.
 
     What is random follows from (seed, epoch, first index), whatever was drawn before.
 
     Args:
-        pictures: Read once, here, in the order of their places; their transform gives uint8 (C, S, S).
+        pictures: Read once, in the order of their places; their transform gives uint8 (C, S, S).
         transform: uint8 (B, C, S, S) -> float32 (B, C, H, W).
         device: Where the pictures stay.
         workers: Processes that read.
@@ -123,28 +125,33 @@ class DecodedPictures(Dataset):
 
     def __init__(self, pictures: Pictures, transform: Callable[[torch.Tensor], torch.Tensor], device: torch.device,
                  workers: int = 0, quiet: bool = False):
-        self.dataset, self.transform, self.seed = pictures.dataset, transform, pictures.seed
-        shape = pictures[0, 0][0].shape
-        size = f'{len(pictures)} pictures of {tuple(shape)} take {len(pictures) * shape.numel() / 1e9:.2g} GB'
+        self.pictures, self.dataset, self.seed = pictures, pictures.dataset, pictures.seed
+        self.transform, self.device, self.workers, self.quiet = transform, device, workers, quiet
+
+    def load(self) -> None:
+        """Decode; raises SettingsError where the device has no room, or labels are no whole numbers."""
+        shape = self.pictures[0, 0][0].shape
+        size = f'{len(self)} pictures of {tuple(shape)} take {len(self) * shape.numel() / 1e9:.3g} GB'
         try:
-            self.images = torch.empty(len(pictures), *shape, dtype=torch.uint8, device=device)
+            self.images = torch.empty(len(self), *shape, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:
-            raise SettingsError(f'--decode-once: {size}, more than {device} has left; leave it out.') from error
-        labels, bad, done = [], [], 0
-        with tqdm(total=len(pictures), desc=f'decoding: {size}', unit='img', unit_scale=True, disable=quiet) as bar:
-            for images, *rest in batches(pictures, EpochSampler(len(pictures)), 256, workers):
-                self.images[done:done + len(images)] = images.to(device)
-                done += len(images)
-                labels.append(rest[0])
-                bad.append(rest[1])
+            raise SettingsError(
+                f'--decode-once: {size}, more than {self.device} has left; give --no-decode-once.') from error
+        found = []
+        with tqdm(total=len(self), desc=f'decoding: {size}', unit='img', unit_scale=True, disable=self.quiet) as bar:
+            reader = batches(self.pictures, EpochSampler(len(self)), AT_ONCE, self.workers)
+            for step, (images, labels, bad) in enumerate(reader):
+                check_labels(labels, 2**31)  # whether there are so many classes is known in training
+                self.images[AT_ONCE * step:][:len(images)] = images.to(self.device)
+                found.append((labels, bad))
                 bar.update(len(images))
-        self.labels, self.bad = torch.cat(labels).to(device), torch.cat(bad).to(device)
+        self.labels, self.bad = (torch.cat(column).to(self.device) for column in zip(*found, strict=True))
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.pictures)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        places = torch.tensor([index for _, index in keys], device=self.images.device)
+        places = torch.tensor([index for _, index in keys], device=self.device)
         random_seed(seed_of(self.seed, *keys[0]))
         return self.transform(self.images[places]), self.labels[places], self.bad[places]
 

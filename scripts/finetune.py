@@ -52,7 +52,7 @@ class Settings(ModelSettings, DataSettings):
     val_num_samples: int | None = None  # Held-out pictures of such a stream.
     max_bad_images: float = 0.001  # Share of unreadable pictures to report and skip before it ends; streams only warn.
     class_balanced: bool = False  # Draw every class equally often.
-    decode_once: bool = False  # Keep all pictures, squared to the model's size, on the device, and augment them there.
+    decode_once: bool = False  # Keep all pictures, as squares of the model's size, on the device; augment them there.
     initial_checkpoint: str = ''  # Start from this file of weights, whose classes must be the data's.
 
     batch_size: int = 64  # Pictures per training step and process.
@@ -150,10 +150,12 @@ def check_values(settings: Settings) -> None:
     if settings.tracker and settings.tracker not in (known := [str(t) for t in get_available_trackers()]):
         raise SettingsError(f'--tracker must be the name of an installed tracker ({", ".join(known) or "none is"}), '
                             f'got {settings.tracker!r}; pip install it.')
-    if settings.decode_once and (settings.aa or is_stream(settings)):
-        raise SettingsError(f'--decode-once keeps pictures that PIL never sees again and a stream never ends with: '
-                            f'leave --aa (got {settings.aa}) and streams (--dataset {settings.dataset or "is empty"}) '
-                            f'out, or --decode-once.')
+    if settings.decode_once and settings.aa:
+        raise SettingsError(f'--aa works on pictures that PIL decodes each time, which --decode-once does not, got '
+                            f'{settings.aa}; leave it out, or give --no-decode-once.')
+    if settings.decode_once and is_stream(settings):
+        raise SettingsError(f'--decode-once needs pictures with an index, which the stream --dataset '
+                            f'{settings.dataset} does not have; give --no-decode-once.')
     if settings.class_balanced and is_stream(settings):
         raise SettingsError('--class-balanced needs all labels before the start, which a stream does not have.')
     check_model_settings(settings)
@@ -253,6 +255,9 @@ def prepare(settings: Settings, accelerator: Accelerator, run_dir: Path,
         settings, accelerator, task, whole_model, optimizer, loaders, data_config, len(class_names), run_dir, facts)
     if checkpoint:
         trainer.restore(checkpoint)
+    if settings.decode_once:
+        for loader in loaders[:2]:
+            loader.dataset.load()
     headline = (
         f'{settings.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, '
         f'{len(class_names)} classes, {len(train_set)} + {len(val_set)} pictures, '

@@ -51,7 +51,10 @@ def training_transform(settings: 'Settings', data_config: dict, size: int | None
 
 def create_loaders(settings: 'Settings', train_set: Dataset, val_set: Dataset, data_config: dict,
                    accelerator: Accelerator) -> tuple[DataLoader, DataLoader, EpochSampler | None]:
-    """Loaders over both splits, whose batches the processes share, and the sampler that decides the order."""
+    """Loaders over both splits, whose batches the processes share, and the sampler that decides the order.
+
+    With --decode-once their data sets have a load(), to be called once all else is known to work.
+    """
     train, val, sampler = _loaders(settings, train_set, val_set, data_config, accelerator)
     if settings.grad_accum_steps > len(train):
         raise SettingsError(f'--grad-accum-steps {settings.grad_accum_steps} must be at most the {len(train)} batches '
@@ -84,9 +87,14 @@ def _loaders(settings: 'Settings', train_set: Dataset, val_set: Dataset, data_co
     val_batch, drop_last = val_batch * accelerator.num_processes, len(train_set) > batch
     if settings.decode_once:
         keep = dict(device=accelerator.device, workers=settings.workers, quiet=not accelerator.is_main_process)
-        # train is cropped on the device: what is kept of it is all of each picture
-        whole = create_transform(**data_config | dict(crop_pct=1.0, crop_mode='squash'), normalize=False)
-        train = Pictures(train_set, whole, settings.seed, mode, substitute=True)
+        channels, height, width = data_config['input_size']
+        if height != width:
+            raise SettingsError(f'--decode-once keeps squares, and --model {settings.model} takes pictures of '
+                                f'{height} x {width}; give --no-decode-once, or an --img-size.')
+        # train is cropped on the device: what is kept of it is all of each picture, for the largest size it will have
+        size = max(height, *settings.train_img_sizes, 0)
+        whole = data_config | dict(input_size=(channels, size, size), crop_pct=1.0, crop_mode='squash')
+        train = Pictures(train_set, create_transform(**whole, normalize=False), settings.seed, mode, substitute=True)
         val = Pictures(val_set, create_transform(**data_config, normalize=False), settings.seed, mode)
         as_it_is = Normalize(data_config['mean'], data_config['std'])
         loaders = (decoded_batches(DecodedPictures(train, transforms[0], **keep), sampler, batch, drop_last),

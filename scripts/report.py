@@ -91,13 +91,16 @@ def previews() -> str:
         return f'{float(found[0]["eval_top1"]):.2f} ({found[0]["epoch"]} epochs)' if found else NOT_MEASURED
 
     def over_seeds(pattern: str) -> str:
-        top1 = [float(row['eval_top1']) for row in last_epochs(pattern)]
-        return (f'{statistics.mean(top1):.2f} ({min(top1):.2f} to {max(top1):.2f}, {len(top1)} seeds)' if top1 else
-                NOT_MEASURED)
+        found = last_epochs(pattern)
+        top1 = [float(row['eval_top1']) for row in found]
+        spread = f'{min(top1):.2f} to {max(top1):.2f}, {len(top1)} seeds, ' if len(top1) > 1 else ''
+        epochs = ' and '.join(sorted({row['epoch'] for row in found}))
+        return f'{statistics.mean(top1):.2f} ({spread}{epochs} epochs)' if found else NOT_MEASURED
 
+    others = {folder.name for folder in (RESULTS / 'tin200_preview').glob('*')} - set(ALIKE)
     rows = [[f'`{name}`', reached(f'tin200_preview/{name}/metrics.csv'),
              reached(f'tin200_preview/{name}/metrics_more.csv'),
-             over_seeds(f'tin200/{name}-seed*/metrics.csv')] for name in ALIKE]
+             over_seeds(f'tin200/{name}-seed*/metrics.csv')] for name in (*ALIKE, *sorted(others))]
     return table(['top-1 (%) on 2,000 pictures held out of train', 'after `tin200_preview`',
                   'then `tin200_preview_more`', '`tin200`, on a GPU'], rows)
 

@@ -21,6 +21,7 @@ from settings import SettingsError
 from test_finetune_processes import train
 from timm.data import create_transform
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as reference
 from trainer import Preempted, Trainer
@@ -112,10 +113,34 @@ def test_evaluation_sees_the_very_pictures(pictures):
     expected = batches(Pictures(dataset, create_transform(**options)), EpochSampler(len(dataset)), 4, 0)
     decoded = DecodedPictures(Pictures(dataset, create_transform(**options, normalize=False)), Normalize(MEAN, STD),
                               torch.device('cpu'), quiet=True)
+    decoded.load()
     found = decoded_batches(decoded, EpochSampler(len(dataset)), 4)
     assert decoded.images.dtype == torch.uint8 and len(found) == len(expected) == math.ceil(len(dataset) / 4)
     for batch, other in zip(found, expected, strict=True):
         assert all(map(torch.equal, batch, other))
+
+
+class Numbers(Dataset):
+    """(epoch, index) -> a picture of one pixel, whose parts and label say its index, and -index if that is odd."""
+
+    dataset, seed = None, 0
+
+    def __len__(self) -> int:
+        return 700
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        index = key[1]
+        return torch.tensor([index % 256, index // 256], dtype=torch.uint8).view(2, 1, 1), index, index * -(index % 2)
+
+
+@pytest.mark.parametrize('quiet', [False, True])
+def test_every_picture_lies_at_its_place(quiet):
+    decoded = DecodedPictures(Numbers(), lambda pictures: pictures, torch.device('cpu'), quiet=quiet)
+    decoded.load()
+    places = [699, 0, 3, 256, 511, 512]
+    images, labels, bad = decoded.__getitems__([(1, place) for place in places])
+    assert (images[:, 0, 0, 0].long() + 256 * images[:, 1, 0, 0].long()).tolist() == labels.tolist() == places
+    assert bad.tolist() == [-699, 0, -3, 0, -511, 0]
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(settings, monkeypatch):
@@ -173,16 +198,21 @@ def test_settings_reach_the_pictures(settings, tmp_path):
     augmentation = dict(mean=MEAN, std=STD, scale=(0.2, 0.6), hflip=0.3, color_jitter=0.1, reprob=0.7)
     assert vars(training_transform(settings, data_config, 16)) == dict(size=16, **augmentation)
     loader, _, _ = create_loaders(settings, *open_data(settings)[:2], data_config, start('cpu'))
+    loader.dataset.load()
     assert vars(loader.dataset.transform) == dict(size=32, **augmentation)
     place = next(i for i in range(36) if loader.dataset.dataset.filename(i) == 'blue/0.png')
     picture = loader.dataset.images[place]  # the left third, squeezed, is there
-    assert picture[:, :, :9].min() > 200 and picture[:, :, 13:].max() < 50
+    assert picture.shape == (3, 32, 32) and picture[:, :, :9].min() > 200 and picture[:, :, 13:].max() < 50
+    larger = dataclasses.replace(settings, train_img_sizes=(16, 48))
+    loader, _, _ = create_loaders(larger, *open_data(larger)[:2], data_config, start('cpu'))
+    loader.dataset.load()
+    assert loader.dataset.images.shape == (36, 3, 48, 48)
 
 
 def test_what_it_cannot_do_is_refused(settings, tmp_path, monkeypatch):
-    with pytest.raises(SettingsError, match=r'--decode-once .* leave --aa \(got rand-m9\)'):
+    with pytest.raises(SettingsError, match=r'--aa .* got rand-m9; leave it out, or give --no-decode-once'):
         run(settings, decode_once=True, aa='rand-m9')
-    with pytest.raises(SettingsError, match=r'--decode-once .* streams'):
+    with pytest.raises(SettingsError, match=r'--decode-once .* the stream --dataset wds/'):
         run(settings, decode_once=True, dataset='wds/', data_dir=str(write_shards(tmp_path / 'shards')))
 
     def full(*_: object, **__: object) -> None:
@@ -190,6 +220,15 @@ def test_what_it_cannot_do_is_refused(settings, tmp_path, monkeypatch):
 
     dataset, _ = open_pictures(DataSettings(data_dir=settings.data_dir), 'train')
     whole = create_transform((3, 32, 32), normalize=False)
+    decoded = DecodedPictures(Pictures(dataset, whole), Normalize(MEAN, STD), torch.device('cpu'))
     monkeypatch.setattr(torch, 'empty', full)
     with pytest.raises(SettingsError, match=r'--decode-once: 36 pictures of \(3, 32, 32\) take .* GB, more than cpu'):
-        DecodedPictures(Pictures(dataset, whole), Normalize(MEAN, STD), torch.device('cpu'))
+        decoded.load()
+    monkeypatch.undo()
+    dataset.reader.samples = [(file, 'text') for file, _ in dataset.reader.samples]
+    with pytest.raises(SettingsError, match=r"--target-key must name a column of whole numbers, .* 'text'"):
+        decoded.load()
+    wide = dict(input_size=(3, 32, 48), interpolation='bilinear', mean=MEAN, std=STD, crop_pct=1., crop_mode='center')
+    settings = dataclasses.replace(settings, decode_once=True)
+    with pytest.raises(SettingsError, match=r'--decode-once keeps squares, and --model test_resnet .* 32 x 48'):
+        create_loaders(settings, *open_data(settings)[:2], wide, start('cpu'))
