@@ -15,12 +15,13 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import random_seed
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 __all__ = ['Augmentation', 'DecodedPictures', 'Normalize', 'adjust_colors', 'cut', 'decoded_batches', 'draw_crops']
 
 ASPECT = (3 / 4, 4 / 3)  # of a crop, width over height, as in RandomResizedCrop
-AT_ONCE = 256  # pictures read
+AT_ONCE = 256  # pictures that are read together while decoding
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision's colour operations
 
 
@@ -31,11 +32,7 @@ class Normalize:
         self.mean, self.std = mean, std
 
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.normalize(pictures.float().div_(255))
-
-    def normalize(self, pictures: torch.Tensor) -> torch.Tensor:
-        mean, std = (torch.tensor(values, device=pictures.device).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (pictures - mean) / std
+        return normalize(pictures.float().div_(255), self.mean, self.std)
 
 
 def draw_crops(count: int, scale: tuple[float, float], device: torch.device | str = 'cpu') -> torch.Tensor:
@@ -82,7 +79,7 @@ def adjust_colors(pictures: torch.Tensor, brightness: torch.Tensor, contrast: to
     return torch.lerp(grey(pictures), pictures, saturation).clamp(0, 1)
 
 
-class Augmentation(Normalize):
+class Augmentation:
     """uint8 pictures (B, C, S, S) -> what a model trains on, (B, C, size, size) float32 on their device.
 
     Args:
@@ -96,8 +93,8 @@ class Augmentation(Normalize):
 
     def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...], scale: tuple[float, float],
                  hflip: float, color_jitter: float, reprob: float):
-        super().__init__(mean, std)
-        self.size, self.scale, self.hflip, self.color_jitter, self.reprob = size, scale, hflip, color_jitter, reprob
+        self.size, self.mean, self.std, self.scale = size, mean, std, scale
+        self.hflip, self.color_jitter, self.reprob = hflip, color_jitter, reprob
 
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         count, device = len(pictures), pictures.device
@@ -106,7 +103,7 @@ class Augmentation(Normalize):
         if self.color_jitter:
             pictures = adjust_colors(pictures, *torch.empty(3, count, device=device).uniform_(
                 max(0, 1 - self.color_jitter), 1 + self.color_jitter))
-        pictures = self.normalize(pictures)
+        pictures = normalize(pictures, self.mean, self.std)
         return RandomErasing(self.reprob, mode='pixel', device=device)(pictures) if self.reprob else pictures
 
 

@@ -69,8 +69,8 @@ def _loaders(settings: 'Settings', train_set: Dataset, val_set: Dataset, data_co
     except (ValueError, KeyError, AssertionError) as error:
         raise SettingsError(f'--aa, --interpolation or another setting of the pictures: {one_line(error)}.') from error
     mode = 'RGB' if settings.in_chans == 3 else 'L'
-    val_batch = settings.validation_batch_size or settings.batch_size
     shared = dict(workers=settings.workers, pin_memory=accelerator.device.type == 'cuda')
+    val_batch = settings.validation_batch_size or settings.batch_size
     if is_stream(settings):  # timm's streams share their pictures out themselves
         train, val = (StreamedPictures(dataset, transform, settings.seed, accelerator.process_index)
                       for dataset, transform in zip((train_set, val_set), transforms, strict=True))
@@ -92,7 +92,7 @@ def _loaders(settings: 'Settings', train_set: Dataset, val_set: Dataset, data_co
             raise SettingsError(f'--decode-once keeps squares, and --model {settings.model} takes pictures of '
                                 f'{height} x {width}; give --no-decode-once, or an --img-size.')
         # train is cropped on the device: what is kept of it is all of each picture, for the largest size it will have
-        size = max(height, *settings.train_img_sizes, 0)
+        size = max((height, *settings.train_img_sizes))
         whole = data_config | dict(input_size=(channels, size, size), crop_pct=1.0, crop_mode='squash')
         train = Pictures(train_set, create_transform(**whole, normalize=False), settings.seed, mode, substitute=True)
         val = Pictures(val_set, create_transform(**data_config, normalize=False), settings.seed, mode)

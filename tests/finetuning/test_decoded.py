@@ -1,5 +1,4 @@
 """Pictures that are decoded once: crop, colours and evaluation against torchvision and timm, and a run that goes on."""
-import csv
 import dataclasses
 import json
 import math
@@ -18,7 +17,6 @@ from processes import start
 from runs import assert_same_run, read_metrics, run, write_shards
 from script_runs import write_pictures
 from settings import SettingsError
-from test_finetune_processes import train
 from timm.data import create_transform
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -167,23 +165,13 @@ def test_it_learns_and_its_scores_are_those_of_evaluation(settings, pictures):
     assert row['eval_top1'] == report['top1'] > 80 and row['eval_loss'] == pytest.approx(report['loss'], abs=1e-4)
 
 
-def test_two_processes_share_the_batches(tmp_path):
-    data = write_pictures(tmp_path / 'pictures', train=8, val=5)
-    flags = ('--decode-once', '--scale', '1', '1', '--hflip', '0', '--color-jitter', '0', '--epochs', '4',
-             '--warmup-epochs', '1', '--lr', '1e-3')
-    for first, second in zip(train(data, tmp_path, 1, 8, *flags), train(data, tmp_path, 2, 4, *flags), strict=True):
-        assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
-        assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
-
-
 def test_unreadable_pictures_are_named(settings, tmp_path):
     data = write_pictures(tmp_path / 'own')
     bad = data / 'train' / 'red' / '3.png'
     bad.write_bytes(b'no picture')
     run_dir = run(settings, data_dir=str(data), decode_once=True, max_bad_images=0.1)
     assert json.loads((run_dir / 'summary.json').read_text())['unreadable'] == [str(bad)]
-    with (run_dir / 'metrics.csv').open() as file:
-        assert len(list(csv.DictReader(file))) == 2
+    assert len(read_metrics(run_dir)) == 2
 
 
 def test_settings_reach_the_pictures(settings, tmp_path):

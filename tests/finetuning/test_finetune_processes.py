@@ -53,6 +53,17 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path):
         assert (second['eval_top1'], second['lr']) == (first['eval_top1'], first['lr'])
 
 
+def test_decoded_pictures_are_shared_out(tmp_path):
+    # as they are: what is drawn for a picture depends on those beside it
+    data = write_pictures(tmp_path / 'pictures', train=8, val=5)
+    flags = ('--decode-once', '--scale', '1', '1', '--hflip', '0', '--color-jitter', '0', '--epochs', '4',
+             '--warmup-epochs', '1', '--lr', '1e-3')
+    one, two = train(data, tmp_path, 1, 8, *flags), train(data, tmp_path, 2, 4, *flags)
+    for first, second in zip(one, two, strict=True):
+        assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
+        assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
+
+
 def test_shards_are_shared_out(tmp_path):
     folder = write_shards(tmp_path / 'shards', held_out=2)
     rows = train(folder, tmp_path, 2, 8, '--dataset', 'wds/', '--num-classes', '3', '--epochs', '3', '--lr', '5e-3',
