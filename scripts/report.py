@@ -82,25 +82,20 @@ def weights() -> str:
 
 def previews() -> str:
     """What each run on Tiny-ImageNet-200 has reached on the pictures held out of train, by its last epoch."""
-    def last_epochs(pattern: str) -> list[dict]:
-        return [list(csv.DictReader(path.read_text(encoding='utf-8').splitlines()))[-1]
-                for path in sorted(RESULTS.glob(pattern))]
-
-    def reached(pattern: str) -> str:
-        found = last_epochs(pattern)
-        return f'{float(found[0]["eval_top1"]):.2f} ({found[0]["epoch"]} epochs)' if found else NOT_MEASURED
-
-    def over_seeds(pattern: str) -> str:
-        found = last_epochs(pattern)
+    def reached(*patterns: str) -> str:
+        found = [list(csv.DictReader(path.read_text(encoding='utf-8').splitlines()))[-1]
+                 for pattern in patterns for path in sorted(RESULTS.glob(pattern))]
         top1 = [float(row['eval_top1']) for row in found]
         spread = f'{min(top1):.2f} to {max(top1):.2f}, {len(top1)} seeds, ' if len(top1) > 1 else ''
         epochs = ' and '.join(sorted({row['epoch'] for row in found}))
         return f'{statistics.mean(top1):.2f} ({spread}{epochs} epochs)' if found else NOT_MEASURED
 
-    others = {folder.name for folder in (RESULTS / 'tin200_preview').glob('*')} - set(ALIKE)
-    rows = [[f'`{name}`', reached(f'tin200_preview/{name}/metrics.csv'),
-             reached(f'tin200_preview/{name}/metrics_more.csv'),
-             over_seeds(f'tin200/{name}-seed*/metrics.csv')] for name in (*ALIKE, *sorted(others))]
+    def previewed(name: str, file: str) -> str:
+        return reached(f'tin200_preview/{name}/{file}', f'tin200_preview/{name}-seed*/{file}')
+
+    others = {folder.name.split('-seed')[0] for folder in (RESULTS / 'tin200_preview').glob('*')} - set(ALIKE)
+    rows = [[f'`{name}`', previewed(name, 'metrics.csv'), previewed(name, 'metrics_more.csv'),
+             reached(f'tin200/{name}-seed*/metrics.csv')] for name in (*ALIKE, *sorted(others))]
     return table(['top-1 (%) on 2,000 pictures held out of train', 'after `tin200_preview`',
                   'then `tin200_preview_more`', '`tin200`, on a GPU'], rows)
 

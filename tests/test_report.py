@@ -67,13 +67,14 @@ def test_previews_show_the_last_epoch_of_each_recipe_and_every_seed(tmp_path, mo
             'tin200_preview/resnet18/metrics.csv', 'tin200_preview/resnet18/metrics_more.csv',
             'tin200_preview/coatnet_pico_64/metrics.csv', 'tin200/coatnet_pico_64-seed42/metrics.csv',
             'tin200/coatnet_pico_64-seed43/metrics.csv', 'tin200/resnet18-seed42/metrics.csv',
-            'tin200_preview/x_64/metrics.csv')):
+            'tin200_preview/x_64/metrics.csv', 'tin200_preview/x_64-seed43/metrics.csv')):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(f'epoch,eval_top1\n1,1.0\n2,{place + 5}.126\n')
     text = report.previews()
     assert '| `resnet18` | 5.13 (2 epochs) | 6.13 (2 epochs) | 10.13 (2 epochs) |' in text
-    assert '| `x_64` | 11.13 (2 epochs) | not measured | not measured |' in text
+    assert '| `x_64` | 11.63 (11.13 to 12.13, 2 seeds, 2 epochs) | not measured | not measured |' in text
     assert '| `coatnet_pico_64` | 7.13 (2 epochs) | not measured | 8.63 (8.13 to 9.13, 2 seeds, 2 epochs) |' in text
+    assert 'x_64-seed43' not in text
     assert '| `convnextv2_femto` | not measured | not measured | not measured |' in text
 
 
