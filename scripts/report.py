@@ -81,23 +81,28 @@ def weights() -> str:
 
 
 def previews() -> str:
-    """What each run on Tiny-ImageNet-200 has reached on the pictures held out of train, by its last epoch."""
-    def reached(*patterns: str) -> str:
+    """What each run on Tiny-ImageNet-200 reached by its last epoch, and eval_imagenet.py on the validation split."""
+    def reached(column: str, *patterns: str) -> str:
         found = [list(csv.DictReader(path.read_text(encoding='utf-8').splitlines()))[-1]
                  for pattern in patterns for path in sorted(RESULTS.glob(pattern))]
-        top1 = [float(row['eval_top1']) for row in found]
-        spread = f'{min(top1):.2f} to {max(top1):.2f}, {len(top1)} seeds, ' if len(top1) > 1 else ''
-        epochs = ' and '.join(sorted({row['epoch'] for row in found}))
-        return f'{statistics.mean(top1):.2f} ({spread}{epochs} epochs)' if found else NOT_MEASURED
+        if not found:
+            return NOT_MEASURED
+        top1, details = [float(row[column]) for row in found], []
+        if len(top1) > 1:
+            details += [f'{min(top1):.2f} to {max(top1):.2f}', f'{len(top1)} seeds']
+        if epochs := sorted({row['epoch'] for row in found if 'epoch' in row}):
+            details += [f'{" and ".join(epochs)} epochs']
+        return f'{statistics.mean(top1):.2f}' + (f' ({", ".join(details)})' if details else '')
 
-    def previewed(name: str, file: str) -> str:
-        return reached(f'tin200_preview/{name}/{file}', f'tin200_preview/{name}-seed*/{file}')
+    def previewed(name: str, file: str, column: str = 'eval_top1') -> str:
+        return reached(column, f'tin200_preview/{name}/{file}', f'tin200_preview/{name}-seed*/{file}')
 
     others = {folder.name.split('-seed')[0] for folder in (RESULTS / 'tin200_preview').glob('*')} - set(ALIKE)
     rows = [[f'`{name}`', previewed(name, 'metrics.csv'), previewed(name, 'metrics_more.csv'),
-             reached(f'tin200/{name}-seed*/metrics.csv')] for name in (*ALIKE, *sorted(others))]
+             previewed(name, 'validation.csv', 'top1'), reached('eval_top1', f'tin200/{name}-seed*/metrics.csv')]
+            for name in (*ALIKE, *sorted(others))]
     return table(['top-1 (%) on 2,000 pictures held out of train', 'after `tin200_preview`',
-                  'then `tin200_preview_more`', '`tin200`, on a GPU'], rows)
+                  'then `tin200_preview_more`', 'that, on the validation split', '`tin200`, on a GPU'], rows)
 
 
 def transfer() -> str:

@@ -62,7 +62,7 @@ def test_releases_fill_the_table_of_weights(tmp_path, monkeypatch):
 
 def test_previews_show_the_last_epoch_of_each_recipe_and_every_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'RESULTS', tmp_path)
-    assert report.previews().count('not measured') == 3 * len(report.ALIKE)
+    assert report.previews().count('not measured') == 4 * len(report.ALIKE)
     for place, file in enumerate((
             'tin200_preview/resnet18/metrics.csv', 'tin200_preview/resnet18/metrics_more.csv',
             'tin200_preview/coatnet_pico_64/metrics.csv', 'tin200/coatnet_pico_64-seed42/metrics.csv',
@@ -70,12 +70,16 @@ def test_previews_show_the_last_epoch_of_each_recipe_and_every_seed(tmp_path, mo
             'tin200_preview/x_64/metrics.csv', 'tin200_preview/x_64-seed43/metrics.csv')):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(f'epoch,eval_top1\n1,1.0\n2,{place + 5}.126\n')
+    for folder, top1 in {'resnet18': 40.0, 'x_64': 50.0, 'x_64-seed43': 53.0}.items():
+        (tmp_path / 'tin200_preview' / folder / 'validation.csv').write_text(f'model,top1,top5\nm,{top1},70.0\n')
     text = report.previews()
-    assert '| `resnet18` | 5.13 (2 epochs) | 6.13 (2 epochs) | 10.13 (2 epochs) |' in text
-    assert '| `x_64` | 11.63 (11.13 to 12.13, 2 seeds, 2 epochs) | not measured | not measured |' in text
-    assert '| `coatnet_pico_64` | 7.13 (2 epochs) | not measured | 8.63 (8.13 to 9.13, 2 seeds, 2 epochs) |' in text
+    assert '| `resnet18` | 5.13 (2 epochs) | 6.13 (2 epochs) | 40.00 | 10.13 (2 epochs) |' in text
+    assert ('| `x_64` | 11.63 (11.13 to 12.13, 2 seeds, 2 epochs) | not measured | 51.50 (50.00 to 53.00, 2 seeds) | '
+            'not measured |') in text
+    assert ('| `coatnet_pico_64` | 7.13 (2 epochs) | not measured | not measured | 8.63 (8.13 to 9.13, 2 seeds, '
+            '2 epochs) |') in text
     assert 'x_64-seed43' not in text
-    assert '| `convnextv2_femto` | not measured | not measured | not measured |' in text
+    assert '| `convnextv2_femto` | not measured | not measured | not measured | not measured |' in text
 
 
 ORIGIN = dict(hardware='a CPU')
