@@ -49,7 +49,7 @@ from settings import SettingsError, end_with_sentence, flag, one_line
 from torch import nn
 from torch.nn.functional import interpolate
 
-from coatnet_zoo.releases import RELEASES
+from coatnet_zoo.releases import RELEASES, sha256_of
 
 RUN_FILES = ('config.json', 'args.json', 'summary.json', 'curves.png', 'model.safetensors')
 DATA_KEYS = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
@@ -230,14 +230,26 @@ def starting_point(args: dict) -> str:
 
 
 def license_of_start(args: dict) -> dict[str, str]:
-    """Licence of the released weights that a run was fine-tuned from, at first or second hand; else apache-2.0."""
-    model = args.get('model', '') if args.get('pretrained') else ''
-    earlier = Path(model.removeprefix('local-dir:'), 'args.json')
-    if model.startswith('local-dir:') and earlier.is_file():
-        return license_of_start(read_json(earlier))
-    name = next((known for known in RELEASES if model in (known, known.partition('.')[0])), None)
-    if name is None:
+    """Licence of the released weights that a run started from, at first or second hand; apache-2.0 from random weights.
+
+    Raises SettingsError where nothing tells what the weights it started from were.
+    """
+    model, checkpoint = args.get('model', ''), args.get('initial_checkpoint') or ''
+    if not checkpoint and not args.get('pretrained'):
         return {'license': 'apache-2.0'}
+    if checkpoint or model.startswith('local-dir:'):
+        file = Path(checkpoint or Path(model.removeprefix('local-dir:'), 'model.safetensors'))
+        if (earlier := file.with_name('args.json')).is_file():
+            return license_of_start(read_json(earlier))
+        digest = sha256_of(file) if file.is_file() else None
+        name = next((known for known, entry in RELEASES.items() if entry['sha256'] == digest), None)
+    else:
+        file = model
+        name = next((known for known, entry in RELEASES.items() if model in (
+            known, known.partition('.')[0], f'hf-hub:{entry["repo"]}')), None)
+    if name is None:
+        raise SettingsError(f'--license must be named: the run started from {file}, which is neither of a run folder nor '
+                            f'a release of this package, so that its licence is not known.')
     release = RELEASES[name]['release']
     return {'license': RELEASES[name]['pretrained_cfg']['license'],
             'license_name': release['license_name'], 'license_link': release['license_link']}

@@ -150,8 +150,12 @@ def test_release_tells_of_the_run_that_it_went_on_from(run_dir, tmp_path):
     assert (release['started_from'], release['hours']) == ('weights of model.safetensors', 0.5)
 
 
-def test_what_was_fine_tuned_from_released_weights_keeps_their_licence(run_dir, tmp_path, monkeypatch):
-    entry = {'pretrained_cfg': {'license': 'other'}, 'release': {'license_name': 'terms', 'license_link': 'https://x.y'}}
+def test_what_started_from_released_weights_keeps_their_licence(run_dir, tmp_path, monkeypatch):
+    weights = tmp_path / 'weights' / 'any.safetensors'
+    weights.parent.mkdir()
+    weights.write_bytes(b'released')
+    entry = {'pretrained_cfg': {'license': 'other'}, 'release': {'license_name': 'terms', 'license_link': 'https://x.y'},
+             'sha256': hashlib.sha256(b'released').hexdigest(), 'repo': 'owner/photos'}
     monkeypatch.setattr(export, 'RELEASES', {'coatnet_pico_64.photos': entry})
 
     def licence(**options) -> tuple:
@@ -162,11 +166,24 @@ def test_what_was_fine_tuned_from_released_weights_keeps_their_licence(run_dir, 
 
     assert licence() == ('apache-2.0', None, None)  # from random weights, though of the same name
     second = Path(shutil.copytree(run_dir, tmp_path / 'second'))
-    for model in ('coatnet_pico_64.photos', 'coatnet_pico_64', f'local-dir:{second}'):
-        change_json(run_dir / 'args.json', model=model, pretrained=True)
-        assert licence() == ('other', 'terms', 'https://x.y'), model
-        change_json(second / 'args.json', model=model, pretrained=True)
+    change_json(second / 'args.json', model='coatnet_pico_64', pretrained=True)
+    random = dict(model='coatnet_pico_64', pretrained=False)
+    for start in (dict(model='coatnet_pico_64.photos', pretrained=True), dict(model='coatnet_pico_64', pretrained=True),
+                  dict(model=f'local-dir:{second}', pretrained=True),
+                  dict(model='hf-hub:owner/photos', pretrained=True),
+                  random | dict(initial_checkpoint=str(weights)),
+                  random | dict(initial_checkpoint=str(second / 'model.safetensors'))):
+        change_json(run_dir / 'args.json', **start)
+        assert export.license_of_start(json.loads((run_dir / 'args.json').read_text())) == {
+            'license': 'other', 'license_name': 'terms', 'license_link': 'https://x.y'}, start
+    assert licence() == ('other', 'terms', 'https://x.y')
     assert licence(license='mit') == ('mit', None, None)  # whoever says one knows
+    weights.write_bytes(b'another')
+    for start in (dict(pretrained=False, initial_checkpoint=str(weights)), dict(
+            pretrained=True, initial_checkpoint='', model='hf-hub:owner/other'), dict(model=f'local-dir:{tmp_path}')):
+        change_json(run_dir / 'args.json', **start)
+        with pytest.raises(SettingsError, match='--license must be named: the run started from'):
+            make(run_dir)
 
 
 def test_golden_logits_are_those_of_the_file(exported):
