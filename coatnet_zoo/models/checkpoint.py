@@ -50,6 +50,9 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
                 s % 2 for s in table.shape[1:]):
             resized = resize_bias_table(table.float(), tuple((s + 1) // 2 for s in own[key].shape[1:]))
             state_dict[key] = resized.to(table.dtype)
+    for key in ('head.pre_logits.fc.weight', 'head.fc.weight'):  # 1x1 convolutions where global_pool=''
+        if key in state_dict and key in own and own[key].ndim != (weight := state_dict[key]).ndim:
+            state_dict[key] = weight[..., None, None] if own[key].ndim == 4 else weight.flatten(1)
     _check_fit(state_dict, own)
     _check_classes(state_dict, model)
     return state_dict

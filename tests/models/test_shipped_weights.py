@@ -75,6 +75,13 @@ def test_they_adapt_to_other_classes_channels_and_sizes(name, image):
     assert logits_of(few, image).shape == (2, 7)
     pyramid = timm.create_model(name, pretrained=True, features_only=True)
     assert torch.equal(pyramid.eval()(image)[-1], whole.forward_intermediates(image, intermediates_only=True)[-1])
+    features, maps = (  # unpooled, where the linear layers of the head are 1x1 convolutions
+        logits_of(timm.create_model(name, pretrained=True, global_pool='', **changed), image)
+        for changed in (dict(num_classes=0), {}))
+    with torch.no_grad():
+        torch.testing.assert_close(maps, whole.head.fc(features.movedim(1, -1)).movedim(-1, 1), rtol=1e-4, atol=1e-4)
+        whole.reset_classifier(0, '')
+        assert torch.equal(features, whole(image))
     larger = timm.create_model(name, pretrained=True, img_size=96)
     assert logits_of(larger, torch.zeros(1, 3, 96, 96)).shape == (1, 200)
 
