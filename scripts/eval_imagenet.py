@@ -17,13 +17,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import tyro
 from accelerate import Accelerator
 from evaluation import Predictions, expected_calibration_error, predict, reliability
 from imagenet_labels import LabelMap, corruption_folders, map_labels, mean_corruption_error, to_real_labels
-from open_model import ModelSettings, check_model_settings, open_model
+from open_model import ModelSettings, check_model_settings, is_checkpoint, open_model
 from pictures import (
     SPLIT_FOLDERS,
     BadPictures,
@@ -162,7 +163,11 @@ def open_weights(settings: Settings, wanted: ModelSettings, checkpoint: str) -> 
             state = load_state_dict(checkpoint, use_ema=settings.use_ema)
             plain = load_state_dict(checkpoint, use_ema=False) if settings.use_ema else {}
             model.load_state_dict(state)
-        except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, EOFError, UnpicklingError,
+                SafetensorError) as error:
+            if not is_checkpoint(checkpoint):
+                raise SettingsError(f'--checkpoint {checkpoint} holds no weights that torch or safetensors can read; '
+                                    f'give another file or leave it.') from error
             raise SettingsError(f'--checkpoint {checkpoint} does not fit --model {wanted.model}: '
                                 f'{one_line(error)[:400]}; give --num-classes, --img-size and --model-kwargs as in '
                                 f'training.') from error

@@ -34,6 +34,9 @@ def main(settings: Settings) -> dict[str, int]:
     for folder in classes:
         pictures = [path for path in folder.iterdir() if path.is_file()]
         pictures.sort(key=lambda path: natural_key(path.name))
+        if len(pictures) < 2:
+            raise SettingsError(f'TRAIN_DIR {settings.train_dir} must have at least two pictures of a class, one to '
+                                f'hold out, one to train on, but {folder} has {len(pictures)}; add some or remove it.')
         if not 0 < settings.per_class < len(pictures):
             raise SettingsError(f'--per-class must be from 1 to {len(pictures) - 1}, all but one of the pictures in '
                                 f'{folder}, got {settings.per_class}.')

@@ -1,5 +1,6 @@
 """Any model of timm or the zoo, as every script opens it: it sees one picture before the real work begins."""
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,12 +9,18 @@ import torch
 from safetensors import SafetensorError
 from settings import SettingsError, did_you_mean, flag, one_line, parse_argument
 from timm.data import resolve_input_data_config
-from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, parse_model_name, resolve_model_input_args
+from timm.models import (
+    get_arch_pretrained_cfgs,
+    is_model_pretrained,
+    load_state_dict,
+    parse_model_name,
+    resolve_model_input_args,
+)
 from torch import nn
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 
-__all__ = ['ModelSettings', 'means_weights', 'open_model']
+__all__ = ['ModelSettings', 'check_model_settings', 'is_checkpoint', 'means_weights', 'open_model']
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')
@@ -41,7 +48,7 @@ def check_model_settings(settings: ModelSettings) -> None:
     if settings.img_size is not None and settings.img_size <= 0:
         raise SettingsError(f'--img-size must be greater than 0, got {settings.img_size}.')
     if settings.crop_pct is not None and not 0 < settings.crop_pct <= 1:
-        raise SettingsError(f'--crop-pct must be from 0 to 1, got {settings.crop_pct}.')
+        raise SettingsError(f'--crop-pct must be above 0 and at most 1, got {settings.crop_pct}.')
     if settings.num_classes is not None and settings.num_classes < 0:
         raise SettingsError(f'--num-classes must be at least 0, got {settings.num_classes}.')
     if not all(map(math.isfinite, settings.mean)):
@@ -75,6 +82,14 @@ def check_model_settings(settings: ModelSettings) -> None:
 def means_weights(model: str) -> bool:
     """Whether who names this model means its weights: a folder, a repository, or a tag that has some."""
     return model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or ('.' in model and is_model_pretrained(model))
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether the file holds weights that timm can read."""
+    try:
+        return bool(load_state_dict(path))
+    except Exception:  # torch.load raises whatever the bytes of another file make of it
+        return False
 
 
 def open_model(
@@ -112,7 +127,10 @@ def open_model(
             for size in try_sizes:
                 model(torch.zeros(1, settings.in_chans, size, size))
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, AttributeError, ZeroDivisionError,
-            SafetensorError) as error:
+            EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        if checkpoint and not is_checkpoint(checkpoint):
+            raise SettingsError(f'{checkpoint_flag} {checkpoint} holds no weights that torch or safetensors can read; '
+                                f'give another file or leave it.') from error
         size = '' if settings.img_size is None else f' with --img-size {settings.img_size}'
         size += f' and pictures of {try_sizes} pixels' if try_sizes else ''
         size += f' and {checkpoint_flag} {checkpoint}' if checkpoint else ''

@@ -42,6 +42,7 @@ from run_folder import write_figure
 from settings import SettingsError, end_with_sentence, one_line
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.models import is_model_pretrained
 from torch import nn
 
 RANDOM = 'RANDOM WEIGHTS: the guesses mean nothing'
@@ -242,6 +243,8 @@ def main(settings: Settings) -> int:
                             f'choose another.') from error
     if accelerator.is_main_process:
         shown = SHOWN[target.kind].format(target.stage)
+        if weights == RANDOM and is_model_pretrained(settings.model):
+            weights += '; --pretrained loads its weights'
         print(f'{settings.model}: {weights}; overlays: {shown}', flush=True)
         for complaint in bad:
             print(complaint, file=sys.stderr)
@@ -249,7 +252,7 @@ def main(settings: Settings) -> int:
     predict = partial(
         predict_picture, settings=settings, model=model.to(accelerator.device), target=target, data_config=data_config,
         labels=read_labels(model), device=accelerator.device,
-        headline=settings.model if weights != RANDOM else f'{settings.model}  ·  {RANDOM}')
+        headline=settings.model if RANDOM not in weights else f'{settings.model}  ·  {RANDOM}')
     transform, mode, unreadable = create_transform(**data_config), 'RGB' if settings.in_chans == 3 else 'L', []
     with accelerator.split_between_processes(list(zip(pictures, overlays, strict=True))) as part:
         for path, overlay in part:

@@ -1,14 +1,13 @@
 """Accuracy at other image sizes and on pictures that were made worse, without any retraining.
 
-    python scripts/robustness.py --data-dir tiny-imagenet --model coatnet_pico_64.tin200 lightconvnet_pico_64.tin200 \\
-        --results-file results/robustness_tin200_cpu.json
+    python scripts/robustness.py --data-dir tiny-imagenet --results-file results/robustness_tin200_cpu.json \\
+        --model coatnet_pico_64.tin200_preview lightconvnet_pico_64.tin200_preview
 
 Sizes resize the whole picture; crop and colours stay those of the weights. The damage is done to the picture as it is
 stored, before it is resized: JPEG at quality 30, Gaussian blur of radius 1 pixel, Gaussian noise of deviation 0.1 (of
 1), the same noise for a picture each time. Models that the results file holds are not measured again.
 """
 import io
-import json
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from PIL import Image, ImageFilter
 from processes import start
 from provenance import provenance
 from run_folder import write_json
-from settings import SettingsError, check_range, end_with_sentence, flag
+from settings import SettingsError, check_range, earlier_results, end_with_sentence, flag
 from timm.data import create_transform
 from torchvision.transforms import Compose
 
@@ -66,15 +65,25 @@ class Settings:
     results_file: str = ''  # JSON to write after every model.
 
 
+def check_model(settings: Settings, name: str) -> None:
+    """Refuse a model that cannot take the sizes or has other classes, before any is measured."""
+    _, class_names = open_pictures(DataSettings(data_dir=settings.data_dir), settings.val_split)
+    for size in (*settings.sizes, None):
+        model, _ = open_model(ModelSettings(model=name, pretrained=True, img_size=size), use_train_size=True)
+    known = list(model.pretrained_cfg.get('label_names') or ())
+    if model.num_classes != len(class_names) or (known and known != class_names):
+        differ = next((f'; the first that differ are {mine} and {theirs}' for mine, theirs in zip(
+            known, class_names, strict=False) if mine != theirs), '')
+        raise SettingsError(
+            f'--model {name} must have the classes of --data-dir {settings.data_dir} in their order, but has '
+            f'{model.num_classes} for {len(class_names)}{differ}; give the pictures it was made for.')
+
+
 def top1(settings: Settings, name: str, size: int | None, damage: str) -> float:
     """Top-1 (%) of a model at a size, its own if None, under one kind of damage, '' for none."""
     accelerator = start(settings.device, settings.amp)
     model, data_config = open_model(ModelSettings(model=name, pretrained=True, img_size=size), use_train_size=True)
-    dataset, class_names = open_pictures(DataSettings(data_dir=settings.data_dir), settings.val_split)
-    known = model.pretrained_cfg.get('label_names')
-    if model.num_classes != len(class_names) or (known and list(known) != class_names):
-        raise SettingsError(f'--model {name} must have the classes of --data-dir {settings.data_dir} in their order; '
-                            f'give the pictures it was made for.')
+    dataset, _ = open_pictures(DataSettings(data_dir=settings.data_dir), settings.val_split)
     transform = create_transform(**data_config)
     pictures = Pictures(dataset, Compose([DAMAGE[damage], transform]) if damage else transform)
     loader = batches(pictures, EpochSampler(len(pictures)), settings.batch_size, settings.workers)
@@ -89,19 +98,22 @@ def main(settings: Settings) -> dict:
     if not settings.model or min(settings.sizes, default=0) < 1:
         raise SettingsError(f'--model and --sizes must name at least one each, sizes above 0, got {settings.model} and '
                             f'{settings.sizes}.')
-    if settings.results_file and not Path(settings.results_file).parent.is_dir():
-        raise SettingsError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
+    for name, least in (('batch_size', 1), ('workers', 0)):
+        if getattr(settings, name) < least:
+            raise SettingsError(f'{flag(name)} must be at least {least}, got {getattr(settings, name)}.')
     path = Path(settings.results_file) if settings.results_file else None
     rows, made = {}, {}
     kept = {name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(settings).items() if name not in ('model', 'results_file')}
-    if path and path.exists():
-        earlier = json.loads(path.read_text())
+    if path and (earlier := earlier_results(settings.results_file, 'settings', 'top1', 'made')):
         rows, made = earlier['top1'], earlier['made']
         for name in ('data_dir', 'sizes', 'val_split', 'amp'):
             if earlier['settings'][name] != kept[name]:
                 raise SettingsError(f'--results-file {path} holds rows made with {flag(name)} '
                                     f'{earlier["settings"][name]}, not {kept[name]}; give another file.')
+    for name in settings.model:
+        if name not in rows:
+            check_model(settings, name)
     columns = [(f'{size} px', size, '') for size in settings.sizes] + [(damage, None, damage) for damage in DAMAGE]
     facts, width = provenance(str(start(settings.device).device)), max(map(len, settings.model))
     print(f'{"top-1 (%)":{width}}  ' + ''.join(f'{title:>9}' for title, _, _ in columns), flush=True)

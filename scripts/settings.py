@@ -1,10 +1,15 @@
 """What the command lines of the scripts share: refusals in one sentence with the way out, and how a script ends."""
 import ast
 import difflib
+import json
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
-__all__ = ['SettingsError', 'check_range', 'did_you_mean', 'end_with_sentence', 'flag', 'one_line', 'parse_argument']
+__all__ = [
+    'SettingsError', 'check_range', 'did_you_mean', 'earlier_results', 'end_with_sentence', 'flag', 'one_line',
+    'parse_argument']
 
 
 class SettingsError(ValueError):
@@ -32,6 +37,30 @@ def check_range(settings: object, name: str, least: float, most: float) -> None:
     value = getattr(settings, name)
     if value is not None and not least <= value <= most:
         raise SettingsError(f'{flag(name)} must be from {least:g} to {most:g}, got {value}.')
+
+
+def earlier_results(results_file: str, *keys: str) -> dict | None:
+    """What --results-file holds from an earlier call, None if nothing yet; refused if it cannot be read or written.
+
+    Args:
+        results_file: Name of a JSON file.
+        keys: What the script wrote into it.
+    """
+    path = Path(results_file)
+    if path.suffix != '.json':
+        raise SettingsError(f'--results-file must end in .json, got {results_file!r}.')
+    if not path.parent.is_dir():
+        raise SettingsError(f'--results-file {path}: its folder does not exist; make it first.')
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+        found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f'--results-file {path} cannot be read or written: {one_line(error)}; give '
+                            f'another.') from error
+    if found is not None and not (isinstance(found, dict) and found.keys() >= set(keys)):
+        raise SettingsError(f'--results-file {path} is no file that this script wrote, which has {", ".join(keys)}; '
+                            f'give another.')
+    return found
 
 
 def parse_argument(item: str) -> tuple[str, object]:

@@ -1,6 +1,6 @@
 """How much pretrained weights help on few labels: fine-tuned, and frozen under a linear probe, beside a random start.
 
-    python scripts/transfer.py --data-dir imagenette --model coatnet_pico_64.tin200 \\
+    python scripts/transfer.py --data-dir imagenette --model coatnet_pico_64.tin200_preview \\
         --results-file results/transfer_imagenette_cpu.json
 
 Each share of the training split is drawn several times, evenly over the classes; all three ways see the same pictures,
@@ -22,12 +22,13 @@ import torch
 import tyro
 from features import linear_probe
 from matplotlib.figure import Figure
+from open_model import ModelSettings, open_model
 from pictures import DataSettings, open_pictures, targets_of
 from processes import choose_device
 from provenance import provenance
 from run_folder import write_figure, write_json
-from settings import SettingsError, end_with_sentence, flag
-from timm.models import model_entrypoint, parse_model_name, safe_model_name
+from settings import SettingsError, earlier_results, end_with_sentence, flag, one_line
+from timm.models import model_entrypoint, safe_model_name
 
 import coatnet_zoo
 
@@ -67,10 +68,14 @@ def check_values(settings: Settings) -> None:
         if len(values) != len(settings.shares) or min(values) < 1:
             raise SettingsError(f'{flag(name)} must give a number of at least 1 for each of --shares, got {values} for '
                                 f'{settings.shares}.')
-    if unknown := sorted(set(settings.ways) - set(WAYS)):
-        raise SettingsError(f'--ways must be of {", ".join(WAYS)}, got {unknown[0]!r}.')
-    if settings.results_file and not Path(settings.results_file).parent.is_dir():
-        raise SettingsError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
+    if settings.workers < 0:
+        raise SettingsError(f'--workers must be at least 0, got {settings.workers}.')
+    if not settings.ways or set(settings.ways) - set(WAYS):
+        raise SettingsError(f'--ways must be of {", ".join(WAYS)}, got {settings.ways}.')
+    try:
+        Path(settings.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f'--output {settings.output} cannot be made: {one_line(error)}; choose another.') from error
 
 
 def check_same(settings: Settings, earlier: dict) -> None:
@@ -114,17 +119,10 @@ def root_of(settings: Settings) -> Path:
     return Path(settings.output) / f'{Path(settings.data_dir).name}-{safe_model_name(settings.model)}'
 
 
-def architecture_of(model: str) -> str:
-    """The registered name under a tag, a folder or a repository."""
-    source, name = parse_model_name(model)
-    if source == 'local-dir':
-        name = json.loads((Path(name) / 'config.json').read_text(encoding='utf-8'))['architecture']
-    return name.split('/')[-1].partition('.')[0]
-
-
-def train(settings: Settings, data_dir: Path, count: int, updates: int, seed: int, pretrained: bool) -> float:
+def train(settings: Settings, architecture: str, data_dir: Path, count: int, updates: int, seed: int,
+          pretrained: bool) -> float:
     """Top-1 (%) after the last epoch of a run, which goes on where an earlier call was stopped."""
-    architecture, epochs = architecture_of(settings.model), -(-updates // max(1, count // settings.batch_size))
+    epochs = -(-updates // max(1, count // settings.batch_size))
     ours = model_entrypoint(architecture).__module__.startswith(f'{coatnet_zoo.__name__}.')
     summary = finetune.main(finetune.Settings(
         data_dir=str(data_dir), model=settings.model if pretrained else architecture, pretrained=pretrained,
@@ -195,10 +193,10 @@ def main(settings: Settings) -> dict:
     labels, names = np.array(targets_of(dataset)), dataset.filenames(absolute=True)
     path = Path(settings.results_file) if settings.results_file else None
     rows, features = [], {}
-    if path and path.exists():
-        earlier = json.loads(path.read_text())
+    if path and (earlier := earlier_results(settings.results_file, 'settings', 'table', 'rows')):
         check_same(settings, earlier['settings'])
         rows = earlier['rows']
+    model, _ = open_model(ModelSettings(model=settings.model, pretrained=True, img_size=settings.img_size))
     report = summarize(settings, rows)
     for share, subsets, updates in zip(settings.shares, settings.subsets, settings.updates, strict=True):
         for subset in range(subsets):
@@ -213,7 +211,8 @@ def main(settings: Settings) -> dict:
                     top1 = linear_probe(inputs[chosen], targets[chosen], *held_out, seed=subset)['top1']
                 else:
                     data_dir = link_subset(settings, [Path(names[place]) for place in chosen], folder)
-                    top1 = train(settings, data_dir, len(chosen), updates, subset, way == 'fine-tuned')
+                    top1 = train(settings, model.pretrained_cfg['architecture'], data_dir, len(chosen), updates, subset,
+                                 way == 'fine-tuned')
                 rows.append(dict(way=way, share=share, subset=subset, pictures=len(chosen), top1=top1))
                 report = summarize(settings, rows)
                 rows[-1].update((fact, report[fact]) for fact in ('hardware', 'commit', 'date'))

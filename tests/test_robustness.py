@@ -1,6 +1,7 @@
 """scripts/robustness.py: sizes and damage against an evaluation by hand."""
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import finetune
@@ -51,6 +52,7 @@ def test_numbers_are_those_of_timm_alone(settings):
 def test_models_of_the_file_are_not_measured_again(settings, monkeypatch, tmp_path):
     file = str(tmp_path / 'robustness.json')
     monkeypatch.setattr(robustness, 'top1', lambda settings, name, size, damage: float(len(name)))
+    monkeypatch.setattr(robustness, 'check_model', lambda settings, name: None)
     robustness.main(dataclasses.replace(settings, model=('first',), results_file=file))
     monkeypatch.setattr(robustness, 'top1', lambda *arguments: 0.0)
     found = robustness.main(dataclasses.replace(settings, model=('second', 'first'), results_file=file))
@@ -77,8 +79,38 @@ def test_noise_has_the_deviation_it_says():
 @pytest.mark.parametrize(('changes', 'sentence'), [
     ({'sizes': ()}, '--model and --sizes must name at least one each'),
     ({'results_file': 'no/such/file.json'}, '--results-file no/such/file.json: its folder'),
+    ({'results_file': 'table.csv'}, "--results-file must end in .json, got 'table.csv'"),
+    ({'batch_size': 0}, '--batch-size must be at least 1, got 0'),
+    ({'workers': -1}, '--workers must be at least 0, got -1'),
     ({'model': ('test_resnet',)}, '--model test_resnet'),
 ])
 def test_bad_settings_are_refused(settings, changes, sentence):
     with pytest.raises(SettingsError, match=sentence):
         robustness.main(dataclasses.replace(settings, **changes))
+
+
+@pytest.mark.parametrize(('content', 'sentence'), [
+    ('hello', 'cannot be read or written'), ('{}', 'is no file that this script wrote, which has settings, top1, made'),
+    ('[1]', 'is no file that this script wrote'), (None, 'cannot be read or written: .*directory')])
+def test_files_of_others_are_refused_and_stay(settings, tmp_path, content, sentence):
+    file = tmp_path / 'other.json'
+    file.mkdir() if content is None else file.write_text(content)
+    with pytest.raises(SettingsError, match=sentence):
+        robustness.main(dataclasses.replace(settings, results_file=str(file)))
+    assert content is None or file.read_text() == content
+
+
+def test_every_model_is_looked_at_before_the_first_is_measured(settings, tmp_path, monkeypatch):
+    def never(*arguments):
+        raise AssertionError
+
+    monkeypatch.setattr(robustness, 'top1', never)
+    again = dataclasses.replace(settings, results_file=str(tmp_path / 'robustness.json'))
+    with pytest.raises(SettingsError, match='--model nope is not a name'):
+        robustness.main(dataclasses.replace(again, model=(*settings.model, 'nope')))
+    run = Path(shutil.copytree(settings.model[0].removeprefix('local-dir:'), tmp_path / 'run'))
+    config = json.loads((run / 'config.json').read_text())
+    config['pretrained_cfg']['label_names'] = config['label_names'] = ['another', *CLASSES[1:]]
+    (run / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(SettingsError, match=f'but has 3 for 3; the first that differ are another and {CLASSES[0]}'):
+        robustness.main(dataclasses.replace(again, model=(*settings.model, f'local-dir:{run}')))

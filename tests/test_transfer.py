@@ -64,7 +64,14 @@ def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
     ({'shares': (0.5, 2.0)}, '--shares must be above 0 and at most 1'),
     ({'updates': (4, 0)}, '--updates must give a number of at least 1 for each of --shares'),
     ({'batch_size': 0}, '--batch-size must be at least 1, got 0'),
-    ({'ways': ('prayer',)}, "--ways must be of fine-tuned, linear probe, random start, got 'prayer'"),
+    ({'ways': ('prayer',)}, r"--ways must be of fine-tuned, linear probe, random start, got \('prayer',\)"),
+    ({'ways': ()}, r'--ways must be of fine-tuned, linear probe, random start, got \(\)'),
+    ({'workers': -1}, '--workers must be at least 0, got -1'),
+    ({'output': __file__}, f'--output {__file__} cannot be made'),
+    ({'model': 'nope'}, '--model nope is not a name'),
+    ({'model': 'local-dir:/no/such'}, '--model local-dir:/no/such cannot be built'),
+    ({'model': 'coatnet_0'}, '--model coatnet_0 cannot be built'),
+    ({'results_file': 'curve.png'}, "--results-file must end in .json, got 'curve.png'"),
     ({'results_file': 'no/such/file.json'}, '--results-file no/such/file.json: its folder does not exist'),
 ])
 def test_bad_settings_are_refused(settings, changes, sentence):

@@ -141,8 +141,11 @@ def test_full_disk_takes_no_number_along(settings, tmp_path, monkeypatch, capsys
 
 def test_weights_that_cannot_be_read_or_give_no_numbers_are_refused(settings, tmp_path, randomize):
     (tmp_path / 'broken.safetensors').write_bytes(b'no weights at all')
-    with pytest.raises(SettingsError, match=r'--checkpoint .*broken\.safetensors does not fit'):
-        run(settings, checkpoint=(str(tmp_path / 'broken.safetensors'),))
+    (tmp_path / 'text.pth').write_text('hello')
+    (tmp_path / 'empty.pth').touch()
+    for name in ('broken.safetensors', 'text.pth', 'empty.pth'):
+        with pytest.raises(SettingsError, match=rf'--checkpoint .*{name} holds no weights that torch or safetensors'):
+            run(settings, checkpoint=(str(tmp_path / name),))
     model = random_model(randomize)
     model.get_classifier().bias.data[3] = float('nan')
     save_file(model.state_dict(), tmp_path / 'nan.safetensors')

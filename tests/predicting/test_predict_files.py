@@ -94,6 +94,13 @@ def test_output_that_cannot_be_written_is_refused(settings, picture):
         predict.main(settings)
 
 
+@pytest.mark.parametrize('content', [b'', b'hello'])
+def test_a_file_without_weights_is_refused(settings, tmp_path, content):
+    (tmp_path / 'weights.pth').write_bytes(content)
+    with pytest.raises(SettingsError, match=r'--checkpoint .*weights.pth holds no weights that torch or safetensors'):
+        predict.main(dataclasses.replace(settings, checkpoint=str(tmp_path / 'weights.pth')))
+
+
 def test_pretrained_is_passed_on_and_its_failure_is_a_sentence(settings):
     with pytest.raises(SettingsError, match=r'cannot be built: .*[Pp]retrained'):
         predict.main(dataclasses.replace(settings, model='coatnet_pico', pretrained=True))
@@ -105,7 +112,9 @@ def test_a_name_with_a_tag_means_its_weights(picture, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f'{settings.model}: its own weights' in said and len(re.findall(r'n\d{8}  \w', said)) == 5
     assert predict.main(dataclasses.replace(settings, model=f'{settings.model.partition(".")[0]}.untrained')) == 0
-    assert 'RANDOM WEIGHTS' in capsys.readouterr().out
+    assert '--pretrained' not in (said := capsys.readouterr().out) and 'RANDOM WEIGHTS' in said
+    assert predict.main(dataclasses.replace(settings, model=settings.model.partition('.')[0])) == 0
+    assert 'RANDOM WEIGHTS: the guesses mean nothing; --pretrained loads its weights' in capsys.readouterr().out
     with pytest.raises(SettingsError, match=rf"has no tag 'nonsense'; give one of {re.escape(settings.model)}, "):
         predict.main(dataclasses.replace(settings, model=f'{settings.model.partition(".")[0]}.nonsense'))
 
