@@ -248,8 +248,8 @@ def license_of_start(args: dict) -> dict[str, str]:
         name = next((known for known, entry in RELEASES.items() if model in (
             known, known.partition('.')[0], f'hf-hub:{entry["repo"]}')), None)
     if name is None:
-        raise SettingsError(f'--license must be named: the run started from {file}, which is neither of a run folder nor '
-                            f'a release of this package, so that its licence is not known.')
+        raise SettingsError(f'--license must be named: the run started from {file}, which is neither of a run folder '
+                            f'nor a release of this package, so that its licence is not known.')
     release = RELEASES[name]['release']
     return {'license': RELEASES[name]['pretrained_cfg']['license'],
             'license_name': release['license_name'], 'license_link': release['license_link']}

@@ -1,8 +1,8 @@
 """Put an exported folder on the Hub, and record it once its own download has proved to be the same.
 
-    python hub/publish.py output/export/coatnet_pico_64.tin200 --repo OWNER/coatnet_pico_64.tin200
-    python hub/publish.py output/export/coatnet_pico_64.tin200 --repo OWNER/coatnet_pico_64.tin200 --push
-    python hub/publish.py output/export/coatnet_pico_64.tin200 --package
+    python hub/publish.py output/hub/coatnet_pico_64.tin200 --repo OWNER/coatnet_pico_64.tin200
+    python hub/publish.py output/hub/coatnet_pico_64.tin200 --repo OWNER/coatnet_pico_64.tin200 --push
+    python hub/publish.py output/hub/coatnet_pico_64.tin200 --package
 
 Without --push or --package nothing changes anywhere: the files, the state of the repository and what would be done are
 printed. --push makes the repository if need be, uploads what differs in one commit, gives it a git tag (--release),

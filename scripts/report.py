@@ -139,7 +139,8 @@ def robustness() -> str:
     rows = [[f'`{name}`', *(f'{top1:.2f}' for top1 in row.values())] for name, row in report['top1'].items()]
     return (table(['top-1 (%)', *next(iter(report['top1'].values()))], rows)
             + '\n\nOn the validation split of what the weights were trained on: whole pictures resized; at the size '
-              'of the\nweights, JPEG at quality 30, Gaussian blur of radius 1 pixel, noise of deviation 0.1.')
+              'of the\nweights, JPEG at quality 30, Gaussian blur of radius 1 pixel, noise of deviation 0.1.\n\n'
+              f'![Top-1 over size and under damage](results/{file.stem}.png)')
 
 
 def speed() -> str:

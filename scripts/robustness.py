@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import tyro
 from evaluation import predict
+from matplotlib.figure import Figure
 from open_model import ModelSettings, open_model
 from pictures import BadPictures, DataSettings, EpochSampler, Pictures, batches, open_pictures
 from PIL import Image, ImageFilter
+from plots import LIGHT
 from processes import start
 from provenance import provenance
-from run_folder import write_json
+from run_folder import write_figure, write_json
 from settings import SettingsError, check_range, earlier_results, end_with_sentence, flag
 from timm.data import create_transform
 from torchvision.transforms import Compose
@@ -62,7 +64,7 @@ class Settings:
     amp: bool = False  # bfloat16 autocast.
     device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
     workers: int = 1  # Processes that read pictures.
-    results_file: str = ''  # JSON to write after every model.
+    results_file: str = ''  # JSON to write after every model; the plot takes its name.
 
 
 def check_model(settings: Settings, name: str) -> None:
@@ -90,6 +92,28 @@ def top1(settings: Settings, name: str, size: int | None, damage: str) -> float:
     bad = BadPictures(dataset, settings.max_bad_images)
     found = predict(model.to(accelerator.device), accelerator.prepare(loader), accelerator, on_batch=bad.add)
     return found.scores['top1']
+
+
+def plot(report: dict) -> Figure:
+    """Top-1 over the size of the picture, a line a model, and beside it under each kind of damage."""
+    figure = Figure(figsize=(10, 4.2), layout='constrained')
+    left, right = figure.subplots(1, 2, sharey=True)
+    sizes, width = report['settings']['sizes'], 0.8 / len(report['top1'])
+    for place, (name, row) in enumerate(report['top1'].items()):
+        colour = f'C{place}'
+        left.plot(sizes, [row[f'{size} px'] for size in sizes], '.-', color=colour, label=name)
+        right.bar([kind + place * width for kind in range(len(DAMAGE))], [row[damage] for damage in DAMAGE], width,
+                  color=colour, align='edge')
+    left.set(xlabel='height and width of the picture (pixels)', ylabel='top-1 (%)', ylim=(0, None), xticks=sizes,
+             title='Other sizes')
+    right.set_xticks([kind + 0.4 for kind in range(len(DAMAGE))], list(DAMAGE))
+    right.set_title("Damage, at the weights' own size")
+    for axes in (left, right):
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(axis='y', color=LIGHT)
+        axes.set_axisbelow(True)
+    left.legend(frameon=False, loc='lower left')
+    return figure
 
 
 def main(settings: Settings) -> dict:
@@ -128,6 +152,7 @@ def main(settings: Settings) -> dict:
         rows[name], made[name] = row, made.get(name, facts)
         if path:
             write_json(path, dict(settings=kept, top1=rows, made=made))
+            write_figure(path.with_suffix('.png'), plot(dict(settings=kept, top1=rows)))
     return dict(settings=kept, top1=rows, made=made)
 
 

@@ -56,10 +56,20 @@ def test_models_of_the_file_are_not_measured_again(settings, monkeypatch, tmp_pa
     robustness.main(dataclasses.replace(settings, model=('first',), results_file=file))
     monkeypatch.setattr(robustness, 'top1', lambda *arguments: 0.0)
     found = robustness.main(dataclasses.replace(settings, model=('second', 'first'), results_file=file))
-    assert found == json.loads(Path(file).read_text())
+    assert found == json.loads(Path(file).read_text()) and Path(file).with_suffix('.png').stat().st_size > 10_000
     assert set(found['top1']['first'].values()) == {5.0} and set(found['top1']['second'].values()) == {0.0}
     with pytest.raises(SettingsError, match='holds rows made with --sizes'):
         robustness.main(dataclasses.replace(settings, sizes=(32,), results_file=file))
+
+
+def test_plot_shows_every_number():
+    rows = {f'x_64.{tag}': {title: base + place for place, title in enumerate(('32 px', '48 px', *robustness.DAMAGE))}
+            for tag, base in (('a', 10.0), ('b', 40.0))}
+    left, right = robustness.plot(dict(settings=dict(sizes=[32, 48]), top1=rows)).axes
+    assert [(line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in left.lines] == [
+        ('x_64.a', [32, 48], [10.0, 11.0]), ('x_64.b', [32, 48], [40.0, 41.0])]
+    assert [bar.get_height() for bar in right.patches] == [12.0, 13.0, 14.0, 42.0, 43.0, 44.0]
+    assert [label.get_text() for label in right.get_xticklabels()] == list(robustness.DAMAGE)
 
 
 @pytest.mark.parametrize('name', robustness.DAMAGE)
