@@ -24,7 +24,7 @@ import tyro
 from accelerate import Accelerator
 from evaluation import Predictions, expected_calibration_error, predict, reliability
 from imagenet_labels import LabelMap, corruption_folders, map_labels, mean_corruption_error, to_real_labels
-from open_model import ModelSettings, check_model_settings, is_checkpoint, open_model
+from open_model import ModelSettings, check_checkpoint, check_model_settings, open_model
 from pictures import (
     SPLIT_FOLDERS,
     BadPictures,
@@ -165,9 +165,7 @@ def open_weights(settings: Settings, wanted: ModelSettings, checkpoint: str) -> 
             model.load_state_dict(state)
         except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, EOFError, UnpicklingError,
                 SafetensorError) as error:
-            if not is_checkpoint(checkpoint):
-                raise SettingsError(f'--checkpoint {checkpoint} holds no weights that torch or safetensors can read; '
-                                    f'give another file or leave it.') from error
+            check_checkpoint(checkpoint)
             raise SettingsError(f'--checkpoint {checkpoint} does not fit --model {wanted.model}: '
                                 f'{one_line(error)[:400]}; give --num-classes, --img-size and --model-kwargs as in '
                                 f'training.') from error

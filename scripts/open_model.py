@@ -20,7 +20,7 @@ from torch import nn
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 
-__all__ = ['ModelSettings', 'check_model_settings', 'is_checkpoint', 'means_weights', 'open_model']
+__all__ = ['ModelSettings', 'check_checkpoint', 'check_model_settings', 'means_weights', 'open_model']
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')
@@ -84,12 +84,13 @@ def means_weights(model: str) -> bool:
     return model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or ('.' in model and is_model_pretrained(model))
 
 
-def is_checkpoint(path: str) -> bool:
-    """Whether the file holds weights that timm can read."""
+def check_checkpoint(checkpoint: str, checkpoint_flag: str = '--checkpoint') -> None:
+    """Refuse a file that holds no weights which timm can read."""
     try:
-        return bool(load_state_dict(path))
-    except Exception:  # torch.load raises whatever the bytes of another file make of it
-        return False
+        load_state_dict(checkpoint)
+    except Exception as error:  # torch.load raises whatever the bytes of another file make of it
+        raise SettingsError(f'{checkpoint_flag} {checkpoint} holds no weights that torch or safetensors can read; give '
+                            f'another file or leave it.') from error
 
 
 def open_model(
@@ -128,9 +129,8 @@ def open_model(
                 model(torch.zeros(1, settings.in_chans, size, size))
     except (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, AttributeError, ZeroDivisionError,
             EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        if checkpoint and not is_checkpoint(checkpoint):
-            raise SettingsError(f'{checkpoint_flag} {checkpoint} holds no weights that torch or safetensors can read; '
-                                f'give another file or leave it.') from error
+        if checkpoint:
+            check_checkpoint(checkpoint, checkpoint_flag)
         size = '' if settings.img_size is None else f' with --img-size {settings.img_size}'
         size += f' and pictures of {try_sizes} pixels' if try_sizes else ''
         size += f' and {checkpoint_flag} {checkpoint}' if checkpoint else ''

@@ -70,8 +70,10 @@ def check_values(settings: Settings) -> None:
                                 f'{settings.shares}.')
     if settings.workers < 0:
         raise SettingsError(f'--workers must be at least 0, got {settings.workers}.')
-    if not settings.ways or set(settings.ways) - set(WAYS):
-        raise SettingsError(f'--ways must be of {", ".join(WAYS)}, got {settings.ways}.')
+    if not settings.ways:
+        raise SettingsError(f'--ways must name at least one of {", ".join(WAYS)}, got none.')
+    if unknown := sorted(set(settings.ways) - set(WAYS)):
+        raise SettingsError(f'--ways must be of {", ".join(WAYS)}, got {unknown[0]!r}.')
     try:
         Path(settings.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -197,6 +199,7 @@ def main(settings: Settings) -> dict:
         check_same(settings, earlier['settings'])
         rows = earlier['rows']
     model, _ = open_model(ModelSettings(model=settings.model, pretrained=True, img_size=settings.img_size))
+    architecture = model.pretrained_cfg['architecture']
     report = summarize(settings, rows)
     for share, subsets, updates in zip(settings.shares, settings.subsets, settings.updates, strict=True):
         for subset in range(subsets):
@@ -211,8 +214,7 @@ def main(settings: Settings) -> dict:
                     top1 = linear_probe(inputs[chosen], targets[chosen], *held_out, seed=subset)['top1']
                 else:
                     data_dir = link_subset(settings, [Path(names[place]) for place in chosen], folder)
-                    top1 = train(settings, model.pretrained_cfg['architecture'], data_dir, len(chosen), updates, subset,
-                                 way == 'fine-tuned')
+                    top1 = train(settings, architecture, data_dir, len(chosen), updates, subset, way == 'fine-tuned')
                 rows.append(dict(way=way, share=share, subset=subset, pictures=len(chosen), top1=top1))
                 report = summarize(settings, rows)
                 rows[-1].update((fact, report[fact]) for fact in ('hardware', 'commit', 'date'))
