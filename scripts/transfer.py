@@ -68,8 +68,6 @@ def check_values(settings: Settings) -> None:
         if len(values) != len(settings.shares) or min(values) < 1:
             raise SettingsError(f'{flag(name)} must give a number of at least 1 for each of --shares, got {values} for '
                                 f'{settings.shares}.')
-    if settings.workers < 0:
-        raise SettingsError(f'--workers must be at least 0, got {settings.workers}.')
     if not settings.ways:
         raise SettingsError(f'--ways must name at least one of {", ".join(WAYS)}, got none.')
     if unknown := sorted(set(settings.ways) - set(WAYS)):
