@@ -22,18 +22,18 @@ from pickle import UnpicklingError
 import torch
 import tyro
 from accelerate import Accelerator
+from data_settings import DataSettings, is_stream
 from evaluation import Predictions, expected_calibration_error, predict, reliability
 from imagenet_labels import LabelMap, corruption_folders, map_labels, mean_corruption_error, to_real_labels
-from open_model import ModelSettings, check_checkpoint, check_model_settings, open_model
+from model_settings import ModelSettings, check_model_settings
+from open_model import check_checkpoint, open_model
 from pictures import (
     SPLIT_FOLDERS,
     BadPictures,
-    DataSettings,
     EpochSampler,
     Pictures,
     StreamedPictures,
     batches,
-    is_stream,
     open_pictures,
     picture_name,
 )

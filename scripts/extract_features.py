@@ -29,9 +29,11 @@ from pathlib import Path
 import torch
 import tyro
 from accelerate import Accelerator
+from data_settings import DataSettings, is_stream
 from features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
-from open_model import ModelSettings, means_weights, open_model
-from pictures import BadPictures, DataSettings, Pictures, is_stream, open_pictures, targets_of
+from model_settings import ModelSettings
+from open_model import means_weights, open_model
+from pictures import BadPictures, Pictures, open_pictures, targets_of
 from processes import start
 from provenance import provenance
 from run_folder import write_json

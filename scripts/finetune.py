@@ -24,9 +24,10 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from data_settings import DataSettings, is_stream
 from loaders import create_loaders, open_data
-from open_model import ModelSettings, check_model_settings, open_model
-from pictures import DataSettings, is_stream
+from model_settings import ModelSettings, check_model_settings
+from open_model import open_model
 from plots import confusion_figure, misread_figure
 from processes import start
 from provenance import provenance

@@ -2,8 +2,9 @@
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
+from data_settings import is_stream
 from decoded import Augmentation, DecodedPictures, Normalize, decoded_batches
-from pictures import EpochSampler, Pictures, StreamedPictures, batches, is_stream, open_pictures, targets_of
+from pictures import EpochSampler, Pictures, StreamedPictures, batches, open_pictures, targets_of
 from settings import SettingsError, one_line
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset

@@ -1,13 +1,12 @@
 """Any model of timm or the zoo, as every script opens it: it sees one picture before the real work begins."""
-import math
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
+from model_settings import ModelSettings, check_model_settings
 from safetensors import SafetensorError
-from settings import SettingsError, did_you_mean, flag, one_line, parse_argument
+from settings import SettingsError, did_you_mean, one_line, parse_argument
 from timm.data import resolve_input_data_config
 from timm.models import (
     get_arch_pretrained_cfgs,
@@ -20,55 +19,13 @@ from torch import nn
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 
-__all__ = ['ModelSettings', 'check_checkpoint', 'check_model_settings', 'means_weights', 'open_model']
-
-INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-CROP_MODES = ('center', 'squash', 'border')
+__all__ = ['check_checkpoint', 'check_model_name', 'means_weights', 'open_model']
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """What to open, and how pictures are made ready for it."""
-
-    model: str  # Any name of timm.list_models(), or hf-hub:OWNER/NAME, or local-dir:FOLDER.
-    pretrained: bool = False  # Load the model's pretrained weights.
-    num_classes: int | None = None  # Number of classes (the data's or the model's own if not given).
-    img_size: int | None = None  # Height and width in pixels (the model's own if not given).
-    in_chans: int = 3  # Read pictures as RGB (3) or grey (1).
-    model_kwargs: tuple[str, ...] = ()  # More arguments of the model, as key=value.
-    mean: tuple[float, ...] = ()  # Mean of each channel, in 0..1 (the model's own if not given).
-    std: tuple[float, ...] = ()  # Standard deviation of each channel (the model's own if not given).
-    interpolation: str = ''  # Resizing method, such as bicubic (the model's own if not given).
-    crop_pct: float | None = None  # Share of the resized picture kept in evaluation (the model's own if not given).
-    crop_mode: str = ''  # How evaluation crops: center, squash or border (the model's own if not given).
-
-
-def check_model_settings(settings: ModelSettings) -> None:
-    """Refuse names and values that cannot work, before anything is read."""
-    if settings.img_size is not None and settings.img_size <= 0:
-        raise SettingsError(f'--img-size must be greater than 0, got {settings.img_size}.')
-    if settings.crop_pct is not None and not 0 < settings.crop_pct <= 1:
-        raise SettingsError(f'--crop-pct must be above 0 and at most 1, got {settings.crop_pct}.')
-    if settings.num_classes is not None and settings.num_classes < 0:
-        raise SettingsError(f'--num-classes must be at least 0, got {settings.num_classes}.')
-    if not all(map(math.isfinite, settings.mean)):
-        raise SettingsError(f'--mean must be a finite number for each channel, got {settings.mean}.')
-    if any(not 0 < value < math.inf for value in settings.std):
-        raise SettingsError(f'--std must be finite and greater than 0 for each channel, got {settings.std}.')
-    for name, known in (('interpolation', INTERPOLATIONS), ('crop_mode', CROP_MODES)):
-        if getattr(settings, name) not in ('', *known):  # timm takes an unknown crop mode for center
-            raise SettingsError(f'{flag(name)} must be {", ".join(known[:-1])} or {known[-1]}, got '
-                                f'{getattr(settings, name)!r}.')
-    if settings.in_chans not in (1, 3):
-        raise SettingsError(f'--in-chans must be 3 (pictures read as RGB) or 1 (as grey), got {settings.in_chans}.')
-    if wrong := [item for item in settings.model_kwargs if '=' not in item]:
-        raise SettingsError(f'--model-kwargs must be key=value, got {wrong[0]!r}.')
-    flags = ('num_classes', 'in_chans', 'img_size', 'drop_rate', 'drop_path_rate', 'pretrained', 'checkpoint_path',
-             'features_only')
-    if wrong := [item for item in settings.model_kwargs if item.split('=')[0] in flags]:
-        raise SettingsError(f'--model-kwargs {wrong[0]}: this one has a flag of its own, use that.')
+def check_model_name(model: str) -> None:
+    """Refuse a name that timm does not know, and a tag that the architecture does not have."""
     try:
-        source, name = parse_model_name(settings.model)
+        source, name = parse_model_name(model)
     except ValueError as error:
         raise SettingsError(f'--model: {one_line(error)}') from error
     if source is None and not timm.is_model(name):
@@ -110,6 +67,7 @@ def open_model(
     Raises SettingsError for what timm cannot build or the model cannot take.
     """
     check_model_settings(settings)
+    check_model_name(settings.model)
     if checkpoint and not Path(checkpoint).is_file():
         raise SettingsError(f'{checkpoint_flag} {checkpoint} is not a file; give one or leave it.')
     changed = {

@@ -8,12 +8,12 @@ import signal
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from data_settings import DataSettings, is_stream
 from PIL import Image
 from settings import SettingsError, one_line
 from timm.data import ImageDataset, IterableImageDataset, add_img_extensions, create_dataset
@@ -21,32 +21,14 @@ from timm.utils import natural_key, random_seed
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 __all__ = [
-    'BadPictures', 'DataSettings', 'EpochSampler', 'Pictures', 'StreamedPictures', 'batches', 'check_labels',
-    'is_stream', 'open_pictures', 'picture_name', 'read_picture', 'seed_of', 'targets_of', 'to_mode']
+    'BadPictures', 'EpochSampler', 'Pictures', 'StreamedPictures', 'batches', 'check_labels', 'open_pictures',
+    'picture_name', 'read_picture', 'seed_of', 'targets_of', 'to_mode']
 
 SCHEMAS = ('torch/', 'hfds/', 'hfids/', 'wds/', 'tfds/')
 SPLIT_FOLDERS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'test')}
 add_img_extensions(('.webp', '.bmp', '.tif', '.tiff'))  # timm's folders list .jpg, .jpeg and .png alone
 # What PIL raises for a file that is no picture, cut short, or garbled.
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Where pictures come from."""
-
-    data_dir: str = ''  # Folder with a sub-folder a split and in it one a class, or where --dataset keeps its files.
-    dataset: str = ''  # Empty for a folder; torch/cifar10, hfds/OWNER/NAME, hfids/OWNER/NAME (streamed), wds/ (shards).
-    dataset_download: bool = False  # Let torchvision download the data set.
-    class_map: str = ''  # File of class names in label order, for folders and streams.
-    input_key: str = ''  # Column of the pictures in hfds/, hfids/ and wds/ (image if not given).
-    target_key: str = ''  # Column of the labels there (label if not given).
-    workers: int = 4  # Processes that read pictures; 0 reads in the main one.
-
-
-def is_stream(settings: DataSettings) -> bool:
-    """Whether pictures come in an order of their own, without an index."""
-    return settings.dataset.startswith(('hfids/', 'wds/', 'tfds/'))
 
 
 def open_pictures(

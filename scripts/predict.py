@@ -32,7 +32,8 @@ from explain import (
     tap_distances,
 )
 from imagenet_labels import describe_synsets
-from open_model import ModelSettings, means_weights, open_model
+from model_settings import ModelSettings
+from open_model import means_weights, open_model
 from overlay import draw_guesses, draw_heat, draw_kernel, draw_kernels, draw_picture, panels
 from pictures import UNREADABLE, to_mode
 from PIL import Image

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from data_settings import DataSettings
 from evaluation import predict
 from matplotlib.figure import Figure
-from open_model import ModelSettings, open_model
-from pictures import BadPictures, DataSettings, EpochSampler, Pictures, batches, open_pictures
+from model_settings import ModelSettings
+from open_model import open_model
+from pictures import BadPictures, EpochSampler, Pictures, batches, open_pictures
 from PIL import Image, ImageFilter
 from plots import LIGHT
 from processes import start

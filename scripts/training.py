@@ -3,7 +3,8 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-from open_model import ModelSettings, open_model
+from model_settings import ModelSettings
+from open_model import open_model
 from settings import SettingsError, did_you_mean, one_line
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.task import ClassificationTask, LogitDistillationTask

@@ -20,10 +20,12 @@ import finetune
 import numpy as np
 import torch
 import tyro
+from data_settings import DataSettings
 from features import linear_probe
 from matplotlib.figure import Figure
-from open_model import ModelSettings, open_model
-from pictures import DataSettings, open_pictures, targets_of
+from model_settings import ModelSettings
+from open_model import open_model
+from pictures import open_pictures, targets_of
 from processes import choose_device
 from provenance import provenance
 from run_folder import write_figure, write_json

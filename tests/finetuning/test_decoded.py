@@ -7,11 +7,12 @@ import eval_imagenet
 import numpy as np
 import pytest
 import torch
+from data_settings import DataSettings
 from decoded import Augmentation, DecodedPictures, Normalize, adjust_colors, cut, decoded_batches, draw_crops
 from hypothesis import given
 from hypothesis import strategies as st
 from loaders import create_loaders, open_data, training_transform
-from pictures import DataSettings, EpochSampler, Pictures, batches, open_pictures
+from pictures import EpochSampler, Pictures, batches, open_pictures
 from PIL import Image
 from processes import start
 from runs import assert_same_run, read_metrics, run, write_shards

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import DataSettings, EpochSampler, Pictures, open_pictures, read_picture, targets_of
+from data_settings import DataSettings
+from pictures import EpochSampler, Pictures, open_pictures, read_picture, targets_of
 from PIL import Image
 from runs import assert_same_run, read_checkpoint, read_metrics, run, write_shards
 from script_runs import CLASSES, write_pictures

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from data_settings import DataSettings
 from evaluation import predict
-from open_model import ModelSettings, open_model
-from pictures import DataSettings, EpochSampler, Pictures, batches, open_pictures
+from model_settings import ModelSettings
+from open_model import open_model
+from pictures import EpochSampler, Pictures, batches, open_pictures
 from processes import start
 from runs import write_shards
 from script_runs import ROOT, write_pictures

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_settings import DataSettings
 from evaluation import predict
-from open_model import ModelSettings, open_model
-from pictures import DataSettings, EpochSampler, Pictures, batches, open_pictures
+from model_settings import ModelSettings
+from open_model import open_model
+from pictures import EpochSampler, Pictures, batches, open_pictures
 from processes import start
 from runs import assert_same_tensors, read_checkpoint, read_metrics
 from safetensors.torch import load_file
