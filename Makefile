@@ -10,7 +10,7 @@ EXTRAS ?= test,space,transformers
 # the folder that is pushed as a Space, and a run folder of one's own to show there beside the released weights
 SPACE ?= output/space
 RUN ?=
-ROOMS = data_settings explain imagenet_labels model_settings open_model overlay pictures plots predict processes run_folder settings
+ROOMS = data_settings explain files imagenet_labels model_settings open_model overlay pictures plots prediction prediction_settings processes settings
 
 .PHONY: demo test conformance test-lowest lint space space-folder clean
 .DELETE_ON_ERROR:

@@ -14,10 +14,10 @@ import tyro
 
 sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
 
+from files import write_file
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from model_size import model_size
 from release_folder import ONNX_FILES, TOLERANCE
-from run_folder import write_file
 from settings import SettingsError, end_with_sentence, one_line
 
 __all__ = ['card_data', 'write_card']

@@ -27,6 +27,7 @@ import eval_imagenet
 import timm
 import torch
 from card import write_card
+from files import write_file, write_json
 from imagenet_labels import describe_synsets
 from onnx_files import onnx_answers, write_onnx_files
 from release_folder import (
@@ -42,7 +43,7 @@ from release_folder import (
     split_name,
     stored_dtypes,
 )
-from run_folder import write_config, write_file, write_json, write_weights
+from run_folder import write_config, write_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from settings import SettingsError, end_with_sentence, flag, one_line

@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from run_folder import write_file
+from files import write_file
 from settings import SettingsError, one_line
 from torch import nn
 

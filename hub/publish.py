@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
 import timm
 import torch
 import tyro
+from files import write_file, write_json
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -39,7 +40,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from run_folder import write_file, write_json
 from safetensors.torch import load_file
 from settings import SettingsError, end_with_sentence, one_line
 from verify import verify

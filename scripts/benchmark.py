@@ -15,179 +15,43 @@ Inference is timed in the inference form of both (`timm.utils.reparameterize_mod
 where it has nothing to fold), training as forward, backward and a step of SGD. The two take turns, a window of at
 least --window seconds each, and the median window counts, so that a busy machine slows both.
 """
-import importlib
-import multiprocessing
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from inspect import cleandoc
 
-import timm
-import torch
-import torch.nn.functional as F
-import tyro
-from provenance import provenance
-from run_folder import write_json
-from settings import parse_argument
-from timm.models import resolve_model_input_args
-from timm.utils import reparameterize_model
-from tqdm import tqdm
+from benchmark_settings import (
+    LoaderSettings,
+    ModelPairSettings,
+    OpsSettings,
+    ScalingSettings,
+    check_benchmark,
+    check_ops,
+    check_scaling,
+)
+from settings import end_with_sentence, parse_flags
 
-import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
-
-
-@dataclass(frozen=True)
-class Settings:
-    model: str  # The model to judge.
-    against: str  # The model it is judged by.
-    model_kwargs: tuple[str, ...] = ()  # Arguments of --model, as key=value.
-    against_kwargs: tuple[str, ...] = ()  # Arguments of --against, as key=value.
-    modes: tuple[Literal['inference', 'training'], ...] = ('inference', 'training')  # What is timed.
-    batch_size: int = 8  # Images a step.
-    img_size: int = 224  # Height and width in pixels.
-    threads: int = 1  # CPU threads; more of them make small parallel regions noisy.
-    rounds: int = 5  # Windows of each model; the median counts.
-    window: float = 1.0  # Least seconds a window lasts.
-    channels_last: bool = True  # Memory format of images and weights.
-    amp: bool = False  # bfloat16 autocast.
-    compile: bool = False  # torch.compile both.
-    device: str = 'cpu'  # cpu or cuda.
-    seed: int = 0  # Of weights and images.
-    results_file: str = ''  # JSON to write, with hardware and versions.
-
-
-def build(settings: Settings, name: str, kwargs: tuple[str, ...], mode: str) -> Callable[[], None]:
-    """Return a function that takes one step of `mode`."""
-    torch.manual_seed(settings.seed)
-    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-    images = torch.randn(settings.batch_size, 3, settings.img_size, settings.img_size, device=settings.device)
-    images = images.contiguous(memory_format=memory_format)
-    labels = torch.zeros(settings.batch_size, dtype=torch.long, device=settings.device)
-    sized = resolve_model_input_args(name, {'img_size': settings.img_size}).get('img_size')  # None: any size will do
-    model = timm.create_model(name, img_size=sized, **dict(map(parse_argument, kwargs))).to(settings.device)
-    model = model.train() if mode == 'training' else reparameterize_model(model.eval())
-    model = model.to(memory_format=memory_format)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    run = torch.compile(model) if settings.compile else model
-
-    def infer() -> None:
-        with torch.inference_mode(), torch.autocast(settings.device, torch.bfloat16, enabled=settings.amp):
-            run(images)
-
-    def train() -> None:
-        with torch.autocast(settings.device, torch.bfloat16, enabled=settings.amp):
-            loss = F.cross_entropy(run(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return train if mode == 'training' else infer
-
-
-def synchronize(device: str) -> None:
-    if device != 'cpu':
-        torch.cuda.synchronize()
-
-
-def measure_window(step: Callable[[], None], settings: Settings) -> float:
-    """Images per second over a window."""
-    steps, start = 0, time.perf_counter()
-    while steps == 0 or time.perf_counter() - start < settings.window:
-        step()
-        synchronize(settings.device)
-        steps += 1
-    return steps * settings.batch_size / (time.perf_counter() - start)
-
-
-def status_field(name: str) -> float:
-    """A field of Linux's /proc/self/status, in MiB."""
-    line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
-
-
-def peak_memory(settings: Settings, name: str, kwargs: tuple[str, ...], mode: str) -> float:
-    """MiB that weights and three steps take at their peak: allocated on a GPU, resident growth on a CPU."""
-    torch.set_num_threads(settings.threads)
-    if settings.device != 'cpu':
-        torch.cuda.reset_peak_memory_stats()
-    before = status_field('VmRSS') if settings.device == 'cpu' else 0.
-    step = build(settings, name, kwargs, mode)
-    for _ in range(3):
-        step()
-    synchronize(settings.device)
-    return (status_field('VmHWM') - before) if settings.device == 'cpu' else torch.cuda.max_memory_allocated() / 2**20
-
-
-def refuse(settings: Any, counts: tuple[str, ...], models: tuple[str, ...] = (), script: str = 'benchmark.py') -> None:
-    """End with one sentence if `settings`, whose fields `counts` are to be above 0, cannot be measured."""
-    for name in counts:
-        if not getattr(settings, name) > 0:
-            sys.exit(f'{script}: --{name.replace("_", "-")} must be greater than 0, got {getattr(settings, name)}.')
-    for name in models:
-        if not timm.is_model(name):
-            sys.exit(f'{script}: {name} is not a name in timm.list_models().')
-    if settings.device != 'cpu' and not torch.cuda.is_available():
-        sys.exit(f'{script}: --device {settings.device} needs CUDA, which is not available; use --device cpu.')
-    if settings.results_file and not Path(settings.results_file).parent.is_dir():
-        sys.exit(f'{script}: --results-file {settings.results_file}: its folder does not exist; make it first.')
-
-
-def main(settings: Settings) -> dict:
-    """Measure, print and return the results."""
-    refuse(settings, ('batch_size', 'img_size', 'threads', 'rounds', 'window'), (settings.model, settings.against))
-    torch.set_num_threads(settings.threads)
-    sides = {'model': (settings.model, settings.model_kwargs), 'against': (settings.against, settings.against_kwargs)}
-    results: dict[str, dict] = {}
-    can_measure_memory = settings.device != 'cpu' or Path('/proc/self/status').exists()
-    with tqdm(total=len(settings.modes) * (settings.rounds + 2), unit='window', desc='benchmark') as bar:
-        for mode in settings.modes:
-            memory = {}
-            for side, (name, kwargs) in sides.items():
-                if can_measure_memory:  # a process of its own, since a peak cannot be taken back
-                    with multiprocessing.get_context('spawn').Pool(1) as pool:
-                        memory[side] = pool.apply(peak_memory, (settings, name, kwargs, mode))
-                bar.update()
-            steps = {side: build(settings, name, kwargs, mode) for side, (name, kwargs) in sides.items()}
-            for step in steps.values():
-                step(), step()
-            windows: dict[str, list[float]] = {side: [] for side in sides}
-            for index in range(settings.rounds):
-                for side in sorted(sides, reverse=bool(index % 2)):  # neither always comes second
-                    windows[side].append(measure_window(steps[side], settings))
-                bar.update()
-            speed = {side: statistics.median(values) for side, values in windows.items()}
-            results[mode] = dict(
-                images_per_second={side: round(value, 3) for side, value in speed.items()},
-                windows={side: [round(value, 3) for value in values] for side, values in windows.items()},
-                peak_memory_mib={side: round(memory[side], 1) if memory else 'not measured' for side in sides},
-                ratio=round(speed['model'] / speed['against'], 4))
-    report = dict(
-        settings={key: value for key, value in asdict(settings).items() if key != 'results_file'},
-        results=results, **provenance(settings.device))
-    for mode, row in results.items():
-        print(f'\n{mode}, batch {settings.batch_size} at {settings.img_size}, {report["hardware"]}')
-        for side, (name, kwargs) in sides.items():
-            memory = row['peak_memory_mib'][side]
-            print(f'  {" ".join((name, *kwargs)):40s} {row["images_per_second"][side]:9.2f} images/s   '
-                  f'peak {memory if isinstance(memory, str) else f"{memory:.0f} MiB"}')
-        print(f'  ratio {row["ratio"]:.2f}')
-    if settings.results_file:
-        write_json(Path(settings.results_file), report)
-    return report
+TABLES = {'ops': OpsSettings, 'scaling': ScalingSettings, 'loader': LoaderSettings}
 
 
 def dispatch(arguments: list[str]) -> None:
-    """Take the command line, without the name of the script."""
-    if arguments[:1] in (['ops'], ['scaling'], ['loader']):
-        word, *rest = arguments
-        mode = importlib.import_module(f'benchmark_{word}')  # here, since it imports this file
-        mode.main(tyro.cli(mode.Settings, args=rest, prog=f'benchmark.py {word}', description=mode.__doc__))
+    """Take the command line, without the name of the script; what takes seconds to import comes last."""
+    table = arguments[0] if arguments and arguments[0] in TABLES else ''
+    kind = TABLES.get(table, ModelPairSettings)
+    description = cleandoc(kind.__doc__) if table else __doc__
+    settings = parse_flags(kind, description, arguments[bool(table):])
+    if table == 'ops':
+        check_ops(settings)
+        from benchmark_ops import main
+    elif table == 'scaling':
+        check_scaling(settings)
+        from benchmark_scaling import main
+    elif table == 'loader':
+        check_benchmark(settings, ('batch_size', 'rounds', 'window', 'threads'))
+        from benchmark_loader import main
     else:
-        main(tyro.cli(Settings, args=arguments, description=__doc__))
+        check_benchmark(settings, ('batch_size', 'img_size', 'threads', 'rounds', 'window'))
+        from benchmark_models import main
+    main(settings)
 
 
 if __name__ == '__main__':
-    dispatch(sys.argv[1:])
+    end_with_sentence('benchmark.py', lambda: dispatch(sys.argv[1:]))

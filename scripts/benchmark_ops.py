@@ -1,25 +1,10 @@
-"""Time LightConv and DynamicConv over the shapes of the stages, and say how far each is from what the machine allows.
-
-    python scripts/benchmark.py ops
-    python scripts/benchmark.py ops --op dynamic --shapes 28x192 --kernels 7 --passes forward
-    python scripts/benchmark.py ops --device cuda --dtype bfloat16 --results-file results/ops_h100.csv
-
-A row is an operator, a shape, a kernel and a pass. Its backends take turns, a window of at least --window seconds each,
-and the median window counts; only naive, the definition, has a single window. The yardstick is `conv2d`: F.conv2d,
-depthwise, with a weight of its own for every channel, in channels_last.
-
-The floor is the longer of two times: every tensor read or written once at the speed of a large copy, and one
-multiply-add for each tap inside the map (forward; three times as many with backward) at the peak rate in float32. More
-than 100 % of it is possible where tensors stay in a cache. On a GPU the time of small calls is that of launching them.
-"""
+"""LightConv and DynamicConv timed over the shapes of the stages, beside the floor that the machine allows."""
 import csv
 import io
-import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -29,37 +14,15 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import tyro
-from benchmark import refuse, synchronize
+from benchmark_models import check_machine, synchronize
+from benchmark_settings import HEAD_DIM, MAX_DYNAMIC_KERNEL, Backend, OpsSettings, Pass, check_ops
+from files import write_file
 from provenance import provenance
-from run_folder import write_file
 from tqdm import tqdm
 
 from coatnet_zoo.ops import dynamicconv2d, lightconv2d
 
-HEAD = 32  # channels that share a kernel
-LARGEST_DYNAMIC = 7  # side of the largest kernel that is predicted at every position
 NOT_MEASURED = 'not measured'
-
-Backend = Literal['naive', 'eager', 'compiled', 'triton', 'conv2d']
-Pass = Literal['forward', 'forward_backward']
-
-
-@dataclass(frozen=True)
-class Settings:
-    op: Literal['light', 'dynamic', 'both'] = 'both'  # The operators to time.
-    shapes: tuple[str, ...] = ('56x96', '28x192', '14x384', '7x768')  # Height (and width) x channels, in heads of 32.
-    kernels: tuple[int, ...] = (3, 7, 13, 31)  # Sides of the kernels; above 7 for LightConv only.
-    passes: tuple[Pass, ...] = ('forward', 'forward_backward')  # What a call computes.
-    backends: tuple[Backend, ...] = ('naive', 'eager', 'compiled', 'triton', 'conv2d')  # Who computes it.
-    batch_size: int | None = None  # Images a call; None: 2 on a CPU, 128 on a GPU.
-    dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # Of every tensor.
-    device: Literal['cpu', 'cuda'] = 'cpu'  # Where.
-    threads: int = 1  # CPU threads; more of them make small parallel regions noisy.
-    rounds: int = 5  # Windows of each backend; the median counts.
-    window: float = 0.5  # Least seconds a window lasts.
-    seed: int = 0  # Of the tensors.
-    results_file: str = ''  # CSV to write, with hardware and versions in every row.
 
 
 class Row(NamedTuple):
@@ -75,32 +38,12 @@ class Row(NamedTuple):
         return f'{self.op} {kernel}x{kernel}, {side}x{side}x{self.channels}, {passes}'
 
 
-def rows_of(settings: Settings) -> list[Row]:
-    """Every comparison asked for; ends with one sentence where there is none to make."""
-    script = 'benchmark.py ops'
-    refuse(settings, ('batch_size', 'threads', 'rounds', 'window'), script=script)
-    for name in ('shapes', 'kernels', 'passes', 'backends'):
-        if not getattr(settings, name):
-            sys.exit(f'{script}: --{name} must name one or more, got none.')
-    for kernel in settings.kernels:
-        if kernel < 1 or kernel % 2 == 0:
-            sys.exit(f'{script}: --kernels must be odd and positive, got {kernel}.')
-    shapes = []
-    for shape in settings.shapes:
-        found = re.fullmatch('([1-9][0-9]*)x([1-9][0-9]*)', shape)
-        if found is None or int(found[2]) % HEAD:
-            sys.exit(f'{script}: --shapes must be height x channels, channels a multiple of {HEAD}, such as 28x192, '
-                     f'got {shape}.')
-        shapes.append((int(found[1]), int(found[2])))
-    if settings.results_file and Path(settings.results_file).suffix != '.csv':
-        sys.exit(f'{script}: --results-file must end in .csv, got {settings.results_file}.')
+def rows_of(settings: OpsSettings) -> list[Row]:
+    """Every comparison asked for."""
+    shapes = [tuple(map(int, shape.split('x'))) for shape in settings.shapes]
     ops = ('light', 'dynamic') if settings.op == 'both' else (settings.op,)
-    rows = [Row(op, *shape, kernel, passes) for op in ops for shape in shapes for kernel in settings.kernels
-            for passes in settings.passes if op == 'light' or kernel <= LARGEST_DYNAMIC]
-    if not rows:
-        sys.exit(f'{script}: --kernels must have one up to {LARGEST_DYNAMIC} for --op dynamic, '
-                 f'got {" ".join(map(str, settings.kernels))}.')
-    return rows
+    return [Row(op, *shape, kernel, passes) for op in ops for shape in shapes for kernel in settings.kernels
+            for passes in settings.passes if op == 'light' or kernel <= MAX_DYNAMIC_KERNEL]
 
 
 class Ceilings(NamedTuple):
@@ -110,7 +53,7 @@ class Ceilings(NamedTuple):
     source: str  # where `multiply_adds` comes from
 
 
-def measure_ceilings(settings: Settings) -> Ceilings:
+def measure_ceilings(settings: OpsSettings) -> Ceilings:
     """Both by the fastest of the windows: a busy moment must not lower a ceiling."""
     megabytes = 256 if settings.device == 'cpu' else 1024  # far more than any cache holds
     source = torch.ones(megabytes * 2**18, device=settings.device)
@@ -128,7 +71,7 @@ def measure_ceilings(settings: Settings) -> Ceilings:
     return Ceilings(bandwidth, n**3 / seconds, f'measured: a product of {n} x {n} matrices')
 
 
-def fastest(call: Callable[[], object], settings: Settings) -> float:
+def fastest(call: Callable[[], object], settings: OpsSettings) -> float:
     call()
     return min(measure_window(call, settings.window, settings.device) for _ in range(settings.rounds))
 
@@ -146,13 +89,13 @@ def measure_window(call: Callable[[], object], window: float, device: str) -> fl
     return (time.perf_counter() - start) / calls
 
 
-def can_run(row: Row, backend: Backend, settings: Settings) -> bool:
+def can_run(row: Row, backend: Backend, settings: OpsSettings) -> bool:
     return backend != 'triton' or (settings.device != 'cpu' and find_spec('triton') is not None)
 
 
 def operand_shape(row: Row, backend: Backend, batch: int) -> tuple[int, ...]:
     """Of the weight or the logits, the second input."""
-    heads, K = row.channels // HEAD, row.kernel
+    heads, K = row.channels // HEAD_DIM, row.kernel
     if backend == 'conv2d':
         return row.channels, 1, K, K
     return (heads, K, K) if row.op == 'light' else (batch, heads * K * K, row.side, row.side)
@@ -169,7 +112,7 @@ def function_of(row: Row, backend: Backend) -> Callable[[torch.Tensor, torch.Ten
     return partial(function, backend=backend, **fixed)
 
 
-def build(row: Row, backend: Backend, settings: Settings) -> Callable[[], object]:
+def build(row: Row, backend: Backend, settings: OpsSettings) -> Callable[[], object]:
     """Return a function that makes one call."""
     torch.manual_seed(settings.seed)
     function, like = function_of(row, backend), dict(dtype=getattr(torch, settings.dtype), device=settings.device)
@@ -201,7 +144,7 @@ def rounded(value: float) -> float:
     return float(f'{value:.5g}')
 
 
-def floor(row: Row, backend: Backend, settings: Settings, ceilings: Ceilings) -> dict[str, float]:
+def floor(row: Row, backend: Backend, settings: OpsSettings, ceilings: Ceilings) -> dict[str, float]:
     """Least bytes, multiply-adds and milliseconds of a call, and the size of its inputs, outputs and gradients."""
     elements, width = settings.batch_size * row.channels * row.side ** 2, getattr(torch, settings.dtype).itemsize
     image = elements * width
@@ -222,7 +165,7 @@ def floor(row: Row, backend: Backend, settings: Settings, ceilings: Ceilings) ->
         tensors_mib=rounded(held / 2**20))
 
 
-def measure(row: Row, settings: Settings, ceilings: Ceilings, bar: tqdm) -> list[dict]:
+def measure(row: Row, settings: OpsSettings, ceilings: Ceilings, bar: tqdm) -> list[dict]:
     """The cells of a row, a dictionary for each backend."""
     torch._dynamo.reset()  # each shape compiles anew, and none counts towards the limit of recompilations
     calls = {name: build(row, name, settings) for name in settings.backends if can_run(row, name, settings)}
@@ -242,7 +185,7 @@ def measure(row: Row, settings: Settings, ceilings: Ceilings, bar: tqdm) -> list
         limits = floor(row, backend, settings, ceilings)
         ms, yardstick = times.get(backend), times.get('conv2d')
         cells.append(dict(
-            **row._asdict(), heads=row.channels // HEAD, batch_size=settings.batch_size, dtype=settings.dtype,
+            **row._asdict(), heads=row.channels // HEAD_DIM, batch_size=settings.batch_size, dtype=settings.dtype,
             device=settings.device, threads=settings.threads, backend=backend,
             ms=rounded(ms) if ms else NOT_MEASURED,
             ratio_to_conv2d=rounded(ms / yardstick) if ms and yardstick else NOT_MEASURED,
@@ -280,8 +223,10 @@ def triton_version() -> str:
     return import_module('triton').__version__ if find_spec('triton') else 'not installed'
 
 
-def main(settings: Settings) -> list[dict]:
+def main(settings: OpsSettings) -> list[dict]:
     """Measure and print row by row, and return the table, a dictionary for each row and backend."""
+    check_ops(settings)
+    check_machine(settings.device)
     if settings.batch_size is None:
         settings = replace(settings, batch_size=2 if settings.device == 'cpu' else 128)
     rows = rows_of(settings)
@@ -306,6 +251,3 @@ def main(settings: Settings) -> list[dict]:
             f'{passes.replace("_", " + ")} {shown(ratio, 2)}' for passes, ratio in ratios.items()))
     return table
 
-
-if __name__ == '__main__':
-    main(tyro.cli(Settings, description=__doc__))

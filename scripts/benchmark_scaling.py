@@ -1,61 +1,25 @@
-"""Time models in inference form over image sizes, and fit the exponent a of time ~ pixels^a.
-
-    python scripts/benchmark.py scaling
-    python scripts/benchmark.py scaling --models lightconvnet_pico coatnet_pico --sizes 224 448 --device cuda --amp
-    python scripts/benchmark.py scaling --results-file results/scaling_cpu.json     # and scaling_cpu.png
-
-All models at all sizes take turns, a window of at least --window seconds each, and the median window counts, so that a
-busy moment touches one window of each and not one end of a curve. A model that attends is made for each size anew.
-"""
+"""Models in inference form timed over image sizes, and the exponent a of time ~ pixels^a."""
 import statistics
-import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import cycle
 from math import log
 from pathlib import Path
 
-import benchmark
 import torch
-import tyro
+from benchmark_models import build, check_machine, measure_window
+from benchmark_settings import ModelPairSettings, ScalingSettings, check_scaling
+from files import write_file, write_json
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from provenance import provenance
-from run_folder import write_file, write_json
+from settings import SettingsError
 from tqdm import tqdm
 
 
-@dataclass(frozen=True)
-class Settings:
-    models: tuple[str, ...] = ('dynamicconvnet_pico', 'lightconvnet_pico', 'coatnet_pico')  # Names in timm.
-    sizes: tuple[int, ...] = (448, 576, 704, 832, 1024)  # Height and width in pixels.
-    batch_size: int = 1  # Images a step.
-    threads: int = 1  # CPU threads; more of them make small parallel regions noisy.
-    rounds: int = 5  # Windows of each model and size; the median counts.
-    window: float = 1.0  # Least seconds a window lasts.
-    amp: bool = False  # bfloat16 autocast.
-    compile: bool = False  # torch.compile every model, for each size anew.
-    device: str = 'cpu'  # cpu or cuda.
-    seed: int = 0  # Of weights and images.
-    results_file: str = ''  # JSON to write, with hardware and versions, and a plot beside it as .png.
-
-
-def refuse(settings: Settings) -> None:
-    """End with one sentence if there is no curve to fit."""
-    script = 'benchmark.py scaling'
-    benchmark.refuse(settings, ('batch_size', 'threads', 'rounds', 'window'), settings.models, script)
-    if not settings.models:
-        sys.exit(f'{script}: --models must name one model or more, got none.')
-    if len(set(settings.sizes)) < 2 or min(settings.sizes) < 1:
-        sys.exit(f'{script}: --sizes must be two or more different sizes above 0, '
-                 f'got {" ".join(map(str, settings.sizes)) or "none"}.')
-    if settings.results_file and Path(settings.results_file).suffix != '.json':
-        sys.exit(f'{script}: --results-file must end in .json, got {settings.results_file}.')
-
-
-def measure(settings: Settings) -> dict[str, dict[int, float]]:
+def measure(settings: ScalingSettings) -> dict[str, dict[int, float]]:
     """Milliseconds an image, by model and size."""
-    timing = {size: benchmark.Settings(
+    timing = {size: ModelPairSettings(
         model='', against='', batch_size=settings.batch_size, img_size=size, threads=settings.threads,
         window=settings.window, amp=settings.amp, compile=settings.compile, device=settings.device, seed=settings.seed,
     ) for size in settings.sizes}
@@ -63,9 +27,9 @@ def measure(settings: Settings) -> dict[str, dict[int, float]]:
     for name in settings.models:
         for size in settings.sizes:
             try:
-                steps[name, size] = benchmark.build(timing[size], name, (), 'inference')
+                steps[name, size] = build(timing[size], name, (), 'inference')
             except ValueError as error:  # a size that the model does not take
-                sys.exit(f'benchmark.py scaling: --sizes {size}: {name}: {error}')
+                raise SettingsError(f'--sizes {size}: {name}: {error}') from error
     windows: dict[tuple[str, int], list[float]] = {turn: [] for turn in steps}
     with tqdm(total=len(steps) * (settings.rounds + 1), unit='window', desc='benchmark scaling') as bar:
         for step in steps.values():
@@ -73,7 +37,7 @@ def measure(settings: Settings) -> dict[str, dict[int, float]]:
             bar.update()
         for index in range(settings.rounds):
             for name, size in sorted(steps, reverse=bool(index % 2)):  # none always comes after the same other
-                windows[name, size].append(1e3 / benchmark.measure_window(steps[name, size], timing[size]))
+                windows[name, size].append(1e3 / measure_window(steps[name, size], timing[size]))
                 bar.update()
     return {name: {size: statistics.median(windows[name, size]) for size in sorted(set(settings.sizes))}
             for name in settings.models}
@@ -105,9 +69,10 @@ def draw(models: dict[str, dict], path: Path, title: str) -> None:
     write_file(path, lambda temporary: figure.savefig(temporary, format='png', dpi=150))
 
 
-def main(settings: Settings) -> dict:
+def main(settings: ScalingSettings) -> dict:
     """Measure, print and return the results."""
-    refuse(settings)
+    check_scaling(settings)
+    check_machine(settings.device, settings.models)
     torch.set_num_threads(settings.threads)
     # no graph for any size, which would be another one, and room for every model at every size
     compiling = torch._dynamo.config.patch(
@@ -130,7 +95,3 @@ def main(settings: Settings) -> dict:
         write_json(file, report)
         draw(models, file.with_suffix('.png'), f'Inference, batch {settings.batch_size}, {report["hardware"]}')
     return report
-
-
-if __name__ == '__main__':
-    main(tyro.cli(Settings, description=__doc__))

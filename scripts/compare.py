@@ -11,9 +11,9 @@ from typing import Annotated
 
 import timm
 import tyro
+from files import write_figure, write_json
 from matplotlib.figure import Figure
 from provenance import provenance
-from run_folder import write_figure, write_json
 from settings import SettingsError, end_with_sentence, one_line, parse_argument
 from timm.models import resolve_model_input_args
 

@@ -1,5 +1,4 @@
 """What finetune.py reads: both splits of the data with their classes checked, and the loaders over them."""
-from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from data_settings import is_stream
@@ -8,14 +7,12 @@ from pictures import EpochSampler, Pictures, StreamedPictures, batches, open_pic
 from settings import SettingsError, one_line
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
-
-if TYPE_CHECKING:
-    from finetune import Settings
+from training_settings import Settings
 
 __all__ = ['create_loaders', 'open_data', 'training_transform']
 
 
-def open_data(settings: 'Settings') -> tuple[Dataset, Dataset, list[str]]:
+def open_data(settings: Settings) -> tuple[Dataset, Dataset, list[str]]:
     """Open both splits and check that their classes agree with each other and with --num-classes."""
     shared = dict(batch_size=settings.batch_size, seed=settings.seed, num_classes=settings.num_classes,
                   in_chans=settings.in_chans)
@@ -37,7 +34,7 @@ def open_data(settings: 'Settings') -> tuple[Dataset, Dataset, list[str]]:
     return train_set, val_set, class_names
 
 
-def training_transform(settings: 'Settings', data_config: dict, size: int | None = None) -> object:
+def training_transform(settings: Settings, data_config: dict, size: int | None = None) -> object:
     """timm's augmentation, or that of decoded pictures, at the model's size or at a size in pixels."""
     if settings.decode_once:
         return Augmentation(
@@ -50,7 +47,7 @@ def training_transform(settings: 'Settings', data_config: dict, size: int | None
         auto_augment=settings.aa, re_prob=settings.reprob, re_mode='pixel')
 
 
-def create_loaders(settings: 'Settings', train_set: Dataset, val_set: Dataset, data_config: dict,
+def create_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, data_config: dict,
                    accelerator: Accelerator) -> tuple[DataLoader, DataLoader, EpochSampler | None]:
     """Loaders over both splits, whose batches the processes share, and the sampler that decides the order.
 
@@ -63,7 +60,7 @@ def create_loaders(settings: 'Settings', train_set: Dataset, val_set: Dataset, d
     return train, val, sampler
 
 
-def _loaders(settings: 'Settings', train_set: Dataset, val_set: Dataset, data_config: dict,
+def _loaders(settings: Settings, train_set: Dataset, val_set: Dataset, data_config: dict,
              accelerator: Accelerator) -> tuple[DataLoader, DataLoader, EpochSampler | None]:
     try:
         transforms = training_transform(settings, data_config), create_transform(**data_config)

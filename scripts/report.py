@@ -11,17 +11,12 @@ import statistics
 import sys
 from pathlib import Path
 
-import timm
 import tyro
-from model_size import model_size
-from provenance import provenance
-from run_folder import write_file, write_json
-from timm.models import model_entrypoint
-
-import coatnet_zoo
+from files import write_file, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'results'
+RELEASES = ROOT / 'coatnet_zoo' / 'weights' / 'releases.json'
 DOCUMENTS = ('README.md', 'MODEL_CARD.md', 'scripts/launch/README.md')
 NOT_MEASURED = 'not measured'
 # epochs and pictures of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and of its 21k set
@@ -33,6 +28,13 @@ ALIKE = ('coatnet_pico_64', 'lightconvnet_pico_64', 'dynamicconvnet_pico_64', 'c
 
 def count_models() -> dict:
     """Parameters and multiply-adds of every name of the zoo, at its own image size, on the meta device."""
+    import timm  # these take seconds, and only --count needs them
+    from model_size import model_size
+    from provenance import provenance
+    from timm.models import model_entrypoint
+
+    import coatnet_zoo
+
     counts = {}
     for name in timm.list_models():
         if not model_entrypoint(name).__module__.startswith(f'{coatnet_zoo.__name__}.'):
@@ -62,7 +64,7 @@ def family() -> str:
 
 def weights() -> str:
     """What coatnet_zoo/weights/releases.json records."""
-    releases = json.loads((Path(coatnet_zoo.__file__).parent / 'weights' / 'releases.json').read_text(encoding='utf-8'))
+    releases = json.loads(RELEASES.read_text(encoding='utf-8'))
     if not releases:
         return ('No weights are released yet: models start from random initialisation, or from weights of your own, '
                 'and\n`pretrained=True` says so. Accuracy, robustness and biases: not measured.')

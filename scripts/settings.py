@@ -1,15 +1,30 @@
-"""What the command lines of the scripts share: refusals in one sentence with the way out, and how a script ends."""
+"""Command lines of the scripts: flags in groups, error messages with the way out, and how a script ends.
+
+Nothing here imports torch or timm, which take seconds: --help and a wrong value are answered before they are loaded.
+"""
 import ast
+import dataclasses
 import difflib
+import inspect
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, TypeVar, get_type_hints
+
+import tyro
 
 __all__ = [
-    'SettingsError', 'check_range', 'did_you_mean', 'earlier_results', 'end_with_sentence', 'flag', 'one_line',
-    'parse_argument']
+    'Preempted', 'SettingsError', 'check_range', 'did_you_mean', 'earlier_results', 'end_with_sentence', 'flag',
+    'one_line', 'parse_argument', 'parse_flags']
+
+Settings = TypeVar('Settings')
+
+
+class Preempted(Exception):
+    """A run was stopped by SIGTERM, and is saved."""
 
 
 class SettingsError(ValueError):
@@ -70,6 +85,47 @@ def parse_argument(item: str) -> tuple[str, object]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def parse_flags(
+        settings: type[Settings], description: str | None, arguments: list[str] | None = None,
+        defaults: dict[str, object] | None = None,
+) -> Settings:
+    """Read a command line into a dataclass of settings; --help has a group of flags for each of its base classes.
+
+    Args:
+        settings: Dataclass whose fields have their help in a comment on the same line, or in tyro.conf.arg. A base
+            class `DataSettings`, or `TrainingDataSettings`, makes the group "data options"; a field belongs to the
+            class that declares it first.
+        description: Text above the flags.
+        arguments: The command line (sys.argv if not given).
+        defaults: Values in place of the defaults of the fields.
+    """
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    hints = get_type_hints(settings, include_extras=True)
+    texts, groups = {}, {}
+    for base in reversed(settings.__mro__):
+        if not (own := inspect.get_annotations(base)):
+            continue
+        comments = re.finditer(r'^    (\w+): .*?  # (.+)$', inspect.getsource(base), re.MULTILINE)
+        texts |= {found[1]: found[2] for found in comments}
+        title = re.findall('[A-Z][a-z]+', base.__name__.removesuffix('Settings'))[-1:] or ['other']
+        new = [name for name in own if not any(name in names for names in groups.values())]
+        groups.setdefault(title[0].lower(), []).extend(new)
+
+    def option(name: str) -> tuple[str, object, dataclasses.Field]:
+        default = (defaults or {}).get(name, fields[name].default)
+        given = {} if default is dataclasses.MISSING else {'default': default}
+        return name, Annotated[hints[name], tyro.conf.arg(help=texts.get(name))], dataclasses.field(**given)
+
+    parts = {}
+    for title, names in groups.items():
+        parts[title] = dataclasses.make_dataclass(title, map(option, names), kw_only=True)
+        parts[title].__doc__ = ' '  # dataclasses would write the signature there
+    given = tyro.cli(
+        dataclasses.make_dataclass('Flags', parts.items()), args=arguments, description=description,
+        config=(tyro.conf.OmitArgPrefixes,))
+    return settings(**{name: value for part in vars(given).values() for name, value in vars(part).items()})
 
 
 def end_with_sentence(script: str, main: Callable[[], object]) -> None:

@@ -1,5 +1,4 @@
 """Training state in whole tensors, where each process holds only a shard of the weights (FSDP)."""
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -12,14 +11,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
-
-if TYPE_CHECKING:
-    from finetune import Settings
+from training_settings import Settings
 
 __all__ = ['check_sharding', 'copy_weights', 'restore_training_state', 'training_state', 'wrap']
 
 
-def check_sharding(settings: 'Settings', accelerator: Accelerator) -> None:
+def check_sharding(settings: Settings, accelerator: Accelerator) -> None:
     """Refuse what needs all weights at once in every step."""
     if accelerator.is_fsdp2 and settings.model_ema:
         raise SettingsError('--model-ema averages whole weights after every step, which FSDP never holds; leave one '

@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import torch
-from run_folder import write_file
+from files import write_file
 from safetensors import safe_open
 from safetensors.torch import save
 

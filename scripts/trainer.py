@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast
 from evaluation import Predictions, predict
+from files import write_file
 from loaders import training_transform
 from pictures import BadPictures, EpochSampler, check_labels, seed_of
-from run_folder import rank, write_file, write_metrics, write_weights
+from run_folder import rank, write_metrics, write_weights
 from safetensors.torch import load_file
-from settings import SettingsError, one_line
+from settings import Preempted, SettingsError, one_line
 from sharding import copy_weights, restore_training_state, training_state
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
@@ -31,15 +31,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from training import set_trunk_to_eval
+from training_settings import Settings
 
-if TYPE_CHECKING:
-    from finetune import Settings
-
-__all__ = ['Preempted', 'Trainer', 'read_checkpoint']
-
-
-class Preempted(Exception):
-    """SIGTERM came, and the run is saved."""
+__all__ = ['Trainer', 'read_checkpoint']
 
 
 @dataclass
@@ -90,7 +84,7 @@ class Trainer:
     """
 
     def __init__(
-            self, settings: 'Settings', accelerator: Accelerator, task: TrainingTask,
+            self, settings: Settings, accelerator: Accelerator, task: TrainingTask,
             whole_model: nn.Module | None, optimizer: AcceleratedOptimizer,
             loaders: tuple[DataLoader, DataLoader, EpochSampler | None], data_config: dict, num_classes: int,
             run_dir: Path, facts: dict) -> None:

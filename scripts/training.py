@@ -1,6 +1,5 @@
 """What finetune.py trains: timm's task with its loss and teacher, and an optimizer that knows trunk from head."""
 import copy
-from typing import TYPE_CHECKING
 
 import torch
 from model_settings import ModelSettings
@@ -10,9 +9,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.task import TrainingTask
 from torch import nn
-
-if TYPE_CHECKING:
-    from finetune import Settings
+from training_settings import Settings
 
 __all__ = ['build_optimizer', 'build_task', 'check_training', 'freeze_trunk', 'open_teacher', 'set_trunk_to_eval']
 
@@ -38,7 +35,7 @@ def set_trunk_to_eval(model: nn.Module) -> None:
     classifier_of(model).train()
 
 
-def check_training(settings: 'Settings', model: nn.Module, data_config: dict) -> None:
+def check_training(settings: Settings, model: nn.Module, data_config: dict) -> None:
     """Refuse what would fail in the first step."""
     if settings.batch_size > 1:
         return
@@ -50,7 +47,7 @@ def check_training(settings: 'Settings', model: nn.Module, data_config: dict) ->
                             f'{one_line(error)}; give at least 2.') from error
 
 
-def build_optimizer(settings: 'Settings', model: nn.Module, batch_size: int) -> torch.optim.Optimizer:
+def build_optimizer(settings: Settings, model: nn.Module, batch_size: int) -> torch.optim.Optimizer:
     """timm's optimizer; its learning rate is --lr times pictures per update / --lr-base-size, where that is given.
 
     Args:
@@ -84,7 +81,7 @@ def build_optimizer(settings: 'Settings', model: nn.Module, batch_size: int) -> 
     return optimizer
 
 
-def open_teacher(settings: 'Settings', class_names: list[str], data_config: dict) -> nn.Module:
+def open_teacher(settings: Settings, class_names: list[str], data_config: dict) -> nn.Module:
     """The model of --teacher, once it is clear that it knows the classes and takes the pictures."""
     try:
         teacher, _ = open_model(ModelSettings(model=settings.teacher, pretrained=True, in_chans=settings.in_chans))
@@ -106,7 +103,7 @@ def open_teacher(settings: 'Settings', class_names: list[str], data_config: dict
     return teacher
 
 
-def build_task(settings: 'Settings', model: nn.Module, teacher: nn.Module | None, data_config: dict,
+def build_task(settings: Settings, model: nn.Module, teacher: nn.Module | None, data_config: dict,
                device: torch.device) -> TrainingTask:
     """Cross-entropy, on soft targets where pictures are mixed, with a share of the teacher's logits if there is one."""
     loss = dict(soft_targets=True) if settings.mixup or settings.cutmix else dict(smoothing=settings.smoothing)

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import ablation
+import ablation_run
+import ablation_settings
 import finetune
 import pytest
 import timm
-from settings import parse_argument
+from settings import SettingsError, parse_argument
 
 
 @pytest.fixture
@@ -36,9 +38,9 @@ def settings(folder: Path, **changes) -> ablation.Settings:
         'results_file': str(folder / 'ablation.json'), 'img_size': 64, **changes})
 
 
-@pytest.mark.parametrize('row', ablation.GRIDS['full'])
+@pytest.mark.parametrize('row', ablation_settings.GRIDS['full'])
 def test_every_row_of_the_full_grid_can_be_built(row):
-    options = ablation.model_kwargs(ablation.Settings('pictures'), row)
+    options = ablation_run.model_kwargs(ablation.Settings('pictures'), row)
     kwargs = dict(map(parse_argument, options))
     model = timm.create_model('coatnet_pico', img_size=64, device='meta', **kwargs)
     assert model.cfg.layout == row.split()[0]
@@ -47,8 +49,9 @@ def test_every_row_of_the_full_grid_can_be_built(row):
 
 
 def test_grids_hold_what_they_promise():
-    assert set(ablation.WORDS) < set(ablation.GRIDS['cpu']) < set(ablation.GRIDS['full'])
-    assert len(ablation.GRIDS['cpu']) == 9 and len(set(ablation.GRIDS['full'])) == len(ablation.GRIDS['full'])
+    grids = ablation_settings.GRIDS
+    assert set(ablation_settings.WORDS) < set(grids['cpu']) < set(grids['full'])
+    assert len(grids['cpu']) == 9 and len(set(grids['full'])) == len(grids['full'])
 
 
 def test_table_is_of_the_last_epoch_over_all_seeds(tmp_path, runs):
@@ -77,14 +80,14 @@ def test_one_seed_has_no_standard_error(tmp_path, runs):
 
 def test_speed_is_added_to_what_was_trained(tmp_path, runs, monkeypatch):
     ablation.main(settings(tmp_path))
-    monkeypatch.setattr(ablation.benchmark, 'measure_window', lambda step, timing: step() or 7.)
+    monkeypatch.setattr(ablation_run.benchmark_models, 'measure_window', lambda step, timing: step() or 7.)
     report = ablation.main(settings(tmp_path, speed=True, batch_size=1))
     assert report['rows']['DDDD glu=False']['images_per_second'] == 7 and report['rows']['LLLL']['top1'] == 50
     assert report['speed']['batch_size'] == 1 and report['settings']['batch_size'] == 64
 
 
 def test_speed_needs_trained_rows(tmp_path):
-    with pytest.raises(SystemExit, match='--speed needs a --results-file with trained rows'):
+    with pytest.raises(SettingsError, match='--speed needs a --results-file with trained rows'):
         ablation.main(settings(tmp_path, speed=True))
-    with pytest.raises(SystemExit, match='its folder does not exist; make it first'):
+    with pytest.raises(SettingsError, match='its folder does not exist; make it first'):
         ablation.main(settings(tmp_path, results_file=str(tmp_path / 'none' / 'ablation.json')))

@@ -1,20 +1,22 @@
 """scripts/benchmark.py: what it measures, writes and refuses."""
 
-import benchmark
 import benchmark_loader
+import benchmark_models
 import pytest
+from benchmark_settings import LoaderSettings, ModelPairSettings
 from PIL import Image
+from settings import SettingsError
 
 
-def settings(**changes) -> benchmark.Settings:
-    return benchmark.Settings(**{
+def settings(**changes) -> ModelPairSettings:
+    return ModelPairSettings(**{
         'model': 'coatnet_pico_64', 'against': 'test_resnet', 'batch_size': 2, 'img_size': 32, 'rounds': 2,
         'window': 0.01, **changes})
 
 
 def test_both_sides_are_measured(tmp_path, capsys):
     file = tmp_path / 'results.json'
-    report = benchmark.main(settings(results_file=str(file)))
+    report = benchmark_models.main(settings(results_file=str(file)))
     assert file.is_file() and set(report['results']) == {'inference', 'training'}
     for mode, row in report['results'].items():
         pace = row['images_per_second']
@@ -29,9 +31,9 @@ def test_both_sides_are_measured(tmp_path, capsys):
     (dict(device='cuda:99'), '--device cuda:99'), (dict(results_file='no/such/file.json'), 'folder does not exist'),
 ], ids=str)
 def test_bad_settings_end_in_one_sentence(changes, message, monkeypatch):
-    monkeypatch.setattr(benchmark.torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(SystemExit, match=message):
-        benchmark.main(settings(**changes))
+    monkeypatch.setattr(benchmark_models.torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SettingsError, match=message):
+        benchmark_models.main(settings(**changes))
 
 
 def write_pictures(folder, count: int = 24) -> None:
@@ -44,10 +46,10 @@ def write_pictures(folder, count: int = 24) -> None:
 
 def test_loader_is_timed_beside_training(tmp_path):
     write_pictures(tmp_path / 'pictures')
-    report = benchmark_loader.main(benchmark_loader.Settings(
+    report = benchmark_loader.main(LoaderSettings(
         data_dir=str(tmp_path / 'pictures'), workers=(0, 1), batch_size=4, rounds=2, window=0.05,
         results_file=str(tmp_path / 'loader.json')))
     assert set(report['images_per_second']) == {'0 workers', '1 workers', 'training'}
     assert min(report['images_per_second'].values()) > 0 and (tmp_path / 'loader.json').is_file()
-    with pytest.raises(SystemExit, match=r'benchmark.py loader: --data-dir no/where'):
-        benchmark_loader.main(benchmark_loader.Settings(data_dir='no/where'))
+    with pytest.raises(SettingsError, match='--data-dir no/where'):
+        benchmark_loader.main(LoaderSettings(data_dir='no/where'))

@@ -4,15 +4,18 @@ import json
 from types import SimpleNamespace
 
 import benchmark
+import benchmark_models
 import benchmark_ops
 import benchmark_scaling
 import pytest
 import torch
 from benchmark_ops import Ceilings, Row
+from benchmark_settings import ModelPairSettings, OpsSettings, ScalingSettings
+from settings import SettingsError
 
 
-def ops_settings(**changes) -> benchmark_ops.Settings:
-    return benchmark_ops.Settings(**{
+def ops_settings(**changes) -> OpsSettings:
+    return OpsSettings(**{
         'shapes': ('5x32',), 'kernels': (3,), 'backends': ('naive', 'eager', 'triton', 'conv2d'), 'rounds': 2,
         'window': 0.001, **changes})
 
@@ -80,7 +83,7 @@ def test_floor_by_hand(op, passes, backend, figures):
 
 
 def test_rows_and_cells_that_are_not_measured():
-    rows = benchmark_ops.rows_of(benchmark_ops.Settings(batch_size=2))
+    rows = benchmark_ops.rows_of(OpsSettings(batch_size=2))
     assert len(rows) == 4 * 2 * (4 + 2)  # shapes, passes, kernels of LightConv and of DynamicConv
     assert {row.kernel for row in rows if row.op == 'dynamic'} == {3, 7}
     large = Row('light', 56, 96, 31, 'forward')
@@ -112,12 +115,12 @@ def test_peak_rate_of_a_gpu_is_the_datasheets(monkeypatch):
 ], ids=str)
 def test_bad_settings_of_ops_end_in_one_sentence(changes, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(SystemExit, match=f'^benchmark.py ops: .*{message}'):
+    with pytest.raises(SettingsError, match=message):
         benchmark_ops.main(ops_settings(**changes))
 
 
-def scaling_settings(**changes) -> benchmark_scaling.Settings:
-    return benchmark_scaling.Settings(**{
+def scaling_settings(**changes) -> ScalingSettings:
+    return ScalingSettings(**{
         'models': ('coatnet_pico_64', 'test_resnet'), 'sizes': (64, 32, 96), 'rounds': 2, 'window': 0.001, **changes})
 
 
@@ -149,14 +152,14 @@ def test_fit_recovers_the_exponent(power):
 ], ids=str)
 def test_bad_settings_of_scaling_end_in_one_sentence(changes, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(SystemExit, match=f'^benchmark.py scaling: .*{message}'):
+    with pytest.raises(SettingsError, match=message):
         benchmark_scaling.main(scaling_settings(**changes))
 
 
 @pytest.mark.parametrize('arguments,module,expected', [
-    ('ops --op light --kernels 3 7', benchmark_ops, benchmark_ops.Settings(op='light', kernels=(3, 7))),
-    ('scaling --sizes 64 96', benchmark_scaling, benchmark_scaling.Settings(sizes=(64, 96))),
-    ('--model ops --against scaling', benchmark, benchmark.Settings(model='ops', against='scaling')),
+    ('ops --op light --kernels 3 7', benchmark_ops, OpsSettings(op='light', kernels=(3, 7))),
+    ('scaling --sizes 64 96', benchmark_scaling, ScalingSettings(sizes=(64, 96))),
+    ('--model ops --against scaling', benchmark_models, ModelPairSettings(model='ops', against='scaling')),
 ])
 def test_the_first_word_chooses_what_is_timed(arguments, module, expected, monkeypatch):
     seen = []

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import demo
+import demo_run
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,7 @@ def one_thread():
 @pytest.fixture(scope='module')
 def digits_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('digits')
-    demo.write_digits(folder)
+    demo_run.write_digits(folder)
     return folder
 
 
@@ -48,7 +49,7 @@ def test_held_out_fifth_is_stratified_and_always_the_same(digits_dir, tmp_path):
     assert len(held_out) == 360
     per_digit = np.bincount([int(path.parent.name) for path in held_out])
     assert len(per_digit) == 10 and per_digit.min() >= 34 and per_digit.max() <= 37
-    demo.write_digits(tmp_path)
+    demo_run.write_digits(tmp_path)
     assert [path.relative_to(tmp_path) for path in sorted((tmp_path / 'val').rglob('*.png'))] == held_out
 
 
@@ -66,7 +67,7 @@ def test_picture_shows_errors_in_red_before_the_rest(digits_dir, tmp_path):
     for path in overlays:
         Image.new('RGB', (64, 32)).save(path)
     histories = {'pretrained': history(20), 'from random weights': history(80)}
-    figure = demo.draw_demo(overlays, histories, probabilities, labels, files)
+    figure = demo_run.draw_demo(overlays, histories, probabilities, labels, files)
 
     *photographs, accuracy = figure.axes[:3]
     assert [axes.images[0].get_size() for axes in photographs] == [(32, 64)] * 2
@@ -85,32 +86,32 @@ def test_picture_shows_errors_in_red_before_the_rest(digits_dir, tmp_path):
 
 def test_first_epoch_is_the_first_that_was_good_enough():
     rows = [{'epoch': epoch, 'eval_top1': top1} for epoch, top1 in enumerate((50.0, 90.0, 80.0, 95.0), 1)]
-    assert [demo.first_epoch(rows, least) for least in (10, 90, 90.5, 96)] == [1, 2, 4, None]
+    assert [demo_run.first_epoch(rows, least) for least in (10, 90, 90.5, 96)] == [1, 2, 4, None]
 
 
 def test_photographs_are_looked_at_by_the_weights_that_ship(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, 'DEMO_DIR', tmp_path)
-    overlays = demo.look_at_photographs()
+    monkeypatch.setattr(demo_run, 'DEMO_DIR', tmp_path)
+    overlays = demo_run.look_at_photographs()
     assert [path.stem.partition('-')[0] for path in overlays] == ['cat', 'coffee']
     said = capsys.readouterr().out
-    assert f'{demo.PRETRAINED}: its own weights' in said and said.count('  1  ') == 2
+    assert f'{demo_run.PRETRAINED}: its own weights' in said and said.count('  1  ') == 2
 
 
 def test_demo_fails_on_low_accuracy_and_starts_afresh(tmp_path, monkeypatch, capsys):
     digits, photograph = load_digits(), tmp_path / 'photograph.png'
     Image.new('RGB', (64, 32)).save(photograph)
-    monkeypatch.setattr(demo, 'look_at_photographs', lambda: [photograph] * 2)
-    monkeypatch.setattr(demo, 'load_digits', lambda: Bunch(images=digits.images[:300], target=digits.target[:300]))
-    monkeypatch.setattr(demo, 'DEMO_DIR', tmp_path)
-    monkeypatch.setattr(demo, 'RECIPE', dataclasses.replace(
-        demo.RECIPE, model='test_resnet', pretrained=False, model_kwargs=(), epochs=1, workers=0,
+    monkeypatch.setattr(demo_run, 'look_at_photographs', lambda: [photograph] * 2)
+    monkeypatch.setattr(demo_run, 'load_digits', lambda: Bunch(images=digits.images[:300], target=digits.target[:300]))
+    monkeypatch.setattr(demo_run, 'DEMO_DIR', tmp_path)
+    monkeypatch.setattr(demo_run, 'RECIPE', dataclasses.replace(
+        demo_run.RECIPE, model='test_resnet', pretrained=False, model_kwargs=(), epochs=1, workers=0,
         data_dir=str(tmp_path / 'digits'), output=str(tmp_path)))
     assert demo.main() == 1  # one epoch of a tiny network cannot reach 97 %
     assert 'is below the expected 97.0 %' in capsys.readouterr().out
     assert Image.open(tmp_path / 'demo.png').size[0] > 1000
 
     results = tmp_path / 'results.json'
-    monkeypatch.setattr(demo, 'LEAST_ACCURACY', 0.0)
+    monkeypatch.setattr(demo_run, 'LEAST_ACCURACY', 0.0)
     assert demo.main(str(results)) == 0
     said, report = capsys.readouterr().out, json.loads(results.read_text())
     assert 'of 60 held-out digits right' in said
@@ -118,7 +119,7 @@ def test_demo_fails_on_low_accuracy_and_starts_afresh(tmp_path, monkeypatch, cap
     for name, rows in report['top1'].items():
         assert len(rows) == 1 and f'{name:20}{rows[0]:7.2f}   below 90 %' in said
 
-    train = demo.finetune.main
-    monkeypatch.setattr(demo.finetune, 'main', lambda settings: {**train(settings), 'top1': 12.5})
+    train = demo_run.finetune.main
+    monkeypatch.setattr(demo_run.finetune, 'main', lambda settings: {**train(settings), 'top1': 12.5})
     assert demo.main() == 1
     assert 'training reported 12.50 %' in capsys.readouterr().out

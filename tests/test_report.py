@@ -39,7 +39,7 @@ def test_results_name_their_origin():
 
 def test_releases_fill_the_table_of_weights(tmp_path, monkeypatch):
     (tmp_path / 'weights').mkdir()
-    monkeypatch.setattr(report.coatnet_zoo, '__file__', str(tmp_path / '__init__.py'))
+    monkeypatch.setattr(report, 'RELEASES', tmp_path / 'weights' / 'releases.json')
     release = {'evaluated_on': 'Digits, val', 'trained_on': 'Digits', 'metrics': {'top1': 98.333, 'top5': 99.9},
                'license_name': None, 'hours': 5.04, 'hardware': 'a CPU'}
     entry = {'repo': None, 'packaged': 'x.safetensors', 'sha256': 'ab' * 32, 'size': 7_654_321,

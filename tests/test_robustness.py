@@ -8,6 +8,7 @@ import finetune
 import numpy as np
 import pytest
 import robustness
+import robustness_run
 import timm
 import torch
 from PIL import Image
@@ -43,7 +44,7 @@ def test_numbers_are_those_of_timm_alone(settings):
     [found] = robustness.main(settings)['top1'].values()
     assert found['32 px'] == pytest.approx(by_hand(settings, 32))
     assert found['48 px'] == pytest.approx(by_hand(settings, 48))
-    for name, damage in robustness.DAMAGE.items():
+    for name, damage in robustness_run.DAMAGE.items():
         assert found[name] == pytest.approx(by_hand(settings, 32, damage))
     written = json.loads(Path(settings.results_file).read_text())
     assert list(written['top1'].values()) == [found] and written['made'][settings.model[0]]['hardware']
@@ -51,10 +52,10 @@ def test_numbers_are_those_of_timm_alone(settings):
 
 def test_models_of_the_file_are_not_measured_again(settings, monkeypatch, tmp_path):
     file = str(tmp_path / 'robustness.json')
-    monkeypatch.setattr(robustness, 'top1', lambda settings, name, size, damage: float(len(name)))
-    monkeypatch.setattr(robustness, 'check_model', lambda settings, name: None)
+    monkeypatch.setattr(robustness_run, 'top1', lambda settings, name, size, damage: float(len(name)))
+    monkeypatch.setattr(robustness_run, 'check_model', lambda settings, name: None)
     robustness.main(dataclasses.replace(settings, model=('first',), results_file=file))
-    monkeypatch.setattr(robustness, 'top1', lambda *arguments: 0.0)
+    monkeypatch.setattr(robustness_run, 'top1', lambda *arguments: 0.0)
     found = robustness.main(dataclasses.replace(settings, model=('second', 'first'), results_file=file))
     assert found == json.loads(Path(file).read_text()) and Path(file).with_suffix('.png').stat().st_size > 10_000
     assert set(found['top1']['first'].values()) == {5.0} and set(found['top1']['second'].values()) == {0.0}
@@ -63,27 +64,28 @@ def test_models_of_the_file_are_not_measured_again(settings, monkeypatch, tmp_pa
 
 
 def test_plot_shows_every_number():
-    rows = {f'x_64.{tag}': {title: base + place for place, title in enumerate(('32 px', '48 px', *robustness.DAMAGE))}
+    titles = '32 px', '48 px', *robustness_run.DAMAGE
+    rows = {f'x_64.{tag}': {title: base + place for place, title in enumerate(titles)}
             for tag, base in (('a', 10.0), ('b', 40.0))}
-    left, right = robustness.plot(dict(settings=dict(sizes=[32, 48]), top1=rows)).axes
+    left, right = robustness_run.plot(dict(settings=dict(sizes=[32, 48]), top1=rows)).axes
     assert [(line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in left.lines] == [
         ('x_64.a', [32, 48], [10.0, 11.0]), ('x_64.b', [32, 48], [40.0, 41.0])]
     assert [bar.get_height() for bar in right.patches] == [12.0, 13.0, 14.0, 42.0, 43.0, 44.0]
-    assert [label.get_text() for label in right.get_xticklabels()] == list(robustness.DAMAGE)
+    assert [label.get_text() for label in right.get_xticklabels()] == list(robustness_run.DAMAGE)
 
 
-@pytest.mark.parametrize('name', robustness.DAMAGE)
+@pytest.mark.parametrize('name', robustness_run.DAMAGE)
 def test_damage_is_done_and_repeats(name):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    first, second = (np.asarray(robustness.DAMAGE[name](image)).astype(float) for _ in range(2))
+    first, second = (np.asarray(robustness_run.DAMAGE[name](image)).astype(float) for _ in range(2))
     assert first.shape == pixels.shape and np.array_equal(first, second)
     assert 5 < np.abs(first - pixels).mean() < 100
 
 
 def test_noise_has_the_deviation_it_says():
     grey = Image.new('RGB', (200, 200), (128, 128, 128))
-    assert np.asarray(robustness.noise(grey)).std() == pytest.approx(25.5, rel=0.02)
+    assert np.asarray(robustness_run.noise(grey)).std() == pytest.approx(25.5, rel=0.02)
 
 
 @pytest.mark.parametrize(('changes', 'sentence'), [
@@ -114,7 +116,7 @@ def test_every_model_is_looked_at_before_the_first_is_measured(settings, tmp_pat
     def never(*arguments):
         raise AssertionError
 
-    monkeypatch.setattr(robustness, 'top1', never)
+    monkeypatch.setattr(robustness_run, 'top1', never)
     again = dataclasses.replace(settings, results_file=str(tmp_path / 'robustness.json'))
     with pytest.raises(SettingsError, match='--model nope is not a name'):
         robustness.main(dataclasses.replace(again, model=(*settings.model, 'nope')))

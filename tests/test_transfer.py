@@ -7,6 +7,7 @@ import finetune
 import numpy as np
 import pytest
 import transfer
+import transfer_run
 from script_runs import write_pictures
 from settings import SettingsError
 
@@ -32,17 +33,17 @@ def settings(trained, tmp_path) -> transfer.Settings:
 
 def test_draws_are_even_different_and_repeatable():
     labels = np.repeat([0, 1, 2], [100, 50, 10])
-    first = transfer.draw(labels, 0.1, 0)
+    first = transfer_run.draw(labels, 0.1, 0)
     assert np.bincount(labels[first]).tolist() == [10, 5, 2] and len(set(first)) == 17  # at least two of a class
-    assert np.array_equal(first, transfer.draw(labels, 0.1, 0))
-    assert not np.array_equal(first, transfer.draw(labels, 0.1, 1))
-    assert np.array_equal(transfer.draw(labels, 1.0, 3), np.arange(160))
+    assert np.array_equal(first, transfer_run.draw(labels, 0.1, 0))
+    assert not np.array_equal(first, transfer_run.draw(labels, 0.1, 1))
+    assert np.array_equal(transfer_run.draw(labels, 1.0, 3), np.arange(160))
 
 
 def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
     report = transfer.main(settings)
-    assert {way: [row['pictures'] for row in report['rows'] if row['way'] == way] for way in transfer.WAYS} == {
-        way: [18, 18, 36] for way in transfer.WAYS}
+    assert {way: [row['pictures'] for row in report['rows'] if row['way'] == way] for way in transfer_run.WAYS} == {
+        way: [18, 18, 36] for way in transfer_run.WAYS}
     assert all(row['hardware'] == report['hardware'] and row['date'] == report['date'] for row in report['rows'])
     table = report['table']
     assert table['fine-tuned']['0.5']['top1'] > table['random start']['0.5']['top1'] + 10
@@ -53,7 +54,7 @@ def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(finetune, 'main', never)
-    monkeypatch.setattr(transfer, 'read_features', never)
+    monkeypatch.setattr(transfer_run, 'read_features', never)
     assert transfer.main(settings)['rows'] == report['rows'] == json.loads(
         Path(settings.results_file).read_text())['rows']
 

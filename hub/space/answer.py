@@ -11,7 +11,8 @@ from explain import Target, choose_target
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from plots import to_picture
-from predict import Label, Settings, look, open_weights, read_labels
+from prediction import Label, look, open_weights, read_labels
+from prediction_settings import Settings
 from settings import SettingsError
 from timm.data import create_transform
 from torch import nn

@@ -27,7 +27,7 @@ import gradio as gr
 import torch
 import tyro
 from answer import Answer, Model, answer, open_models, share_of
-from predict import RANDOM
+from prediction import RANDOM
 from processes import choose_device
 from settings import SettingsError, end_with_sentence
 from upload import MOST_BYTES, MOST_PIXELS, read_upload

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import eval_imagenet
+import evaluate
 import numpy as np
 import pytest
 import timm
@@ -122,7 +123,7 @@ def test_settings_that_cannot_work_are_refused_in_a_sentence(settings, changes, 
 
 def test_output_that_cannot_be_written_is_refused_before_the_first_picture(settings, tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('in the way')
-    monkeypatch.setattr(eval_imagenet, 'evaluate_model', None)
+    monkeypatch.setattr(evaluate, 'evaluate_model', None)
     for changes in ({'output': str(tmp_path / 'file' / 'deep')}, {'results_file': str(tmp_path / 'file' / 'a.json')}):
         with pytest.raises(SettingsError, match=r'--output or --results-file cannot be written: .*choose another'):
             run(settings, **changes)
@@ -132,7 +133,7 @@ def test_full_disk_takes_no_number_along(settings, tmp_path, monkeypatch, capsys
     def fill(*_):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(eval_imagenet, 'write_json', fill)
+    monkeypatch.setattr(evaluate, 'write_json', fill)
     with pytest.raises(SettingsError, match='No space left on device; choose another'):
         run(settings, results_file=str(tmp_path / 'results.json'))
     monkeypatch.undo()

@@ -6,7 +6,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-import eval_imagenet
+import evaluate
 import imagenet_labels
 import numpy as np
 import pytest
@@ -116,13 +116,13 @@ def test_speed_options_leave_the_numbers(settings, changes):
 
 def test_memory_format_is_the_one_asked_for(settings, monkeypatch):
     formats = []
-    predict = eval_imagenet.predict
+    predict = evaluate.predict
 
     def look(model, *arguments, **options):
         formats.append(model.state_dict()['layer1.0.conv2.weight'].is_contiguous(memory_format=torch.channels_last))
         return predict(model, *arguments, **options)
 
-    monkeypatch.setattr(eval_imagenet, 'predict', look)
+    monkeypatch.setattr(evaluate, 'predict', look)
     run(settings)
     run(settings, channels_last=False)
     assert formats == [True, False]

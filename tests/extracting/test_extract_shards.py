@@ -5,10 +5,10 @@ import os
 import re
 from pathlib import Path
 
-import extract_features
+import extraction
+import files
 import numpy as np
 import pytest
-import run_folder
 import torch
 from feature_runs import expected_rows, read_bytes, read_index, read_rows, run, seeded_model, shards_of
 from features import PooledFeatures
@@ -163,7 +163,7 @@ def test_run_killed_at_any_write_goes_on_to_the_same_shards(settings, monkeypatc
             return replace(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(run_folder.os, 'replace', kill)
+            patch.setattr(files.os, 'replace', kill)
             try:
                 run(settings, output=output)
                 break
@@ -181,7 +181,7 @@ def test_run_killed_at_any_write_goes_on_to_the_same_shards(settings, monkeypatc
 def test_finished_run_computes_nothing_again(settings, monkeypatch):
     folder = run(settings)
     index = (folder / 'index.json').read_bytes()
-    monkeypatch.setattr(extract_features, 'write_shards', None)
+    monkeypatch.setattr(extraction, 'write_shards', None)
     assert run(settings, batch_size=7) == folder and (folder / 'index.json').read_bytes() == index
 
 

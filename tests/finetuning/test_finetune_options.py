@@ -3,11 +3,11 @@ import json
 import struct
 from pathlib import Path
 
-import finetune
 import numpy as np
 import pytest
 import timm
 import torch
+import training_run
 from runs import assert_same_tensors, read_checkpoint, read_metrics, run
 from safetensors.torch import load_file
 from settings import SettingsError
@@ -66,14 +66,14 @@ def test_torchvision_data_train_in_grey_and_in_colour(settings, tmp_path, in_cha
 
 
 def test_mixed_pictures_train_on_soft_targets_until_the_epoch_that_ends_it(settings, monkeypatch):
-    seen, forward = [], finetune.build_task
+    seen, forward = [], training_run.build_task
 
     def watch(*arguments):
         task = forward(*arguments)
         task.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
         return task
 
-    monkeypatch.setattr(finetune, 'build_task', watch)
+    monkeypatch.setattr(training_run, 'build_task', watch)
     run(settings, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.5, mixup_off_epoch=1, smoothing=0.0)
     mixed = [bool(((targets > 0).sum(1) > 1).any()) for targets in seen]
     steps = len(seen) // 2
@@ -115,14 +115,14 @@ def test_frozen_trunk_keeps_weights_and_statistics(settings):
 
 
 def test_progressive_sizes_reach_the_model_in_turn(settings, monkeypatch):
-    sizes, build = [], finetune.build_task
+    sizes, build = [], training_run.build_task
 
     def watch(*arguments):
         task = build(*arguments)
         task.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
         return task
 
-    monkeypatch.setattr(finetune, 'build_task', watch)
+    monkeypatch.setattr(training_run, 'build_task', watch)
     run_dir = run(settings, train_img_sizes=(24, 40), epochs=4)
     half = len(sizes) // 2
     assert set(sizes[:half]) == {(24, 24)} and set(sizes[half:]) == {(40, 40)}

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import files
 import finetune
 import pytest
-import run_folder
 import torch
 import trainer
 from runs import (
@@ -23,7 +23,7 @@ from runs import (
     run,
 )
 from script_runs import ROOT, write_pictures
-from settings import SettingsError
+from settings import Preempted, SettingsError
 from timm.task import ClassificationTask
 
 
@@ -65,7 +65,7 @@ def test_run_killed_at_any_write_resumes_to_the_same_weights(settings, monkeypat
             return replace(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(run_folder.os, 'replace', kill)
+            patch.setattr(files.os, 'replace', kill)
             try:
                 run_dir = run(settings, experiment=f'killed{kill_at}', **options)
                 break  # more writes allowed than there are
@@ -83,16 +83,16 @@ def test_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     path.write_text('old')
     for name in ('fsync', 'replace'):
         call = getattr(os, name)
-        monkeypatch.setattr(run_folder.os, name, lambda *args, name=name, call=call: (order.append(name), call(*args)))
+        monkeypatch.setattr(files.os, name, lambda *args, name=name, call=call: (order.append(name), call(*args)))
 
     def stop_half_way(temporary: Path) -> None:
         temporary.write_text('ne')
         raise Killed
 
     with pytest.raises(Killed):
-        run_folder.write_file(path, stop_half_way)
+        files.write_file(path, stop_half_way)
     assert path.read_text() == 'old' and order == []
-    run_folder.write_file(path, lambda temporary: temporary.write_text('new'))
+    files.write_file(path, lambda temporary: temporary.write_text('new'))
     assert path.read_text() == 'new' and order == ['fsync', 'replace']
 
 
@@ -198,7 +198,7 @@ def test_run_killed_at_random_moments_resumes_to_the_same_weights(settings, monk
 @pytest.mark.parametrize('moment', [2, 4, 7, 8])  # in an epoch, and in its last step
 def test_sigterm_saves_and_the_run_goes_on_from_there(settings, monkeypatch, moment):
     whole = run(settings, experiment='whole', drop=0.2)
-    with monkeypatch.context() as patch, pytest.raises(finetune.Preempted, match=r'SIGTERM.*(saved after)'):
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match=r'SIGTERM.*(saved after)'):
         kill_at_step(patch, moment, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run(settings, drop=0.2)
     progress = read_checkpoint(Path(settings.output) / 'run')['progress']

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import overlay
-import predict
+import prediction
 import pytest
 import timm
 import torch
@@ -41,7 +41,7 @@ def shown_panels(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         return draw(axes, *args, **kwargs)
 
     for name in ('draw_picture', 'draw_heat', 'draw_kernel', 'draw_kernels', 'draw_guesses'):
-        monkeypatch.setattr(predict, name, partial(spy, getattr(overlay, name)))
+        monkeypatch.setattr(prediction, name, partial(spy, getattr(overlay, name)))
     return drawn
 
 

@@ -6,6 +6,7 @@ import matplotlib.image
 import numpy as np
 import overlay
 import predict
+import prediction
 import pytest
 import timm
 import torch
@@ -64,13 +65,13 @@ def test_checkpoint_is_loaded_and_random_weights_are_called_random(settings, tmp
 
 def test_imagenet_labels_of_a_model_without_names_and_descriptions_of_its_own():
     model = timm.create_model('test_resnet')
-    labels = predict.read_labels(model)
+    labels = prediction.read_labels(model)
     assert len(labels) == 1000 and labels[0].short == 'tench' and labels[0].name == 'n01440764'
     model = timm.create_model('test_resnet', num_classes=2)
     model.pretrained_cfg = {'label_names': ['a', 'b'], 'label_descriptions': {'b': 'the second, of two'}}
-    assert [str(label) for label in predict.read_labels(model)] == ['a', 'b  the second, of two']
+    assert [str(label) for label in prediction.read_labels(model)] == ['a', 'b  the second, of two']
     model.pretrained_cfg = {'label_names': ['only one']}
-    assert [str(label) for label in predict.read_labels(model)] == ['class 0', 'class 1']
+    assert [str(label) for label in prediction.read_labels(model)] == ['class 0', 'class 1']
 
 
 def test_attention_map_is_that_received_and_at_chooses_the_query(settings, randomize, tmp_path, monkeypatch):
@@ -78,7 +79,7 @@ def test_attention_map_is_that_received_and_at_chooses_the_query(settings, rando
     settings = dataclasses.replace(settings, checkpoint=str(tmp_path / 'weights.pth'), stage=3)
     drawn, seen = shown_panels(monkeypatch), []
     weights = explain.attention_weights
-    monkeypatch.setattr(predict, 'attention_weights', lambda *args: seen.append(weights(*args)) or seen[-1])
+    monkeypatch.setattr(prediction, 'attention_weights', lambda *args: seen.append(weights(*args)) or seen[-1])
     predict.main(settings)
     heat = next(panel for panel in drawn if panel['draw'] == 'draw_heat')
     received = seen[0][0].mean(0).sum(0)  # summed over the queries: 1 is even, as each of them shares out 1
@@ -90,7 +91,7 @@ def test_attention_map_is_that_received_and_at_chooses_the_query(settings, rando
     heat = next(panel for panel in drawn if panel['draw'] == 'draw_heat')
     assert heat['frame'] == (1, 3)
     np.testing.assert_allclose(heat['heat'], 16 * seen[1][0].mean(0)[1 * 4 + 3].view(4, 4), rtol=1e-5)
-    assert predict.position_of((1., 1.), (8, 8)) == (7, 7) and predict.position_of((0., 0.), (8, 8)) == (0, 0)
+    assert prediction.position_of((1., 1.), (8, 8)) == (7, 7) and prediction.position_of((0., 0.), (8, 8)) == (0, 0)
 
 
 def test_kernels_are_drawn_at_positions_or_one_at_its_place(settings, randomize, tmp_path, monkeypatch):
@@ -139,7 +140,7 @@ def test_overlay_of_a_constructed_model_shows_the_deciding_quadrant(tmp_path, mo
     pixels[32:, :32, 0] = 255
     Image.fromarray(pixels).save(tmp_path / 'red.png')
     config = dict(input_size=(3, 64, 64), mean=(0, 0, 0), std=(1, 1, 1), crop_pct=1, interpolation='bilinear')
-    monkeypatch.setattr(predict, 'open_model', lambda *args, **kwargs: (Colours(), config))
+    monkeypatch.setattr(prediction, 'open_model', lambda *args, **kwargs: (Colours(), config))
     settings = predict.Settings(images=(tmp_path / 'red.png',), model='colours', device='cpu', output=tmp_path / 'out')
     drawn = shown_panels(monkeypatch)
     assert predict.main(settings) == 0
@@ -209,7 +210,7 @@ def test_logits_that_are_not_finite_are_refused(settings, tmp_path):
 
 
 def test_long_headline_stays_on_the_figure():
-    figure, _ = overlay.panels(f'{"x" * 80}.jpg  ·  test_resnet  ·  {predict.RANDOM}', 2)
+    figure, _ = overlay.panels(f'{"x" * 80}.jpg  ·  test_resnet  ·  {prediction.RANDOM}', 2)
     figure.draw_without_rendering()
     headline = figure.findobj(lambda artist: getattr(artist, 'get_text', str)().endswith('mean nothing'))[0]
     box = headline.get_window_extent()

@@ -1,0 +1,135 @@
+"""Layouts and switches trained under one recipe, and their table: the rows of ablation.py."""
+import csv
+import json
+import shutil
+import statistics
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import benchmark_models
+import finetune
+import torch
+from ablation_settings import GRIDS, Settings
+from benchmark_settings import ModelPairSettings
+from files import write_file, write_json
+from matplotlib.figure import Figure
+from model_size import model_size
+from processes import choose_device
+from provenance import provenance
+from settings import parse_argument
+
+
+def model_kwargs(settings: Settings, row: str) -> tuple[str, ...]:
+    """Arguments of the model of a row, as key=value."""
+    word, *switches = row.split()
+    return (*settings.model_kwargs, f'layout={word}', *switches)
+
+
+def train(settings: Settings, row: str, seed: int) -> dict:
+    """One run; a finished one is read back from its metrics beside the results, a broken one goes on."""
+    experiment = ''.join(c if c.isalnum() else '-' for c in row.replace('"', '')) + f'-seed{seed}'
+    run_dir = Path(settings.output) / experiment
+    metrics = run_dir / 'metrics.csv'
+    if settings.results_file:
+        metrics = Path(settings.results_file).with_suffix('') / f'{experiment}.csv'
+    if not (metrics if settings.results_file else run_dir / 'summary.json').exists():
+        finetune.main(finetune.Settings(
+            data_dir=settings.data_dir, model=settings.model, img_size=settings.img_size, epochs=settings.epochs,
+            model_kwargs=model_kwargs(settings, row),
+            batch_size=settings.batch_size, lr=settings.lr, scale=(0.35, 1.0), color_jitter=0.0, amp=settings.amp,
+            device=settings.device, workers=settings.workers, seed=seed, output=settings.output,
+            experiment=experiment, resume='auto'))
+        if settings.results_file:
+            metrics.parent.mkdir(exist_ok=True)
+            write_file(metrics, partial(shutil.copyfile, run_dir / 'metrics.csv'))
+    with metrics.open(newline='', encoding='utf-8') as file:
+        last = list(csv.DictReader(file))[-1]
+    return dict(seed=seed, top1=float(last['eval_top1']), loss=float(last['eval_loss']), epochs=int(last['epoch']))
+
+
+def summarize(settings: Settings, rows: tuple[str, ...], runs: dict[str, list[dict]]) -> dict:
+    """The table: mean, standard error where there are two seeds or more, and the size of each row."""
+    table = {}
+    for row in rows:
+        if not runs.get(row):
+            continue
+        parameters, multiply_adds, _ = model_size(
+            settings.model, img_size=settings.img_size, num_classes=10,
+            **dict(map(parse_argument, model_kwargs(settings, row))))
+        top1 = [run['top1'] for run in runs[row]]
+        table[row] = dict(
+            top1=statistics.mean(top1), runs=runs[row], parameters=parameters, multiply_adds=multiply_adds,
+            standard_error=statistics.stdev(top1) / len(top1) ** .5 if len(top1) > 1 else 'not measured',
+            images_per_second='not measured')
+    return dict(settings={key: value for key, value in asdict(settings).items() if key not in ('data_dir', 'output')},
+                rows=table, **provenance(str(choose_device(settings.device))))
+
+
+def measure_speed(settings: Settings, rows: list[str]) -> dict[str, float]:
+    """Images/s of every row in inference form, in turns, median of five windows."""
+    device = str(choose_device(settings.device))
+    timing = ModelPairSettings(
+        model=settings.model, against=settings.model, batch_size=settings.batch_size, img_size=settings.img_size,
+        threads=settings.threads, amp=settings.amp, device=device)
+    steps = {row: benchmark_models.build(
+        timing, settings.model,  model_kwargs(settings, row), 'inference') for row in rows}
+    windows: dict[str, list[float]] = {row: [] for row in rows}
+    for index in range(timing.rounds + 1):
+        for row, step in steps.items():
+            pace = benchmark_models.measure_window(step, timing)
+            if index:  # the first round warms up
+                windows[row].append(pace)
+    return {row: round(statistics.median(paces), 1) for row, paces in windows.items()}
+
+
+def plot(report: dict, path: Path) -> None:
+    """Top-1 of every row, each run a dot."""
+    rows = report['rows']
+    names = sorted(rows, key=lambda row: rows[row]['top1'])
+    figure = Figure(figsize=(8, 0.9 + 0.32 * len(names)), layout='constrained')
+    axes = figure.subplots()
+    for y, name in enumerate(names):
+        top1 = [run['top1'] for run in rows[name]['runs']]
+        color = '#2563eb' if ' ' not in name else '#9ca3af'
+        axes.plot(top1, [y] * len(top1), 'o', color=color, alpha=0.55, markersize=5)
+        axes.plot([rows[name]['top1']] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2)
+    axes.set_yticks(range(len(names)), [name.replace('"', '') for name in names], family='monospace')
+    settings = report['settings']
+    axes.set(xlabel='top-1 on the validation split (%)',
+             title=f'{settings["model"]} at {settings["img_size"]} px, {settings["epochs"]} epochs')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(axis='x', color='#e5e7eb')
+    axes.set_axisbelow(True)
+    write_file(path, lambda temporary: figure.savefig(temporary, format='png', dpi=130))
+
+
+def write_report(settings: Settings, report: dict) -> None:
+    for row, cells in report['rows'].items():
+        error, pace = cells['standard_error'], cells['images_per_second']
+        print(f'{row:28s} {cells["top1"]:6.2f} % {"" if isinstance(error, str) else f"+- {error:.2f}":8s}'
+              f'{cells["parameters"] / 1e6:7.2f} M {cells["multiply_adds"] / 1e6:8.1f} M   {pace} images/s')
+    if settings.results_file:
+        write_json(Path(settings.results_file), report)
+        plot(report, Path(settings.results_file).with_suffix('.png'))
+
+
+def run(settings: Settings) -> dict:
+    """Train what is missing, report, and return the report."""
+    torch.set_num_threads(settings.threads)
+    rows = settings.rows or GRIDS[settings.grid]
+    if settings.speed:
+        report = json.loads(Path(settings.results_file).read_text())
+        for row, pace in measure_speed(settings, list(report['rows'])).items():
+            report['rows'][row]['images_per_second'] = pace
+        report['speed'] = dict(batch_size=settings.batch_size, threads=settings.threads, amp=settings.amp,
+                               **provenance(str(choose_device(settings.device))))
+        write_report(settings, report)
+        return report
+    runs: dict[str, list[dict]] = {}
+    for seed in settings.seeds:
+        for row in rows:
+            runs.setdefault(row, []).append(train(settings, row, seed))
+            report = summarize(settings, rows, runs)
+            write_report(settings, report)
+    return report

@@ -1,0 +1,136 @@
+"""Two models timed side by side; the functions that build and time one are those of every benchmark."""
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from benchmark_settings import ModelPairSettings, check_benchmark
+from files import write_json
+from provenance import provenance
+from settings import SettingsError, parse_argument
+from timm.models import resolve_model_input_args
+from timm.utils import reparameterize_model
+from tqdm import tqdm
+
+import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
+
+
+def build(settings: ModelPairSettings, name: str, kwargs: tuple[str, ...], mode: str) -> Callable[[], None]:
+    """Return a function that takes one step of `mode`."""
+    torch.manual_seed(settings.seed)
+    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+    images = torch.randn(settings.batch_size, 3, settings.img_size, settings.img_size, device=settings.device)
+    images = images.contiguous(memory_format=memory_format)
+    labels = torch.zeros(settings.batch_size, dtype=torch.long, device=settings.device)
+    sized = resolve_model_input_args(name, {'img_size': settings.img_size}).get('img_size')  # None: any size will do
+    model = timm.create_model(name, img_size=sized, **dict(map(parse_argument, kwargs))).to(settings.device)
+    model = model.train() if mode == 'training' else reparameterize_model(model.eval())
+    model = model.to(memory_format=memory_format)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    run = torch.compile(model) if settings.compile else model
+
+    def infer() -> None:
+        with torch.inference_mode(), torch.autocast(settings.device, torch.bfloat16, enabled=settings.amp):
+            run(images)
+
+    def train() -> None:
+        with torch.autocast(settings.device, torch.bfloat16, enabled=settings.amp):
+            loss = F.cross_entropy(run(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train if mode == 'training' else infer
+
+
+def synchronize(device: str) -> None:
+    if device != 'cpu':
+        torch.cuda.synchronize()
+
+
+def measure_window(step: Callable[[], None], settings: ModelPairSettings) -> float:
+    """Images per second over a window."""
+    steps, start = 0, time.perf_counter()
+    while steps == 0 or time.perf_counter() - start < settings.window:
+        step()
+        synchronize(settings.device)
+        steps += 1
+    return steps * settings.batch_size / (time.perf_counter() - start)
+
+
+def status_field(name: str) -> float:
+    """A field of Linux's /proc/self/status, in MiB."""
+    line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+def peak_memory(settings: ModelPairSettings, name: str, kwargs: tuple[str, ...], mode: str) -> float:
+    """MiB that weights and three steps take at their peak: allocated on a GPU, resident growth on a CPU."""
+    torch.set_num_threads(settings.threads)
+    if settings.device != 'cpu':
+        torch.cuda.reset_peak_memory_stats()
+    before = status_field('VmRSS') if settings.device == 'cpu' else 0.
+    step = build(settings, name, kwargs, mode)
+    for _ in range(3):
+        step()
+    synchronize(settings.device)
+    return (status_field('VmHWM') - before) if settings.device == 'cpu' else torch.cuda.max_memory_allocated() / 2**20
+
+
+def check_machine(device: str, models: tuple[str, ...] = ()) -> None:
+    """Raise SettingsError for a device that is not there or a model that timm does not know."""
+    for name in models:
+        if not timm.is_model(name):
+            raise SettingsError(f'{name} is not a name in timm.list_models().')
+    if device != 'cpu' and not torch.cuda.is_available():
+        raise SettingsError(f'--device {device} needs CUDA, which is not available; use --device cpu.')
+
+
+def main(settings: ModelPairSettings) -> dict:
+    """Measure, print and return the results."""
+    check_benchmark(settings, ('batch_size', 'img_size', 'threads', 'rounds', 'window'))
+    check_machine(settings.device, (settings.model, settings.against))
+    torch.set_num_threads(settings.threads)
+    sides = {'model': (settings.model, settings.model_kwargs), 'against': (settings.against, settings.against_kwargs)}
+    results: dict[str, dict] = {}
+    can_measure_memory = settings.device != 'cpu' or Path('/proc/self/status').exists()
+    with tqdm(total=len(settings.modes) * (settings.rounds + 2), unit='window', desc='benchmark') as bar:
+        for mode in settings.modes:
+            memory = {}
+            for side, (name, kwargs) in sides.items():
+                if can_measure_memory:  # a process of its own, since a peak cannot be taken back
+                    with multiprocessing.get_context('spawn').Pool(1) as pool:
+                        memory[side] = pool.apply(peak_memory, (settings, name, kwargs, mode))
+                bar.update()
+            steps = {side: build(settings, name, kwargs, mode) for side, (name, kwargs) in sides.items()}
+            for step in steps.values():
+                step(), step()
+            windows: dict[str, list[float]] = {side: [] for side in sides}
+            for index in range(settings.rounds):
+                for side in sorted(sides, reverse=bool(index % 2)):  # neither always comes second
+                    windows[side].append(measure_window(steps[side], settings))
+                bar.update()
+            speed = {side: statistics.median(values) for side, values in windows.items()}
+            results[mode] = dict(
+                images_per_second={side: round(value, 3) for side, value in speed.items()},
+                windows={side: [round(value, 3) for value in values] for side, values in windows.items()},
+                peak_memory_mib={side: round(memory[side], 1) if memory else 'not measured' for side in sides},
+                ratio=round(speed['model'] / speed['against'], 4))
+    report = dict(
+        settings={key: value for key, value in asdict(settings).items() if key != 'results_file'},
+        results=results, **provenance(settings.device))
+    for mode, row in results.items():
+        print(f'\n{mode}, batch {settings.batch_size} at {settings.img_size}, {report["hardware"]}')
+        for side, (name, kwargs) in sides.items():
+            memory = row['peak_memory_mib'][side]
+            print(f'  {" ".join((name, *kwargs)):40s} {row["images_per_second"][side]:9.2f} images/s   '
+                  f'peak {memory if isinstance(memory, str) else f"{memory:.0f} MiB"}')
+        print(f'  ratio {row["ratio"]:.2f}')
+    if settings.results_file:
+        write_json(Path(settings.results_file), report)
+    return report

@@ -1,0 +1,166 @@
+"""Settings of benchmark.py and its three other tables, and the checks that need neither torch nor timm."""
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from settings import SettingsError, flag
+
+__all__ = [
+    'Backend', 'LoaderSettings', 'ModelPairSettings', 'OpsSettings', 'Pass', 'ScalingSettings', 'check_benchmark',
+    'check_ops', 'check_scaling']
+
+HEAD_DIM = 32  # channels that share a kernel
+MAX_DYNAMIC_KERNEL = 7  # side of the largest kernel that is predicted at every position
+
+Backend = Literal['naive', 'eager', 'compiled', 'triton', 'conv2d']
+Pass = Literal['forward', 'forward_backward']
+
+
+@dataclass(frozen=True)
+class ModelPairSettings:
+    """Two models that are timed against each other."""
+
+    model: str  # The model to judge.
+    against: str  # The model it is judged by.
+    model_kwargs: tuple[str, ...] = ()  # Arguments of --model, as key=value.
+    against_kwargs: tuple[str, ...] = ()  # Arguments of --against, as key=value.
+    modes: tuple[Literal['inference', 'training'], ...] = ('inference', 'training')  # What is timed.
+    batch_size: int = 8  # Images a step.
+    img_size: int = 224  # Height and width in pixels.
+    threads: int = 1  # CPU threads; more of them make small parallel regions noisy.
+    rounds: int = 5  # Windows of each model; the median counts.
+    window: float = 1.0  # Least seconds a window lasts.
+    channels_last: bool = True  # Memory format of images and weights.
+    amp: bool = False  # bfloat16 autocast.
+    compile: bool = False  # torch.compile both.
+    device: str = 'cpu'  # cpu or cuda.
+    seed: int = 0  # Of weights and images.
+    results_file: str = ''  # JSON to write, with hardware and versions.
+
+
+@dataclass(frozen=True)
+class OpsSettings:
+    """Time LightConv and DynamicConv over the shapes of the stages, and say how far each is from what the machine
+    allows.
+
+        python scripts/benchmark.py ops
+        python scripts/benchmark.py ops --op dynamic --shapes 28x192 --kernels 7 --passes forward
+        python scripts/benchmark.py ops --device cuda --dtype bfloat16 --results-file results/ops_h100.csv
+
+    A row is an operator, a shape, a kernel and a pass. Its backends take turns, a window of at least --window
+    seconds each, and the median window counts; only naive, the definition, has a single window. The yardstick is
+    `conv2d`: F.conv2d, depthwise, with a weight of its own for every channel, in channels_last.
+
+    The floor is the longer of two times: every tensor read or written once at the speed of a large copy, and one
+    multiply-add for each tap inside the map (forward; three times as many with backward) at the peak rate in
+    float32. More than 100 % of it is possible where tensors stay in a cache. On a GPU the time of small calls is
+    that of launching them.
+    """
+
+    op: Literal['light', 'dynamic', 'both'] = 'both'  # The operators to time.
+    shapes: tuple[str, ...] = ('56x96', '28x192', '14x384', '7x768')  # Height (and width) x channels, in heads of 32.
+    kernels: tuple[int, ...] = (3, 7, 13, 31)  # Sides of the kernels; above 7 for LightConv only.
+    passes: tuple[Pass, ...] = ('forward', 'forward_backward')  # What a call computes.
+    backends: tuple[Backend, ...] = ('naive', 'eager', 'compiled', 'triton', 'conv2d')  # Who computes it.
+    batch_size: int | None = None  # Images a call; None: 2 on a CPU, 128 on a GPU.
+    dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # Of every tensor.
+    device: Literal['cpu', 'cuda'] = 'cpu'  # Where.
+    threads: int = 1  # CPU threads; more of them make small parallel regions noisy.
+    rounds: int = 5  # Windows of each backend; the median counts.
+    window: float = 0.5  # Least seconds a window lasts.
+    seed: int = 0  # Of the tensors.
+    results_file: str = ''  # CSV to write, with hardware and versions in every row.
+
+
+@dataclass(frozen=True)
+class ScalingSettings:
+    """Time models in inference form over image sizes, and fit the exponent a of time ~ pixels^a.
+
+        python scripts/benchmark.py scaling
+        python scripts/benchmark.py scaling --models lightconvnet_pico coatnet_pico --sizes 224 448 --device cuda --amp
+        python scripts/benchmark.py scaling --results-file results/scaling_cpu.json     # and scaling_cpu.png
+
+    All models at all sizes take turns, a window of at least --window seconds each, and the median window counts, so
+    that a busy moment touches one window of each and not one end of a curve. A model that attends is made for each
+    size anew.
+    """
+
+    models: tuple[str, ...] = ('dynamicconvnet_pico', 'lightconvnet_pico', 'coatnet_pico')  # Names in timm.
+    sizes: tuple[int, ...] = (448, 576, 704, 832, 1024)  # Height and width in pixels.
+    batch_size: int = 1  # Images a step.
+    threads: int = 1  # CPU threads; more of them make small parallel regions noisy.
+    rounds: int = 5  # Windows of each model and size; the median counts.
+    window: float = 1.0  # Least seconds a window lasts.
+    amp: bool = False  # bfloat16 autocast.
+    compile: bool = False  # torch.compile every model, for each size anew.
+    device: str = 'cpu'  # cpu or cuda.
+    seed: int = 0  # Of weights and images.
+    results_file: str = ''  # JSON to write, with hardware and versions, and a plot beside it as .png.
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """Time the reading of pictures by itself, as finetune.py reads them, and training on them: which of the two waits?
+
+        python scripts/benchmark.py loader --data-dir imagenette --model coatnet_pico_64
+    python scripts/benchmark.py loader --data-dir imagenette --model coatnet_pico_64 --workers 0 1 2 --device cuda --amp
+
+    Decoding, augmentation and collation run alone for each number of --workers; then the model trains on one batch
+    that is already there. The windows of all take turns, and the median one counts. Recipes that decode once are
+    timed as if they did not.
+    """
+
+    data_dir: str  # Folder with train/ and val/.
+    model: str = 'coatnet_pico_64'  # What trains.
+    recipe: str = 'imagenette_64'  # Whose augmentation and size, see scripts/recipes.py.
+    workers: tuple[int, ...] = (0, 1, 2)  # Processes that read.
+    batch_size: int = 64  # Pictures a step.
+    rounds: int = 3  # Windows of each; the median counts.
+    window: float = 5.0  # Least seconds a window lasts.
+    threads: int = 1  # CPU threads that train.
+    amp: bool = True  # bfloat16 autocast in training.
+    device: str = 'cpu'  # cpu or cuda.
+    results_file: str = ''  # JSON to write, with hardware and versions.
+
+
+def check_benchmark(settings: Any, counts: tuple[str, ...]) -> None:
+    """Raise SettingsError where one of the fields `counts` is not above 0, or there is no folder for the results."""
+    for name in counts:
+        if (value := getattr(settings, name)) is not None and not value > 0:
+            raise SettingsError(f'{flag(name)} must be greater than 0, got {value}.')
+    if settings.results_file and not Path(settings.results_file).parent.is_dir():
+        raise SettingsError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
+
+
+def check_ops(settings: OpsSettings) -> None:
+    """Raise SettingsError for operators, shapes or kernels that cannot be timed."""
+    check_benchmark(settings, ('batch_size', 'threads', 'rounds', 'window'))
+    for name in ('shapes', 'kernels', 'passes', 'backends'):
+        if not getattr(settings, name):
+            raise SettingsError(f'--{name} must name one or more, got none.')
+    for kernel in settings.kernels:
+        if kernel < 1 or kernel % 2 == 0:
+            raise SettingsError(f'--kernels must be odd and positive, got {kernel}.')
+    for shape in settings.shapes:
+        found = re.fullmatch('([1-9][0-9]*)x([1-9][0-9]*)', shape)
+        if found is None or int(found[2]) % HEAD_DIM:
+            raise SettingsError(f'--shapes must be height x channels, channels a multiple of {HEAD_DIM}, such as '
+                                f'28x192, got {shape}.')
+    if settings.results_file and Path(settings.results_file).suffix != '.csv':
+        raise SettingsError(f'--results-file must end in .csv, got {settings.results_file}.')
+    if settings.op == 'dynamic' and min(settings.kernels) > MAX_DYNAMIC_KERNEL:
+        raise SettingsError(f'--kernels must have one up to {MAX_DYNAMIC_KERNEL} for --op dynamic, '
+                            f'got {" ".join(map(str, settings.kernels))}.')
+
+
+def check_scaling(settings: ScalingSettings) -> None:
+    """Raise SettingsError where there is no curve to fit."""
+    check_benchmark(settings, ('batch_size', 'threads', 'rounds', 'window'))
+    if not settings.models:
+        raise SettingsError('--models must name one model or more, got none.')
+    if len(set(settings.sizes)) < 2 or min(settings.sizes) < 1:
+        raise SettingsError(f'--sizes must be two or more different sizes above 0, '
+                            f'got {" ".join(map(str, settings.sizes)) or "none"}.')
+    if settings.results_file and Path(settings.results_file).suffix != '.json':
+        raise SettingsError(f'--results-file must end in .json, got {settings.results_file}.')

@@ -1,0 +1,168 @@
+"""The demo from photographs to digits: predictions, two fine-tunings, and the figure of both."""
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch: spinning threads are ten times slower on busy cores
+
+import finetune
+import numpy as np
+import predict
+import timm
+import torch
+from files import write_json
+from matplotlib.figure import Figure, SubFigure
+from PIL import Image
+from plots import BLUE, GREY, LIGHT
+from provenance import provenance
+from skimage import data as photographs
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from timm.data import create_dataset, create_transform, resolve_data_config
+from torch.utils.data import DataLoader
+
+DEMO_DIR = Path('output/demo')
+IMG_SIZE = 32
+LEAST_ACCURACY = 97.0  # percent of the held-out digits
+MOST = 90.0  # percent that the two trainings race to
+PRETRAINED = 'lightconvnet_pico_64.tin200_preview'  # of those that ship the quickest on a CPU, and near the best
+RECIPE = finetune.Settings(
+    data_dir=str(DEMO_DIR / 'digits'), model=PRETRAINED, pretrained=True, img_size=IMG_SIZE,
+    model_kwargs=('conv_norm_momentum=0.1',),  # the official 0.01 is made for runs of many thousand steps
+    epochs=6, batch_size=64, lr=1.2e-3, warmup_epochs=1, scale=(0.8, 1.0), hflip=0.0, color_jitter=0.0, workers=0,
+    device='cpu', seed=0, output=str(DEMO_DIR), experiment='run',
+)
+
+
+def look_at_photographs() -> list[Path]:
+    """Print what the shipped model sees in the cat and the cup of coffee, and return its overlays."""
+    folder = DEMO_DIR / 'photographs'
+    folder.mkdir(parents=True)
+    for name in ('cat', 'coffee'):
+        Image.fromarray(getattr(photographs, name)()).save(folder / f'{name}.png')
+    predict.main(predict.Settings(images=(folder,), model=RECIPE.model, pretrained=True, output=folder / 'overlays',
+                                  device='cpu'))
+    return sorted((folder / 'overlays').iterdir())
+
+
+def write_digits(folder: Path) -> None:
+    """Write the digits as PNGs of IMG_SIZE pixels: train/ and val/ (a fixed, stratified fifth), a folder per digit."""
+    digits = load_digits()
+    parts = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
+    for split, indices in zip(('train', 'val'), parts, strict=True):
+        for index in indices:
+            path = folder / split / str(digits.target[index]) / f'{index:04d}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grey = np.rint(digits.images[index] * 255 / 16).astype(np.uint8)  # 17 levels of ink, 0 to 16
+            Image.fromarray(grey).resize((IMG_SIZE, IMG_SIZE), Image.Resampling.BICUBIC).convert('RGB').save(path)
+
+
+def read_held_out(run_dir: Path, folder: Path) -> tuple[torch.Tensor, np.ndarray, list[str]]:
+    """Reload the trained model as any user would, and return its probabilities, the true labels and the file names."""
+    model = timm.create_model(f'local-dir:{run_dir}', pretrained=True).eval().to(memory_format=torch.channels_last)
+    transform = create_transform(**resolve_data_config(model=model))
+    dataset = create_dataset('', root=str(folder), search_split=False, transform=transform)
+    with torch.inference_mode():
+        probabilities = [
+            model(images.to(memory_format=torch.channels_last)).softmax(dim=-1)
+            for images, _ in DataLoader(dataset, RECIPE.batch_size)]
+    labels = np.array([label for _, label in dataset.reader.samples])
+    return torch.cat(probabilities), labels, dataset.filenames(absolute=True)
+
+
+def draw_demo(overlays: list[Path], histories: dict[str, list[dict]], probabilities: torch.Tensor, labels: np.ndarray,
+              files: list[str]) -> Figure:
+    """The overlays above; below them accuracy over the epochs, and held-out digits with what the model reads."""
+    figure = Figure(figsize=(16, 9.6), layout='constrained')
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))
+    for axes, path in zip(above.subplots(1, len(overlays)), overlays, strict=True):
+        axes.imshow(Image.open(path))
+        axes.set_axis_off()
+    left, right = below.subfigures(1, 2, width_ratios=(1, 1.7), wspace=0.04)
+    axes = left.subplots()
+    for (name, history), colour in zip(histories.items(), (BLUE, GREY), strict=True):
+        axes.plot([row['epoch'] for row in history], [row['eval_top1'] for row in history], '.-', color=colour,
+                  label=name)
+    axes.set(xlabel='epoch', ylabel='held-out digits read right (%)', ylim=(0, 100), title='The same training twice')
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(axis='y', color=LIGHT)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, loc='lower right')
+    draw_digits(right, probabilities, labels, files)
+    return figure
+
+
+def draw_digits(figure: SubFigure, probabilities: torch.Tensor, labels: np.ndarray, files: list[str],
+                columns: int = 8, rows: int = 4) -> None:
+    """Held-out digits with what the model reads: errors first, in red."""
+    confidence, predicted = (values.numpy() for values in probabilities.max(dim=-1))
+    wrong, right = np.flatnonzero(predicted != labels), np.flatnonzero(predicted == labels)
+    shown = [*wrong, *np.random.default_rng(0).permutation(right)][: columns * rows]
+    figure.suptitle(f'{len(labels)} held-out digits: {len(wrong)} read wrong (red), '
+                    f'{100 * len(right) / len(labels):.2f} % right', fontsize=13)
+    for axes in figure.subplots(rows, columns).flat:
+        axes.set_axis_off()
+    for axes, index in zip(figure.axes, shown, strict=False):
+        axes.imshow(Image.open(files[index]), cmap='gray')
+        is_wrong = predicted[index] != labels[index]
+        title = f'{predicted[index]}, not {labels[index]}' if is_wrong else f'{predicted[index]}'
+        axes.set_title(f'{title}  {100 * confidence[index]:.0f} %', fontsize=10, pad=3,
+                       color='#dc2626' if is_wrong else '#374151')
+
+
+def train(settings: finetune.Settings) -> tuple[dict, list[dict]]:
+    """Fine-tune; returns the summary, and a row for each epoch."""
+    summary = finetune.main(settings)
+    checkpoint = Path(settings.output) / settings.experiment / 'last' / 'checkpoint.pt'
+    return summary, torch.load(checkpoint, weights_only=True)['progress']['history']
+
+
+def first_epoch(history: list[dict], least: float) -> int | None:
+    """The first epoch after which at least this share (%) was read right."""
+    return next((row['epoch'] for row in history if row['eval_top1'] >= least), None)
+
+
+def run(results_file: str = '') -> int:
+    """Run the demo and return the exit code.
+
+    Args:
+        results_file: JSON to write, with hardware and versions.
+    """
+    start = time.perf_counter()
+    for name in ('photographs', 'digits', 'run', 'scratch'):  # its own from an earlier demo
+        shutil.rmtree(DEMO_DIR / name, ignore_errors=True)
+    overlays = look_at_photographs()
+    write_digits(DEMO_DIR / 'digits')
+    print('\nThe same model learns to read digits:', flush=True)
+    summary, history = train(RECIPE)
+    print('\nAnd from random weights:', flush=True)
+    _, from_scratch = train(replace(RECIPE, model=RECIPE.model.split('.')[0], pretrained=False, experiment='scratch'))
+
+    run_dir = DEMO_DIR / 'run'
+    probabilities, labels, files = read_held_out(run_dir, DEMO_DIR / 'digits' / 'val')
+    histories = {'pretrained': history, 'from random weights': from_scratch}
+    draw_demo(overlays, histories, probabilities, labels, files).savefig(DEMO_DIR / 'demo.png', dpi=120)
+    right = int((probabilities.argmax(dim=-1).numpy() == labels).sum())
+    accuracy = 100 * right / len(labels)
+    print('\nheld-out digits read right (%) after each epoch')
+    for name, rows in histories.items():
+        epoch = first_epoch(rows, MOST)
+        print(f'{name:20}' + ''.join(f'{row["eval_top1"]:7.2f}' for row in rows)
+              + (f'   {MOST:g} % after epoch {epoch}' if epoch else f'   below {MOST:g} %'))
+    print(f'reloaded from {run_dir}: {right} of {len(labels)} held-out digits right, {accuracy:.2f} %; '
+          f'picture: {DEMO_DIR / "demo.png"}')
+    if accuracy != summary['top1']:
+        print(f'demo.py: the reloaded model has {accuracy:.2f} %, training reported {summary["top1"]:.2f} %.')
+        return 1
+    if accuracy < LEAST_ACCURACY:
+        print(f'demo.py: {accuracy:.2f} % is below the expected {LEAST_ACCURACY} %.')
+        return 1
+    if results_file:
+        write_json(Path(results_file), dict(
+            model=RECIPE.model, images=len(labels), epochs=RECIPE.epochs, seed=RECIPE.seed,
+            top1={name: [row['eval_top1'] for row in rows] for name, rows in histories.items()},
+            seconds=round(time.perf_counter() - start, 1), threads=torch.get_num_threads(), **provenance('cpu')))
+    return 0

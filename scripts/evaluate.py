@@ -1,0 +1,335 @@
+"""An evaluation from its settings to its table: timm's scores of every model on every folder of images."""
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from accelerate import Accelerator
+from data_settings import is_stream
+from evaluation import Predictions, expected_calibration_error, predict, reliability
+from evaluation_settings import Settings
+from files import write_csv, write_figure, write_json
+from imagenet_labels import LabelMap, corruption_folders, map_labels, mean_corruption_error, to_real_labels
+from model_settings import ModelSettings
+from open_model import check_checkpoint, check_model_name, open_model
+from pictures import (
+    SPLIT_FOLDERS,
+    BadPictures,
+    EpochSampler,
+    Pictures,
+    StreamedPictures,
+    batches,
+    open_pictures,
+    picture_name,
+)
+from plots import reliability_figure
+from processes import start
+from provenance import provenance
+from safetensors import SafetensorError
+from settings import SettingsError, one_line
+from timm.data import create_transform, infer_imagenet_subset
+from timm.models import load_state_dict, safe_model_name
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Part:
+    """One folder of pictures: all of the data, or one corruption at one severity."""
+
+    dataset: Dataset
+    class_names: list[str]
+    corruption: str = ''
+    severity: str = ''
+
+    @property
+    def flat(self) -> bool:
+        """Whether the pictures lie in no class folders."""
+        return self.class_names == ['']
+
+
+def rows_of(settings: Settings) -> Iterator[tuple[ModelSettings, str]]:
+    """The model and the checkpoint (or '') of each row of the table."""
+    checkpoints = settings.checkpoint or [''] * len(settings.model)
+    names = settings.model * len(checkpoints) if len(settings.model) == 1 else settings.model
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ModelSettings)}
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        own = settings.pretrained and not checkpoint
+        yield ModelSettings(**fields | {'model': name, 'pretrained': own}), checkpoint
+
+
+def open_parts(settings: Settings) -> list[Part]:
+    """Open the pictures, of every corruption and severity if the folder has that layout."""
+    options = dict(batch_size=settings.batch_size, num_classes=settings.num_classes, num_samples=settings.num_samples)
+    root = Path(settings.data_dir)
+    if settings.dataset or not settings.data_dir:
+        return [Part(*open_pictures(settings, settings.split, **options))]
+    if corruptions := corruption_folders(root):
+        return [Part(*open_pictures(dataclasses.replace(settings, data_dir=str(folder)), '', **options), name, severity)
+                for name, severity, folder in corruptions]
+    other = [*SPLIT_FOLDERS['train'], *SPLIT_FOLDERS.get(settings.split, (settings.split,))]
+    itself = settings.split == 'validation' and not any((root / name).is_dir() for name in other)
+    return [Part(*open_pictures(settings, '' if itself else settings.split, **options))]
+
+
+def check_class_map(settings: Settings, dataset: Dataset, accelerator: Accelerator) -> None:
+    """Refuse a map whose labels are not places in a list of names, and tell what it leaves out."""
+    reader = getattr(dataset, 'reader', None)
+    given = getattr(reader, 'class_to_idx', None) or {}
+    if sorted(given.values()) != list(range(len(given))):
+        raise SettingsError(f'--class-map {settings.class_map} must number its classes from 0 without a gap; leave it '
+                            f'out for ImageNet synsets, which are mapped by name.')
+    if not settings.dataset:
+        names = {path.name for path in Path(reader.root).iterdir() if path.is_dir()}
+        if left_out := sorted(names - given.keys()):
+            accelerator.print(f'--class-map {settings.class_map} leaves out {len(left_out)} folders: '
+                              f'{", ".join(left_out[:5])}{", ..." if len(left_out) > 5 else ""}')
+
+
+def open_weights(settings: Settings, wanted: ModelSettings, checkpoint: str) -> tuple[nn.Module, dict]:
+    """Create one model in eval mode with its data settings, and load its checkpoint if it has one."""
+    model, data_config = open_model(
+        wanted, use_train_size=settings.use_train_size, num_classes=settings.num_classes)
+    if not model.num_classes:
+        raise SettingsError(f'--model {wanted.model} has no classes to score; give a model with a classifier, or '
+                            f'--num-classes and a --checkpoint.')
+    of_weights = model.pretrained_cfg.get('num_classes')
+    if wanted.pretrained and of_weights != model.num_classes:
+        raise SettingsError(f'--num-classes {model.num_classes} gives --model {wanted.model} a new, random classifier: '
+                            f'its weights have {of_weights}; leave the flag out, or give a --checkpoint.')
+    if checkpoint:
+        try:
+            state = load_state_dict(checkpoint, use_ema=settings.use_ema)
+            plain = load_state_dict(checkpoint, use_ema=False) if settings.use_ema else {}
+            model.load_state_dict(state)
+        except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, EOFError, UnpicklingError,
+                SafetensorError) as error:
+            check_checkpoint(checkpoint)
+            raise SettingsError(f'--checkpoint {checkpoint} does not fit --model {wanted.model}: '
+                                f'{one_line(error)[:400]}; give --num-classes, --img-size and --model-kwargs as in '
+                                f'training.') from error
+        if plain.keys() == state.keys() and all(torch.equal(plain[key], state[key]) for key in state):
+            raise SettingsError(f'--use-ema: --checkpoint {checkpoint} has no averaged weights; leave it out.')
+    return model, data_config
+
+
+def evaluate_part(settings: Settings, part: Part, model: nn.Module, data_config: dict, labels: LabelMap,
+                  accelerator: Accelerator, title: str) -> tuple[Predictions, int]:
+    """Predictions for one folder as logit indices, and the number of pictures that could not be read."""
+    try:
+        transform = create_transform(**data_config)
+    except (ValueError, KeyError, AssertionError) as error:
+        raise SettingsError(f'--interpolation, --crop-mode or another setting of the pictures: '
+                            f'{one_line(error)}.') from error
+    sampler, streamed = EpochSampler(len(part.dataset)), is_stream(settings)
+    pictures = (StreamedPictures(part.dataset, transform) if streamed else
+                Pictures(part.dataset, transform, mode='RGB' if data_config['input_size'][0] == 3 else 'L'))
+    batch_size = settings.batch_size * (1 if streamed else accelerator.num_processes)
+    loader = batches(pictures, sampler, batch_size, settings.workers, pin_memory=accelerator.device.type == 'cuda')
+    loader = loader if streamed else accelerator.prepare(loader)
+    with tqdm(total=len(part.dataset), desc=title, unit='img', unit_scale=True, dynamic_ncols=True, mininterval=0.5,
+              disable=not accelerator.is_main_process) as bar:
+        report = bar.write if accelerator.is_main_process else (lambda line: None)
+        bad = BadPictures(part.dataset, settings.max_bad_images, report)
+
+        def on_batch(indices: torch.Tensor) -> None:
+            bad.add(indices)
+            bar.update(len(indices))
+
+        predictions = predict(model, loader, accelerator, classes=labels.classes, on_batch=on_batch)
+    if not (predictions.labels >= 0).any():
+        raise SettingsError(f'--data-dir {settings.data_dir} has no picture with a label that can be read; repair some.'
+                            if not settings.dataset else f'--dataset {settings.dataset} has no picture with a label '
+                            f'that can be read in --split {settings.split}; choose another.')
+    if not math.isfinite(predictions.scores['loss']):
+        raise SettingsError(f'--model {title} gives logits that are not finite; take no --amp, or sound weights.')
+    # among several processes the length of a stream is that of one share
+    if accelerator.num_processes == 1 and len(predictions.labels) != len(part.dataset):
+        accelerator.print(f'the stream gave {len(predictions.labels)} pictures, not the {len(part.dataset)} it named')
+    predictions = labels.to_logits(predictions)
+    if settings.real_labels:
+        names = [Path(picture_name(part.dataset, index)).name for index in range(len(part.dataset))]
+        predictions = to_real_labels(predictions, names, settings.real_labels)
+    return predictions, len(bad.found)
+
+
+def pool(parts: list[Predictions]) -> Predictions:
+    """The predictions of several folders as those of one; scores are means over its pictures, as folders are alike."""
+    scores = {name: None if value is None else sum(part.scores[name] for part in parts) / len(parts)
+              for name, value in parts[0].scores.items()}
+    return Predictions(scores, *(torch.cat([getattr(part, name) for part in parts])
+                                 for name in ('labels', 'top5', 'confidence')))
+
+
+def evaluate_model(settings: Settings, wanted: ModelSettings, checkpoint: str, parts: list[Part],
+                   accelerator: Accelerator) -> tuple[dict, Predictions, LabelMap]:
+    """The row of one model, what it predicted, and how its logits are named."""
+    model, data_config = open_weights(settings, wanted, checkpoint)
+    if settings.real_labels and infer_imagenet_subset(model) != 'imagenet-1k':
+        raise SettingsError(f'--real-labels are for the 1000 classes of ImageNet-1k, --model {wanted.model} has '
+                            f'{model.num_classes}; leave them.')
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+    model.to(accelerator.device, memory_format=memory_format)
+    predictions, errors, unreadable, seconds = [], {}, 0, 0.0
+    for part in parts:
+        numbered = settings.dataset and part.class_names == [str(index) for index in range(len(part.class_names))]
+        source = 'class map' if settings.class_map or numbered else 'data set' if settings.dataset else ''
+        labels = map_labels(part.class_names, model, settings.valid_labels, ordered_by=source, flat=part.flat)
+        for note in labels.notes if part is parts[0] else ():
+            accelerator.print(f'{wanted.model}: {note}')
+        begin = time.perf_counter()
+        title = ' '.join(filter(None, (wanted.model, part.corruption, part.severity)))
+        found, bad = evaluate_part(settings, part, model, data_config, labels, accelerator, title)
+        seconds += time.perf_counter() - begin
+        unreadable += bad
+        predictions.append(found)
+        errors.setdefault(part.corruption, {})[part.severity] = round(100 - found.scores['top1'], 4)
+    predictions = pool(predictions) if len(predictions) > 1 else predictions[0]
+    scores = {name: None if value is None else round(value, 4) for name, value in predictions.scores.items()}
+    row = {
+        # the columns of timm's validate.py
+        'model': wanted.model, 'top1': scores['top1'], 'top1_err': round(100 - scores['top1'], 4),
+        'top5': scores['top5'], 'top5_err': round(100 - scores['top5'], 4),
+        'param_count': round(parameters / 1e6, 2), 'img_size': data_config['input_size'][-1],
+        'crop_pct': data_config['crop_pct'], 'interpolation': data_config['interpolation'], 'checkpoint': checkpoint,
+        # and more
+        'loss': scores['loss'], 'ece': round(expected_calibration_error(predictions), 4),
+        'images': int((predictions.labels >= 0).sum()), 'unreadable': unreadable,
+        'images_per_second': round(len(predictions.labels) / seconds, 2),
+        'data': settings.dataset or settings.data_dir, 'valid_labels': labels.valid_labels,
+        'real_labels': settings.real_labels}
+    if parts[0].corruption:
+        row |= {'mce': mean_corruption_error(errors), 'corruptions': errors}
+    return row, predictions, labels
+
+
+def class_rows(predictions: Predictions, labels: LabelMap) -> list[dict]:
+    """Accuracy of each class that has pictures, and what it is mistaken for most often."""
+    rows = []
+    for index in predictions.labels[predictions.labels >= 0].unique().tolist():
+        top5 = predictions.top5[predictions.labels == index]
+        wrong = top5[top5[:, 0] != index, 0]
+        mistaken = int(wrong.mode().values) if len(wrong) else None
+        rows.append({
+            'class': labels.names[index], 'description': labels.descriptions[index], 'logit': index,
+            'images': len(top5), 'top1': round(100 * (len(top5) - len(wrong)) / len(top5), 4),
+            'top5': round(100 * (top5 == index).any(1).double().mean().item(), 4),
+            'mistaken_for': '' if mistaken is None else labels.names[mistaken],
+            'times': 0 if mistaken is None else int((wrong == mistaken).sum())})
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for reading."""
+    def text(value: object, digits: int) -> str:
+        return '-' if value is None else f'{value:.{digits}f}'
+
+    columns = {'model': [row['model'] + (f' {row["checkpoint"]}' if row['checkpoint'] else '') for row in rows]}
+    for title, name, digits in (
+            ('images', 'images', 0), ('top-1 %', 'top1', 3), ('top-5 %', 'top5', 3), ('loss', 'loss', 4),
+            ('ECE %', 'ece', 2), ('mCE %', 'mce', 2), ('images/s', 'images_per_second', 1), ('size', 'img_size', 0),
+            ('crop', 'crop_pct', 3), ('M params', 'param_count', 2)):
+        if name in rows[0]:
+            columns[title] = [text(row[name], digits) for row in rows]
+    width = {title: max(map(len, [title, *cells])) for title, cells in columns.items()}
+    lines = [{title: title for title in columns}, *(dict(zip(columns, cells, strict=True))
+                                                    for cells in zip(*columns.values(), strict=True))]
+    return '\n'.join('  '.join(
+        f'{cell:<{width[title]}}' if title == 'model' else f'{cell:>{width[title]}}' for title, cell in line.items())
+        for line in lines)
+
+
+def corruption_table(row: dict) -> str:
+    """Top-1 error (%) of each corruption, its mean, and what the means in the table are."""
+    lines = [f'{row["model"]}: top-1 error (%) at each severity, and its mean']
+    for corruption, errors in row['corruptions'].items():
+        mean = sum(errors.values()) / len(errors)
+        lines.append('  '.join([f'{corruption:<18}', *(f'{error:6.2f}' for error in errors.values()), f'{mean:8.2f}']))
+    lines.append('the table has the mean over all folders' if row['mce'] is not None else
+                 'the table has the mean over all folders; mCE takes all 15 corruptions at 5 severities')
+    return '\n'.join(lines)
+
+
+def write_results(path: Path, rows: list[dict], device: str) -> None:
+    """As timm's validate.py does: one dict or a list of them as JSON, which also tells the provenance, or CSV."""
+    if path.suffix == '.csv':
+        write_csv(path, [{name: value for name, value in row.items() if name != 'corruptions'} for row in rows])
+        return
+    facts = provenance(device)
+    told = [{**row, 'provenance': facts} for row in rows]
+    write_json(path, told[0] if len(told) == 1 else told)
+
+
+def check_output(settings: Settings) -> None:
+    """Make the folders that are written to, and refuse those that cannot be, before hours of evaluation."""
+    try:
+        for path in (settings.output and Path(settings.output), settings.results_file and
+                     Path(settings.results_file).parent):
+            if path:
+                path.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise SettingsError(f'--output or --results-file cannot be written: {one_line(error)}; '
+                            f'choose another.') from error
+
+
+def write_row(settings: Settings, rows: list[dict], predictions: Predictions, labels: LabelMap,
+              accelerator: Accelerator) -> None:
+    """Write what was asked for, after each row so that a later one that fails takes nothing along."""
+    row = rows[-1]
+    try:
+        if settings.output:
+            folder = Path(settings.output) / '_'.join(filter(None, (
+                safe_model_name(row['model']), safe_model_name(row['checkpoint'], remove_source=False))))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_csv(folder / 'classes.csv', class_rows(predictions, labels))
+            title = f'{row["model"]}\n{row["images"]} pictures, ECE {row["ece"]:.2f} %'
+            write_figure(folder / 'reliability.png', reliability_figure(reliability(predictions), title))
+            if errors := row.get('corruptions'):
+                write_csv(folder / 'corruptions.csv', [
+                    {'corruption': corruption, 'severity': severity, 'top1_err': error}
+                    for corruption, severities in errors.items() for severity, error in severities.items()])
+        if settings.results_file:
+            write_results(Path(settings.results_file), rows, accelerator.device.type)
+    except OSError as error:
+        raise SettingsError(f'--output or --results-file cannot be written: {one_line(error)}; '
+                            f'choose another.') from error
+
+
+def run(settings: Settings) -> list[dict]:
+    """Evaluate as `settings` say and return the rows of the table."""
+    runs = list(rows_of(settings))
+    for wanted, _ in runs:
+        check_model_name(wanted.model)
+    accelerator = start(settings.device, settings.amp, settings.amp_dtype)
+    parts = open_parts(settings)
+    if parts[0].flat and not settings.real_labels:
+        raise SettingsError(f'--data-dir {settings.data_dir}: the pictures lie in no class folders, expected '
+                            f'CLASS/PICTURE.jpg; a flat validation split is scored with --real-labels timm.')
+    if settings.class_map:
+        check_class_map(settings, parts[0].dataset, accelerator)
+    check_output(settings)
+    rows = []
+    try:
+        for wanted, checkpoint in runs:
+            row, predictions, labels = evaluate_model(settings, wanted, checkpoint, parts, accelerator)
+            rows.append(row)
+            if accelerator.is_main_process:
+                write_row(settings, rows, predictions, labels, accelerator)
+    finally:  # a later model that fails, or a full disk, takes no number along
+        if rows:
+            accelerator.print(table(rows))
+    if settings.real_labels:
+        accelerator.print('right is any ReaL label of a picture; there is no loss')
+    if parts[0].corruption:
+        for row in rows:
+            accelerator.print(corruption_table(row))
+    accelerator.end_training()
+    return rows

@@ -1,0 +1,288 @@
+"""Features from settings to shards, and what they tell of the classes."""
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from extraction_settings import Settings
+from features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
+from files import write_json
+from open_model import means_weights, open_model
+from pictures import BadPictures, Pictures, open_pictures, targets_of
+from processes import start
+from provenance import provenance
+from settings import SettingsError, one_line
+from shards import read_column, write_shard
+from timm.data import ImageDataset, create_transform
+from timm.models import safe_model_name
+from timm.utils import random_seed
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+# Data
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of the data: its name, pictures, labels (-1 without classes) and class names in label order."""
+
+    name: str
+    dataset: Dataset
+    labels: list[int]
+    class_names: list[str]
+
+    def path(self, index: int) -> str:
+        """The path of a picture inside the split if it has one, else its place."""
+        name = self.dataset.filename(index) if isinstance(self.dataset, ImageDataset) else None
+        return str(name or f'picture {index}')
+
+    def digest(self) -> str:
+        """SHA-256 of labels and class names, for folders of paths and file sizes too."""
+        digest = hashlib.sha256(json.dumps([self.labels, self.class_names]).encode())
+        for path, _ in getattr(getattr(self.dataset, 'reader', None), 'samples', ()):
+            path = Path(path)
+            size = path.stat().st_size if path.exists() else None  # a link that leads nowhere is an unreadable picture
+            digest.update(f'{path.relative_to(self.dataset.reader.root)}\n{size}\n'.encode())
+        return digest.hexdigest()
+
+
+def open_split(settings: Settings, name: str) -> Split:
+    """Open a split; a folder without sub-folders, or a hfds/ set without a column of labels, has no classes."""
+    # 0: a set without names for its labels needs none here
+    dataset, class_names = open_pictures(settings, name, num_classes=0)
+    if settings.dataset.startswith('hfds/') and not settings.target_key:
+        table = dataset.reader.dataset
+        if 'label' not in table.column_names:
+            dataset.reader.dataset = table.add_column('label', [-1] * len(table))  # the reader looks for one
+    if class_names == ['']:
+        return Split(name, dataset, [-1] * len(dataset), [])
+    try:
+        labels = [-1 if label is None else int(label) for label in targets_of(dataset)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SettingsError(f'--target-key {settings.target_key or "label"} of --dataset {settings.dataset} is no '
+                            f'column of whole numbers: {one_line(error)}; name the one with the labels.') from error
+    split = Split(name, dataset, labels, class_names)
+    if not settings.dataset and '' in class_names:
+        raise SettingsError(f'--data-dir {settings.data_dir}: {split.path(labels.index(class_names.index("")))} lies '
+                            f'beside folders of classes; move pictures into the folder of their class.')
+    return split
+
+
+def check_classes(settings: Settings, train: Split, val: Split) -> None:
+    """Refuse splits between which accuracy means nothing."""
+    name = '--knn' if settings.knn else '--linear-probe'
+    for split in (train, val):
+        if min(split.labels) < 0:
+            raise SettingsError(f'{name} needs labels, and split {split.name!r} has pictures without; put the '
+                                f'pictures of each class into a sub-folder of its own.')
+    if train.class_names != val.class_names:
+        differing = sorted(set(train.class_names) ^ set(val.class_names))
+        raise SettingsError(f'{name} needs the same classes in both splits, but {", ".join(differing[:10])} are in one '
+                            f'only; add pictures, or give the names of all in a --class-map.')
+    if settings.knn and settings.knn_k > len(train.labels):
+        raise SettingsError(f'--knn-k must be at most the {len(train.labels)} pictures of --split {train.name}, '
+                            f'got {settings.knn_k}.')
+
+
+# Model
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the state dict: names, dtypes, shapes and bytes in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def open_extractor(settings: Settings) -> tuple[nn.Module, dict, str, dict[str, list[int]]]:
+    """The extractor, the data settings of its model, the digest of its weights, and the shape of each feature."""
+    random_seed(settings.seed)  # weights that are not loaded are the same in every process
+    model, data_config = open_model(settings, settings.checkpoint, num_classes=settings.num_classes)
+    digest = weights_digest(model)
+    dimensions = {'pooled': 1, 'pyramid': 3}[settings.features]
+    try:
+        extractor = (PooledFeatures(model) if settings.features == 'pooled' else
+                     PyramidFeatures(model, settings.out_indices)).eval()
+        with torch.no_grad():
+            features = extractor(torch.zeros(1, *data_config['input_size']))
+        shapes = {name: list(values.shape[1:]) for name, values in features.items()}
+        if wrong := [shape for shape in shapes.values() if len(shape) != dimensions]:
+            raise ValueError(f'a feature has shape {wrong[0]}, not {dimensions} dimension{"s" * (dimensions > 1)}')
+    except (AttributeError, RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        indices = f' --out-indices {" ".join(map(str, settings.out_indices))}' if settings.out_indices else ''
+        raise SettingsError(f'--features {settings.features}{indices} cannot be had from --model {settings.model}: '
+                            f'{one_line(error)}; try other levels or the other kind.') from error
+    return extractor, data_config, digest, shapes
+
+
+# Shards
+
+
+def shard_paths(settings: Settings, split: Split) -> dict[Path, range]:
+    """The file of each shard and the pictures that belong to it."""
+    folder = Path(settings.output) / (safe_model_name(split.name, remove_source=False) or 'pictures')
+    starts = range(0, len(split.labels), settings.shard_size)
+    return {folder / f'{number:05}-of-{len(starts):05}.{settings.format}':
+            range(start, min(start + settings.shard_size, len(split.labels))) for number, start in enumerate(starts)}
+
+
+def batches_of(shards: dict[Path, range], batch_size: int) -> Iterator[range]:
+    """Pictures of each batch; a batch ends where its shard ends, so that what shares one depends on nothing else."""
+    for members in shards.values():
+        for first in range(0, len(members), batch_size):
+            yield members[first:first + batch_size]
+
+
+def read_index(path: Path, facts: dict) -> dict:
+    """The index of a split, empty if there is none; refuses one that was begun with other settings or data."""
+    if not path.exists():
+        return {}
+    index = json.loads(path.read_text(encoding='utf-8'))
+    if changed := [f'{name} was {index.get(name)}, is {value}' for name, value in facts.items()
+                   if index.get(name) != value]:
+        raise SettingsError(f'--output {path.parent} was begun with other settings or data: {"; ".join(changed)}; '
+                            f'restore them, or choose another --output.')
+    return index
+
+
+def extract(settings: Settings, accelerator: Accelerator, extractor: nn.Module, data_config: dict, split: Split,
+            facts: dict) -> dict:
+    """Write the shards of a split that are missing, and its index, which the main process returns complete."""
+    shards = shard_paths(settings, split)
+    index_path = next(iter(shards)).parent / 'index.json'
+    facts = facts | {'split': split.name, 'data': split.digest(), 'pictures': len(split.labels)}
+    index = read_index(index_path, facts)
+    missing = {path: members for path, members in shards.items() if not path.exists()}
+    writes = accelerator.is_main_process
+    bad = BadPictures(split.dataset, settings.max_bad_images, tqdm.write if writes else lambda line: None)
+
+    def add_unreadable(finished: dict[Path, range]) -> None:
+        for path, members in finished.items():
+            bad.add(torch.tensor(sorted(set(members) - set(read_column(path, 'index').tolist())), dtype=torch.long))
+
+    try:
+        index_path.parent.mkdir(parents=True, exist_ok=True)
+        add_unreadable({path: members for path, members in shards.items() if path not in missing})
+        if index.get('complete') and not missing:
+            return index
+        accelerator.wait_for_everyone()  # now every process has seen which shards are missing
+        index = facts | {'class_names': split.class_names, 'complete': False}
+        if writes:
+            write_json(index_path, index)
+        with accelerator.split_between_processes(list(missing.items())) as share:
+            write_shards(settings, accelerator, extractor, data_config, split, dict(share), bad)
+        accelerator.wait_for_everyone()
+        if writes:
+            add_unreadable(missing)  # those of the other processes too
+            index |= {'complete': True, 'rows': len(split.labels) - len(bad.found),
+                      'unreadable': [split.path(number) for number in sorted(bad.found)],
+                      'shards': {path.name: len(set(members) - bad.found) for path, members in shards.items()},
+                      'provenance': provenance(accelerator.device.type)}
+            write_json(index_path, index)
+    except OSError as error:
+        raise SettingsError(f'--output {index_path.parent} cannot be written: {one_line(error)}; choose '
+                            f'another.') from error
+    return index
+
+
+def write_shards(settings: Settings, accelerator: Accelerator, extractor: nn.Module, data_config: dict, split: Split,
+                 shards: dict[Path, range], bad: BadPictures) -> None:
+    """Write these shards, one after the other."""
+    pictures = Pictures(split.dataset, create_transform(**data_config), settings.seed,
+                        'RGB' if settings.in_chans == 3 else 'L')
+    keys = ([(0, number) for number in batch] for batch in batches_of(shards, settings.batch_size))
+    loaded = iter(DataLoader(pictures, batch_sampler=keys, num_workers=settings.workers,
+                             pin_memory=accelerator.device.type == 'cuda'))
+    labels = torch.tensor(split.labels)
+    bar = tqdm(total=sum(map(len, shards.values())), unit='img', unit_scale=True, dynamic_ncols=True, mininterval=0.5,
+               desc=split.name or 'pictures', disable=not accelerator.is_main_process)
+    for path, members in shards.items():
+        rows, parts = [], []
+        for batch in batches_of({path: members}, settings.batch_size):
+            images, _, unreadable = next(loaded)
+            bad.add(unreadable)
+            with torch.inference_mode(), accelerator.autocast():
+                features = extractor(images.to(accelerator.device, non_blocking=True))
+            read = unreadable < 0
+            rows.append(torch.tensor(batch)[read])
+            parts.append({name: values.float().cpu()[read].to(getattr(torch, settings.dtype))
+                          for name, values in features.items()})
+            for name, values in parts[-1].items():
+                if len(wrong := rows[-1][~values.flatten(1).isfinite().all(1)]):
+                    raise SettingsError(f'{name} of {split.path(int(wrong[0]))} is not finite in '
+                                        f'--dtype {settings.dtype}; take float32 and no --amp, or sound weights.')
+            bar.update(len(images))
+        rows = torch.cat(rows)
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        columns |= {'index': rows, 'label': labels[rows]}
+        write_shard(path, columns, [split.path(row) for row in rows.tolist()])
+    bar.close()
+
+
+def read_split(settings: Settings, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (N, C) in float32 and labels (N,) of all shards of a split."""
+    paths = shard_paths(settings, split)
+    return (torch.cat([read_column(path, 'embedding').float() for path in paths]),
+            torch.cat([read_column(path, 'label') for path in paths]))
+
+
+def run(settings: Settings) -> dict:
+    """Extract as `settings` say; the main process returns the summary that is also written to summary.json."""
+    stored = means_weights(settings.model) and not settings.checkpoint
+    settings = replace(settings, pretrained=settings.pretrained or stored)
+    accelerator = start(settings.device, settings.amp, settings.amp_dtype)
+    with accelerator.main_process_first():  # a download is done once
+        splits = [open_split(settings, settings.split)]
+        if settings.knn or settings.linear_probe:
+            splits.append(open_split(settings, settings.val_split))
+            check_classes(settings, *splits)
+    extractor, data_config, weights, shapes = open_extractor(settings)
+    facts = {name: asdict(settings)[name] for name in (
+        'model', 'model_kwargs', 'features', 'dtype', 'format', 'shard_size', 'dataset', 'input_key')}
+    facts |= {'weights': weights, 'shapes': shapes, 'amp': settings.amp_dtype if settings.amp else '', **{
+        name: data_config[name] for name in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}}
+    facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file they are compared with
+
+    random = '' if settings.pretrained or settings.checkpoint else 'RANDOM WEIGHTS, '
+    accelerator.print(f'{settings.model}: {random}{settings.features} features {shapes}, '
+                      f'{" + ".join(str(len(split.labels)) for split in splits)} pictures, '
+                      f'{accelerator.num_processes} x {accelerator.device.type} -> {settings.output}')
+    extractor.to(accelerator.device)
+    begun = time.perf_counter()
+    indices = [extract(settings, accelerator, extractor, data_config, split, facts) for split in splits]
+    seconds = time.perf_counter() - begun
+    summary = {'model': settings.model, 'weights': weights, 'features': settings.features, 'seconds': seconds}
+    if accelerator.is_main_process:
+        for split, index in zip(splits, indices, strict=True):
+            print(f'{split.name or "pictures"}: {index["rows"]} rows, {len(index["unreadable"])} unreadable, '
+                  f'{len(index["shards"])} x {settings.format}')
+        summary['rows'] = {split.name: index['rows'] for split, index in zip(splits, indices, strict=True)}
+        summary |= measure(settings, splits, accelerator.device)
+        summary['provenance'] = provenance(accelerator.device.type)
+        write_json(Path(settings.output) / 'summary.json', summary)
+    accelerator.end_training()
+    return summary
+
+
+def measure(settings: Settings, splits: list[Split], device: torch.device) -> dict:
+    """What --knn and --linear-probe ask for."""
+    if len(splits) == 1:
+        return {}
+    tensors = [tensor for split in splits for tensor in read_split(settings, split)]
+    scores = {}
+    if settings.knn:
+        top1 = knn_top1(*(tensor.to(device) for tensor in tensors), settings.knn_k, settings.knn_temperature)
+        scores['knn'] = {'top1': top1, 'k': settings.knn_k, 'temperature': settings.knn_temperature}
+        print(f'{settings.knn_k} nearest neighbours: top-1 {top1:.2f} %')
+    if settings.linear_probe:
+        scores['linear_probe'] = found = linear_probe(*(tensor.numpy() for tensor in tensors), settings.seed)
+        print(f'linear probe: top-1 {found["top1"]:.2f} % (C {found["C"]:g}, by {found["held_out_top1"]:.2f} % on a '
+              f'fifth of {settings.split}{"" if found["converged"] else "; not converged"})')
+    return scores

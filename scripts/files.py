@@ -1,0 +1,43 @@
+"""Files written under a temporary name first, so that none is ever half there."""
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['write_csv', 'write_figure', 'write_file', 'write_json']
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, force it to disk and give it its name."""
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        write(temporary)
+        with temporary.open('rb+') as file:
+            os.fsync(file.fileno())
+    except Exception:
+        temporary.unlink(missing_ok=True)  # a full disk should not stay full of halves
+        raise
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8'))
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    def write_rows(temporary: Path) -> None:
+        with temporary.open('w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_file(path, write_rows)
+
+
+def write_figure(path: Path, figure: 'Figure') -> None:
+    write_file(path, lambda temporary: figure.savefig(temporary, format='png', dpi=150))

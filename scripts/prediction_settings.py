@@ -1,0 +1,50 @@
+"""Settings of predict.py, and the checks of single values, which need neither torch nor timm."""
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from model_settings import ModelSettings, check_model_settings
+from settings import SettingsError
+
+__all__ = ['Settings', 'check_values']
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointModelSettings(ModelSettings):
+    """What predicts."""
+
+    model: str = 'coatnet_pico_64.tin200_preview'  # NAME.TAG with its weights, any other name, hf-hub: or local-dir:.
+    checkpoint: str = ''  # File of weights to load.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplanationSettings:
+    """What is shown of each image."""
+
+    explain: str = 'auto'  # auto (by the model's last T or D stage), attention, kernels or gradcam.
+    stage: int | None = None  # Stage to explain, 1 to 4 (the last one that can be, if not given).
+    at: tuple[float, float] | None = None  # X Y of one query or kernel: shares of the crop's width and height, 0 to 1.
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What is read, where it is computed, and what it leaves."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]  # Pictures, or folders of them.
+    output: Path = Path('output/predict')  # Folder for the overlays.
+    device: str = 'auto'  # auto (a GPU where there is one), cpu or cuda.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings, ExplanationSettings, CheckpointModelSettings):
+    """Everything that predict.py can be told."""
+
+
+def check_values(settings: Settings) -> None:
+    """Refuse single values that cannot work, before anything is read."""
+    if not settings.images:
+        raise SettingsError('IMAGES must name at least one picture or folder of pictures, and names none; give one.')
+    if settings.at is not None and not all(0 <= share <= 1 for share in settings.at):
+        raise SettingsError(f'--at must be two shares of the picture from 0 to 1, X from the left and Y from the top, '
+                            f'got {settings.at}.')
+    check_model_settings(settings)

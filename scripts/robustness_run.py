@@ -1,0 +1,129 @@
+"""Accuracy at other sizes and on damaged images: the rows of robustness.py."""
+import io
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from data_settings import DataSettings
+from evaluation import predict
+from files import write_figure, write_json
+from matplotlib.figure import Figure
+from model_settings import ModelSettings
+from open_model import open_model
+from pictures import BadPictures, EpochSampler, Pictures, batches, open_pictures
+from PIL import Image, ImageFilter
+from plots import LIGHT
+from processes import start
+from provenance import provenance
+from robustness_settings import Settings
+from settings import SettingsError, earlier_results, flag
+from timm.data import create_transform
+from torchvision.transforms import Compose
+
+__all__ = ['DAMAGE', 'run']
+
+
+def jpeg(image: Image.Image) -> Image.Image:
+    """Quality 30."""
+    buffer = io.BytesIO()
+    image.save(buffer, 'JPEG', quality=30)
+    return Image.open(buffer).convert(image.mode)
+
+
+def blur(image: Image.Image) -> Image.Image:
+    """Gaussian of radius 1 pixel."""
+    return image.filter(ImageFilter.GaussianBlur(1))
+
+
+def noise(image: Image.Image) -> Image.Image:
+    """Gaussian of deviation 0.1, which follows from the picture's own pixels."""
+    pixels = np.asarray(image)
+    rng = np.random.default_rng(zlib.crc32(pixels.tobytes()))
+    return Image.fromarray((pixels + rng.normal(0, 25.5, pixels.shape)).round().clip(0, 255).astype(np.uint8))
+
+
+DAMAGE: dict[str, Callable[[Image.Image], Image.Image]] = {'JPEG 30': jpeg, 'blur': blur, 'noise': noise}
+
+
+def check_model(settings: Settings, name: str) -> None:
+    """Refuse a model that cannot take the sizes or has other classes, before any is measured."""
+    _, class_names = open_pictures(DataSettings(data_dir=settings.data_dir), settings.val_split)
+    for size in (*settings.sizes, None):
+        model, _ = open_model(ModelSettings(model=name, pretrained=True, img_size=size), use_train_size=True)
+    known = list(model.pretrained_cfg.get('label_names') or ())
+    if model.num_classes != len(class_names) or (known and known != class_names):
+        differ = next((f'; the first that differ are {mine} and {theirs}' for mine, theirs in zip(
+            known, class_names, strict=False) if mine != theirs), '')
+        raise SettingsError(
+            f'--model {name} must have the classes of --data-dir {settings.data_dir} in their order, but has '
+            f'{model.num_classes} for {len(class_names)}{differ}; give the pictures it was made for.')
+
+
+def top1(settings: Settings, name: str, size: int | None, damage: str) -> float:
+    """Top-1 (%) of a model at a size, its own if None, under one kind of damage, '' for none."""
+    accelerator = start(settings.device, settings.amp)
+    model, data_config = open_model(ModelSettings(model=name, pretrained=True, img_size=size), use_train_size=True)
+    dataset, _ = open_pictures(DataSettings(data_dir=settings.data_dir), settings.val_split)
+    transform = create_transform(**data_config)
+    pictures = Pictures(dataset, Compose([DAMAGE[damage], transform]) if damage else transform)
+    loader = batches(pictures, EpochSampler(len(pictures)), settings.batch_size, settings.workers)
+    bad = BadPictures(dataset, settings.max_bad_images)
+    found = predict(model.to(accelerator.device), accelerator.prepare(loader), accelerator, on_batch=bad.add)
+    return found.scores['top1']
+
+
+def plot(report: dict) -> Figure:
+    """Top-1 over the size of the picture, a line a model, and beside it under each kind of damage."""
+    figure = Figure(figsize=(10, 4.2), layout='constrained')
+    left, right = figure.subplots(1, 2, sharey=True)
+    sizes, width = report['settings']['sizes'], 0.8 / len(report['top1'])
+    for place, (name, row) in enumerate(report['top1'].items()):
+        colour = f'C{place}'
+        left.plot(sizes, [row[f'{size} px'] for size in sizes], '.-', color=colour, label=name)
+        right.bar([kind + place * width for kind in range(len(DAMAGE))], [row[damage] for damage in DAMAGE], width,
+                  color=colour, align='edge')
+    left.set(xlabel='height and width of the picture (pixels)', ylabel='top-1 (%)', ylim=(0, None), xticks=sizes,
+             title='Other sizes')
+    right.set_xticks([kind + 0.4 for kind in range(len(DAMAGE))], list(DAMAGE))
+    right.set_title("Damage, at the weights' own size")
+    for axes in (left, right):
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(axis='y', color=LIGHT)
+        axes.set_axisbelow(True)
+    left.legend(frameon=False, loc='lower left')
+    return figure
+
+
+def run(settings: Settings) -> dict:
+    """Measure every row, and return the report."""
+    path = Path(settings.results_file) if settings.results_file else None
+    rows, made = {}, {}
+    kept = {name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(settings).items() if name not in ('model', 'results_file')}
+    if path and (earlier := earlier_results(settings.results_file, 'settings', 'top1', 'made')):
+        rows, made = earlier['top1'], earlier['made']
+        for name in ('data_dir', 'sizes', 'val_split', 'amp'):
+            if earlier['settings'][name] != kept[name]:
+                raise SettingsError(f'--results-file {path} holds rows made with {flag(name)} '
+                                    f'{earlier["settings"][name]}, not {kept[name]}; give another file.')
+    for name in settings.model:
+        if name not in rows:
+            check_model(settings, name)
+    columns = [(f'{size} px', size, '') for size in settings.sizes] + [(damage, None, damage) for damage in DAMAGE]
+    facts, width = provenance(str(start(settings.device).device)), max(map(len, settings.model))
+    print(f'{"top-1 (%)":{width}}  ' + ''.join(f'{title:>9}' for title, _, _ in columns), flush=True)
+    for name in settings.model:
+        print(f'{name:{width}}  ', end='', flush=True)
+        row = rows.get(name) or {}
+        for title, size, damage in columns:
+            if name not in rows:
+                row[title] = top1(settings, name, size, damage)
+            print(f'{row[title]:9.2f}', end='', flush=True)
+        print()
+        rows[name], made[name] = row, made.get(name, facts)
+        if path:
+            write_json(path, dict(settings=kept, top1=rows, made=made))
+            write_figure(path.with_suffix('.png'), plot(dict(settings=kept, top1=rows)))
+    return dict(settings=kept, top1=rows, made=made)

@@ -1,0 +1,136 @@
+"""A fine-tuning run from its settings to its summary: opens data, model and run folder, and trains."""
+import copy
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from data_settings import is_stream
+from files import write_figure, write_json
+from loaders import create_loaders, open_data
+from open_model import open_model
+from plots import confusion_figure, misread_figure
+from processes import start
+from provenance import provenance
+from run_folder import write_config
+from safetensors import SafetensorError
+from settings import SettingsError, one_line
+from sharding import check_sharding, wrap
+from timm.models import safe_model_name
+from timm.utils import random_seed
+from trainer import Trainer, read_checkpoint
+from training import build_optimizer, build_task, check_training, freeze_trunk, open_teacher
+from training_settings import FREE_ON_RESUME, Settings
+
+__all__ = ['run']
+
+
+def find_run(settings: Settings) -> tuple[Path, Path | None]:
+    """Return the run folder and the checkpoint to continue from, if there is one; never an older run to overwrite."""
+    run_dir = Path(settings.output) / (settings.experiment or safe_model_name(settings.model))
+    if settings.resume not in ('', 'auto'):
+        run_dir = Path(settings.resume)
+    checkpoint = run_dir / 'last' / 'checkpoint.pt'
+    if settings.resume and checkpoint.is_file():
+        return run_dir, checkpoint
+    if settings.resume not in ('', 'auto'):
+        raise SettingsError(f'--resume {settings.resume} must be a run folder, but there is no {checkpoint}; '
+                            f'give the folder that holds last/, or auto.')
+    # A run killed in its first epoch has args.json but no checkpoint: auto begins it again.
+    if (run_dir / ('summary.json' if settings.resume else 'args.json')).exists():
+        raise SettingsError(f'--output {run_dir} already holds a run, which is never overwritten; continue it with '
+                            f'--resume auto (while it has last/), or choose another --experiment.')
+    return run_dir, None
+
+
+def check_tracker(settings: Settings) -> None:
+    if settings.tracker and settings.tracker not in (known := [str(t) for t in get_available_trackers()]):
+        raise SettingsError(f'--tracker must be the name of an installed tracker ({", ".join(known) or "none is"}), '
+                            f'got {settings.tracker!r}; pip install it.')
+
+
+def run(settings: Settings) -> dict:
+    """Fine-tune as `settings` say, and return the summary that is also written to summary.json."""
+    check_tracker(settings)
+    run_dir, last = find_run(settings)
+    accelerator = start(
+        settings.device, settings.amp, settings.amp_dtype, may_shard=True,
+        gradient_accumulation_steps=settings.grad_accum_steps, log_with=settings.tracker or None,
+        project_dir=run_dir if settings.tracker else None, dynamo_backend='inductor' if settings.torchcompile else None)
+    try:
+        trainer, class_names, headline = prepare(settings, accelerator, run_dir, last)
+    except OSError as error:
+        raise SettingsError(f'nothing was begun: {one_line(error)}; see --data-dir and --output {run_dir}.') from error
+    if settings.tracker:
+        accelerator.init_trackers('coatnet_zoo', {name: str(value) for name, value in asdict(settings).items()})
+    best, predictions = trainer.run(headline)
+
+    summary = {
+        'model': settings.model, 'num_classes': len(class_names), 'best_epoch': best['epoch'],
+        'epochs': trainer.progress.epoch - 1, 'top1': best['eval_top1'], 'top5': best['eval_top5'],
+        'loss': best['eval_loss'], 'seed': settings.seed, 'train_seconds': trainer.progress.train_seconds,
+        'unreadable': [*trainer.bad_train.names(), *trainer.bad_val.names()],
+        'processes': accelerator.num_processes, **provenance(accelerator.device.type)}
+    if accelerator.is_main_process:
+        write_json(run_dir / 'summary.json', summary)
+        write_figure(run_dir / 'confusion.png', confusion_figure(
+            predictions.labels, predictions.top5[:, 0], class_names))
+        write_figure(run_dir / 'misclassified.png', misread_figure(
+            predictions.wrong, class_names, trainer.data_config['mean'], trainer.data_config['std']))
+        print(f'best epoch {best["epoch"]}: top-1 {best["eval_top1"]:.2f} %. Load it with '
+              f'timm.create_model(\'local-dir:{run_dir}\', pretrained=True)')
+    accelerator.end_training()
+    return summary
+
+
+def prepare(settings: Settings, accelerator: Accelerator, run_dir: Path,
+            last: Path | None) -> tuple[Trainer, list[str], str]:
+    """Open data, model and run folder; what cannot work ends here. Returns also class names and a line of facts."""
+    check_sharding(settings, accelerator)
+    train_set, val_set, class_names = open_data(settings)
+    random_seed(settings.seed)
+    model, data_config = open_model(
+        settings, settings.initial_checkpoint, '--initial-checkpoint', use_train_size=True,
+        try_sizes=settings.train_img_sizes, num_classes=len(class_names), drop_rate=settings.drop,
+        drop_path_rate=settings.drop_path, dropconnect=settings.dropconnect)
+    loaders = create_loaders(settings, train_set, val_set, data_config, accelerator)
+    free = (*FREE_ON_RESUME, *(() if is_stream(settings) else ('workers',)))  # streams share out by them
+    facts = {name: value for name, value in asdict(settings).items() if name not in free}
+    facts |= {'classes': class_names, 'train_images': len(train_set), 'val_images': len(val_set),
+              'processes': accelerator.num_processes, 'sharded': accelerator.is_fsdp2}
+    checkpoint = read_checkpoint(last, run_dir, facts) if last else None
+    if settings.freeze_trunk:
+        freeze_trunk(model)
+    check_training(settings, model, data_config)
+    model.to(accelerator.device)
+    optimizer = build_optimizer(settings, model, settings.batch_size * accelerator.num_processes)
+    teacher = open_teacher(settings, class_names, data_config) if settings.teacher else None
+    if accelerator.is_main_process:
+        try:
+            (run_dir / 'last').mkdir(parents=True, exist_ok=True)
+            write_json(run_dir / 'args.json', asdict(settings))
+            write_config(run_dir / 'config.json', model, class_names, data_config)
+        except (OSError, SafetensorError) as error:
+            raise SettingsError(f'--output {run_dir} cannot be written: {one_line(error)}; choose another.') from error
+    if settings.channels_last and not accelerator.is_fsdp2:  # which shards contiguous weights alone
+        model.to(memory_format=torch.channels_last)
+    if settings.grad_checkpointing:
+        model.set_grad_checkpointing()
+    task = build_task(settings, model, teacher, data_config, accelerator.device)
+    if settings.model_ema:
+        task.setup_ema(settings.model_ema_decay, use_warmup=True)  # so that a short run is not stuck near its start
+    whole_model = copy.deepcopy(model) if accelerator.is_fsdp2 else None
+    task.trainable_module, optimizer = wrap(accelerator, task.trainable_module, optimizer)
+    trainer = Trainer(
+        settings, accelerator, task, whole_model, optimizer, loaders, data_config, len(class_names), run_dir, facts)
+    if checkpoint:
+        trainer.restore(checkpoint)
+    if settings.decode_once:
+        for loader in loaders[:2]:
+            loader.dataset.load()
+    headline = (
+        f'{settings.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, '
+        f'{len(class_names)} classes, {len(train_set)} + {len(val_set)} pictures, '
+        f'{accelerator.device} x {accelerator.num_processes} -> {run_dir}')
+    return trainer, class_names, headline

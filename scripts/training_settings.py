@@ -1,0 +1,148 @@
+"""All settings of finetune.py, and the checks of single values, which need neither torch nor timm."""
+import math
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import tyro
+from data_settings import DataSettings, is_stream
+from model_settings import ModelSettings, check_model_settings
+from recipes import RECIPES
+from settings import SettingsError, check_range, flag
+
+__all__ = ['FREE_ON_RESUME', 'Settings', 'check_values']
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingDataSettings(DataSettings):
+    """What finetune.py reads."""
+
+    train_split: str = 'train'  # Name of the training split.
+    val_split: str = 'validation'  # Name of the split that picks the best epoch.
+    train_num_samples: int | None = None  # Training pictures of a stream that does not say it.
+    val_num_samples: int | None = None  # Held-out pictures of such a stream.
+    max_bad_images: float = 0.001  # Share of unreadable pictures to report and skip before it ends; streams only warn.
+    class_balanced: bool = False  # Draw every class equally often.
+    decode_once: bool = False  # Keep all pictures, as squares of the model's size, on the device; augment them there.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How the weights change."""
+
+    initial_checkpoint: str = ''  # Start from this file of weights, whose classes must be the data's.
+    batch_size: int = 64  # Pictures per training step and process.
+    validation_batch_size: int | None = None  # Pictures per evaluation step (--batch-size if not given).
+    grad_accum_steps: int = 1  # Steps whose gradients are added up before the weights change.
+    epochs: int = 10  # Passes over the training split.
+    last_epoch: int | None = None  # End the run after this one of --epochs, where time is short; --resume auto goes on.
+    val_interval: int = 1  # Evaluate after every so many epochs, and after the last.
+    patience: int | None = None  # Stop after this many epochs without a better one.
+    opt: str = 'adamw'  # Any name of timm.optim.list_optimizers().
+    lr: float = 5e-4  # Highest learning rate.
+    lr_base_size: int | None = None  # If given, --lr is for this many pictures a weight update, and scaled to theirs.
+    weight_decay: float = 0.05  # Weight decay; not applied to biases and norms.
+    momentum: float = 0.9  # Momentum of the optimizers that have one.
+    layer_decay: float | None = None  # Factor on the learning rate per layer, counted from the classifier.
+    head_lr_scale: float = 1.0  # Factor on the learning rate of the classifier.
+    freeze_trunk: bool = False  # Train the classifier alone.
+    clip_grad: float | None = 1.0  # Largest norm of the gradient.
+    warmup_epochs: float = 1.0  # Epochs of linear warm-up, in place of the start of the cosine decay.
+    warmup_lr: float = 1e-6  # Learning rate at the start of the warm-up.
+    min_lr: float = 1e-6  # Learning rate at the end.
+    drop: float | None = None  # Dropout before the classifier.
+    drop_path: float | None = None  # Stochastic depth.
+    dropconnect: float | None = None  # Rate at which LightConv and DynamicConv drop weights.
+    smoothing: float = 0.1  # Label smoothing.
+    teacher: str = ''  # Distil from this model, as --model names them: with weights, and with the data's classes.
+    kd_loss_weight: float = 0.5  # Share of the teacher in the loss.
+    kd_temperature: float = 1.0  # Divides the logits of both before they are compared.
+    model_ema: bool = False  # Evaluate and release an exponential moving average of the weights.
+    model_ema_decay: float = 0.9998  # Its decay, approached from 0 over the first steps.
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationSettings:
+    """What is done to the images in training."""
+
+    train_img_sizes: tuple[int, ...] = ()  # Progressive sizes in pixels, each for an equal share of the epochs.
+    scale: tuple[float, float] = (0.08, 1.0)  # Area of the random crop, as a share of the picture.
+    hflip: float = 0.5  # Probability of a horizontal flip.
+    color_jitter: float = 0.4  # Strength of random brightness, contrast and saturation.
+    aa: str | None = None  # AutoAugment policy, such as rand-m9-mstd0.5-inc1.
+    reprob: float = 0.0  # Probability of random erasing.
+    mixup: float = 0.0  # Alpha of mixup; 0 leaves it out.
+    cutmix: float = 0.0  # Alpha of cutmix; 0 leaves it out.
+    mixup_prob: float = 1.0  # Probability of mixing a batch.
+    mixup_switch_prob: float = 0.5  # Probability of cutmix where both are on.
+    mixup_off_epoch: int = 0  # Stop mixing after this epoch; 0 never.
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where and how the run is computed, and what it leaves."""
+
+    recipe: Annotated[str, tyro.conf.arg(
+        help=f'Settings by name (scripts/recipes.py), over which other flags win: {", ".join(RECIPES)}.')] = ''
+    output: str = 'output'  # Parent of the run folders.
+    experiment: str = ''  # Name of the run folder (the model's name if not given).
+    resume: str = ''  # auto continues the run folder if it has begun; a path continues that run folder.
+    recovery_interval: int = 0  # Also save every so many weight updates; 0 saves after epochs and on SIGTERM only.
+    tracker: str = ''  # tensorboard, wandb or trackio; metrics.csv is written in any case.
+    device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
+    seed: int = 42  # Fixes weights, order and augmentation; bit for bit on a CPU.
+    amp: bool = False  # Mixed precision.
+    amp_dtype: str = 'bfloat16'  # bfloat16 or float16.
+    channels_last: bool = True  # Memory format of pictures and weights.
+    grad_checkpointing: bool = False  # Compute activations twice instead of keeping them.
+    torchcompile: bool = False  # Compile the model.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings, AugmentationSettings, TrainingSettings, ModelSettings, TrainingDataSettings):
+    """Everything that finetune.py can be told."""
+
+
+# Settings that may differ when a run is resumed: they change where it is, not what it computes.
+FREE_ON_RESUME = (
+    'recipe', 'last_epoch', 'dataset_download', 'output', 'experiment', 'resume', 'device', 'recovery_interval',
+    'tracker', 'max_bad_images')
+
+
+def check_values(settings: Settings) -> None:
+    """Refuse single values that cannot work, before anything is read."""
+    for name, value in asdict(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SettingsError(f'{flag(name)} must be a finite number, got {value}.')
+    for name in ('epochs', 'batch_size', 'validation_batch_size', 'lr', 'clip_grad', 'grad_accum_steps', 'patience',
+                 'val_interval', 'lr_base_size', 'kd_temperature', 'train_num_samples', 'val_num_samples'):
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise SettingsError(f'{flag(name)} must be greater than 0, got {value}.')
+    for name in ('workers', 'warmup_lr', 'weight_decay', 'head_lr_scale', 'mixup', 'cutmix', 'recovery_interval',
+                 'mixup_off_epoch'):
+        if not getattr(settings, name) >= 0:
+            raise SettingsError(f'{flag(name)} must be at least 0, got {getattr(settings, name)}.')
+    for name, least, most in (
+            ('smoothing', 0, 0.999), ('hflip', 0, 1), ('reprob', 0, 1), ('color_jitter', 0, 10),
+            ('momentum', 0, 1), ('model_ema_decay', 0, 1), ('layer_decay', 1e-6, 1), ('seed', 0, 2**32 - 1),
+            ('warmup_epochs', 0, settings.epochs), ('last_epoch', 1, settings.epochs), ('min_lr', 0, settings.lr),
+            ('max_bad_images', 0, 1), ('mixup_prob', 0, 1), ('mixup_switch_prob', 0, 1), ('kd_loss_weight', 0, 1)):
+        check_range(settings, name, least, most)
+    if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
+        raise SettingsError(f'--scale must be two rising shares of the picture from 0 to 1, got {settings.scale}.')
+    if (settings.mixup or settings.cutmix) and settings.batch_size % 2:
+        raise SettingsError(f'--batch-size must be even with --mixup or --cutmix, got {settings.batch_size}.')
+    if any(size <= 0 for size in settings.train_img_sizes) or len(settings.train_img_sizes) > settings.epochs:
+        raise SettingsError(f'--train-img-sizes must be positive and no more than the {settings.epochs} epochs, '
+                            f'got {settings.train_img_sizes}.')
+    if settings.freeze_trunk and settings.layer_decay is not None:
+        raise SettingsError('--layer-decay has no layers to act on with --freeze-trunk; leave one of them out.')
+    if settings.decode_once and settings.aa:
+        raise SettingsError(f'--aa works on pictures that PIL decodes each time, which --decode-once does not, got '
+                            f'{settings.aa}; leave it out, or give --no-decode-once.')
+    if settings.decode_once and is_stream(settings):
+        raise SettingsError(f'--decode-once needs pictures with an index, which the stream --dataset '
+                            f'{settings.dataset} does not have; give --no-decode-once.')
+    if settings.class_balanced and is_stream(settings):
+        raise SettingsError('--class-balanced needs all labels before the start, which a stream does not have.')
+    check_model_settings(settings)

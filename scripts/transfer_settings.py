@@ -1,0 +1,52 @@
+"""Settings of transfer.py, and the checks of single values, which need neither torch nor timm."""
+from dataclasses import dataclass
+from pathlib import Path
+
+from settings import SettingsError, flag, one_line
+
+__all__ = ['WAYS', 'Settings', 'check_values']
+
+WAYS = {'fine-tuned': '#2563eb', 'linear probe': '#d97706', 'random start': '#9ca3af'}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data_dir: str  # Folder with train/ and val/, a sub-folder a class in each.
+    model: str  # With weights: NAME.TAG of a release, hf-hub:OWNER/NAME or local-dir:FOLDER.
+    img_size: int | None = None  # Height and width in pixels (the model's own if not given).
+    shares: tuple[float, ...] = (0.01, 0.1, 1.0)  # Of the training split.
+    subsets: tuple[int, ...] = (5, 5, 1)  # Draws of each share.
+    ways: tuple[str, ...] = tuple(WAYS)  # Of these.
+    updates: tuple[int, ...] = (300, 1000, 3000)  # Of the weights, for each share; rounded up to whole epochs.
+    batch_size: int = 32  # Pictures per update.
+    lr: float = 5e-4  # Highest learning rate of AdamW; cosine decay after a tenth of warm-up.
+    scale: tuple[float, float] = (0.35, 1.0)  # Area of the random crop, as a share of the picture.
+    hflip: float = 0.5  # Probability of a horizontal flip.
+    amp: bool = False  # bfloat16 autocast.
+    device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
+    workers: int = 1  # Processes that read pictures.
+    threads: int = 1  # CPU threads.
+    output: str = 'output/transfer'  # Folder of runs and features.
+    results_file: str = ''  # JSON to write after every row; the plot takes its name.
+
+
+def check_values(settings: Settings) -> None:
+    """Refuse single values that cannot work, before anything is read."""
+    for name in ('batch_size', 'threads'):
+        if getattr(settings, name) < 1:
+            raise SettingsError(f'{flag(name)} must be at least 1, got {getattr(settings, name)}.')
+    if not settings.shares or not all(0 < share <= 1 for share in settings.shares):
+        raise SettingsError(f'--shares must be above 0 and at most 1, got {settings.shares}.')
+    for name in ('subsets', 'updates'):
+        values = getattr(settings, name)
+        if len(values) != len(settings.shares) or min(values) < 1:
+            raise SettingsError(f'{flag(name)} must give a number of at least 1 for each of --shares, got {values} for '
+                                f'{settings.shares}.')
+    if not settings.ways:
+        raise SettingsError(f'--ways must name at least one of {", ".join(WAYS)}, got none.')
+    if unknown := sorted(set(settings.ways) - set(WAYS)):
+        raise SettingsError(f'--ways must be of {", ".join(WAYS)}, got {unknown[0]!r}.')
+    try:
+        Path(settings.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f'--output {settings.output} cannot be made: {one_line(error)}; choose another.') from error
