@@ -84,7 +84,7 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing in the script may catch it."""
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '200', 'OMP_NUM_THREADS': '1'}
+def run_command(*arguments: str, columns: int = 200) -> subprocess.CompletedProcess:
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': str(columns), 'OMP_NUM_THREADS': '1'}
     return subprocess.run(
         [sys.executable, ROOT / 'scripts' / 'finetune.py', *arguments], capture_output=True, text=True, env=environment)

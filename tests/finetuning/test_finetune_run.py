@@ -72,12 +72,12 @@ def test_model_learns_the_colours(settings):
 
 
 def test_help_explains_each_setting():
-    result = run_command('--help')
+    result = run_command('--help', columns=100)  # wider help has groups side by side
     assert result.returncode == 0
     for field in dataclasses.fields(finetune.Settings):
         assert f'--{field.name.replace("_", "-")} ' in result.stdout or f'--no-{field.name}'.replace('_', '-') in (
             result.stdout), field.name
-    said = ' '.join(result.stdout.replace('│', ' ').split())  # a column may break a line anywhere
+    said = ' '.join(result.stdout.replace('│', ' ').split())  # lines break anywhere
     for text in ('Label smoothing.', 'Processes that read pictures', '(default: adamw)', '--amp, --no-amp'):
         assert text in said
 
