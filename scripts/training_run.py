@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from data_digest import data_digest
 from data_settings import is_stream
 from files import write_figure, write_json
 from loaders import create_loaders, open_data
@@ -97,6 +98,8 @@ def prepare(settings: Settings, accelerator: Accelerator, run_dir: Path,
     loaders = create_loaders(settings, train_set, val_set, data_config, accelerator)
     free = (*FREE_ON_RESUME, *(() if is_stream(settings) else ('workers',)))  # streams share out by them
     facts = {name: value for name, value in asdict(settings).items() if name not in free}
+    facts |= {f'digest_of_{name}_images': data_digest(dataset, class_names, accelerator)
+              for name, dataset in (('train', train_set), ('val', val_set))}
     facts |= {'classes': class_names, 'train_images': len(train_set), 'val_images': len(val_set),
               'processes': accelerator.num_processes, 'sharded': accelerator.is_fsdp2}
     checkpoint = read_checkpoint(last, run_dir, facts) if last else None
