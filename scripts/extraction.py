@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from console import check_utf8, printable
 from data_digest import data_digest
 from extraction_settings import Settings
 from features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
 from files import write_json
-from image_files import printable
 from open_model import means_weights, open_model
 from pictures import BadPictures, Pictures, open_pictures, targets_of
 from processes import start
@@ -227,6 +227,7 @@ def run(settings: Settings) -> dict:
     """Extract as `settings` say; the main process returns the summary that is also written to summary.json."""
     stored = means_weights(settings.model) and not settings.checkpoint
     settings = replace(settings, pretrained=settings.pretrained or stored)
+    check_utf8(settings.output, '--output')
     accelerator = start(settings.device, settings.amp, settings.amp_dtype)
     with accelerator.main_process_first():  # a download is done once
         splits = [open_split(settings, settings.split)]

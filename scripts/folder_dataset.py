@@ -2,8 +2,8 @@
 import pickle
 from pathlib import Path
 
+from console import printable
 from data_settings import DataSettings
-from image_files import printable
 from image_folder import list_images, natural_key
 from settings import SettingsError, one_line
 from timm.data import ImageDataset

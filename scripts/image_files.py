@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from settings import SettingsError
 
-__all__ = ['UNREADABLE', 'image_suffixes', 'is_image_name', 'printable', 'to_mode']
+__all__ = ['UNREADABLE', 'image_suffixes', 'is_image_name', 'to_mode']
 
 # What PIL raises for a file that is no image, cut short, or garbled; SettingsError, of to_mode, is a ValueError.
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -48,20 +48,3 @@ def to_mode(image: Image.Image, mode: str = 'RGB') -> Image.Image:
         image.load()  # decoders may set it late
         image.info.pop('transparency')  # or convert() would warn, and carry it on
     return image.convert(mode)
-
-
-def printable(name: str) -> str:
-    r"""A file name that JSON, CSV, Parquet and the console can hold; unlike others it can be turned back.
-
-    A name in UTF-8 stays as it is. In one that is not, or that holds the two characters \x, every backslash is doubled
-    and each byte that is no UTF-8 becomes \xNN: b'caf\xe9' is written caf\xe9.
-    """
-    raw = os.fsencode(name)
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        pass
-    else:
-        if '\\x' not in name:
-            return name
-    return raw.replace(b'\\', b'\\\\').decode(errors='backslashreplace')

@@ -6,18 +6,17 @@ them.
 """
 import os
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
-from image_files import is_image_name, printable
+from console import note, printable
+from image_files import is_image_name
 from settings import SettingsError, one_line
 
-__all__ = ['ImageFolder', 'find_images', 'list_images', 'look_alikes', 'natural_key', 'note']
+__all__ = ['ImageFolder', 'find_images', 'list_images', 'look_alikes', 'natural_key']
 
 SYSTEM_FILES = ('thumbs.db', 'desktop.ini')
 SYSTEM_FOLDERS = ('__MACOSX',)
@@ -27,13 +26,6 @@ ANNOTATIONS = 'val_annotations.txt'  # Tiny-ImageNet's: file, synset and a box i
 def natural_key(name: str) -> list[str | int]:
     """Sort key by which 9.jpg comes before 10.jpg: timm's, which fails for digits such as ²."""
     return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())]
-
-
-@cache  # a message is said once
-def note(message: str) -> None:
-    """Print a message to stderr, in the first of several processes."""
-    if os.environ.get('RANK', '0') == '0':
-        print(f'note: {message}', file=sys.stderr)
 
 
 @dataclass

@@ -11,10 +11,11 @@ from io import BytesIO
 
 import numpy as np
 import torch
+from console import printable
 from data_settings import DataSettings, is_stream
 from folder_dataset import open_folder
-from image_files import UNREADABLE, image_suffixes, printable, to_mode
-from PIL import Image
+from image_files import UNREADABLE, image_suffixes, to_mode
+from PIL import Image, UnidentifiedImageError
 from settings import SettingsError, one_line
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.utils import random_seed
@@ -153,7 +154,7 @@ def read_picture(dataset: Dataset, index: int, mode: str = 'RGB') -> tuple[Image
         image, label = dataset[index]
         return to_mode(image, mode), label
     file, label, *_ = dataset.reader[index]  # dataset[index] would pass over what it cannot read
-    with Image.open(file) as image:
+    with file, Image.open(file) as image:
         return to_mode(image, mode), -1 if label is None else label
 
 
@@ -167,6 +168,8 @@ def _reason(dataset: Dataset, index: int) -> str:
     """Why a picture cannot be read, by reading it once more."""
     try:
         read_picture(dataset, index)
+    except UnidentifiedImageError:
+        return 'cannot identify the image format'  # its own message repeats the path
     except UNREADABLE as error:
         return one_line(error)
     return 'it could be read at a second attempt'

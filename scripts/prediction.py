@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from console import printable
 from explain import (
     Target,
     attention_weights,
@@ -21,13 +22,13 @@ from explain import (
     tap_distances,
 )
 from files import write_figure
-from image_files import UNREADABLE, printable, to_mode
+from image_files import UNREADABLE, to_mode
 from image_folder import find_images
 from imagenet_labels import describe_synsets
 from open_model import means_weights, open_model
 from overlay import draw_guesses, draw_heat, draw_kernel, draw_kernels, draw_picture, panels
 from PIL import Image
-from plots import to_picture
+from plots import to_picture, use_fonts
 from prediction_settings import Settings
 from processes import start
 from settings import SettingsError, one_line
@@ -211,9 +212,11 @@ def run(settings: Settings) -> int:
         for complaint in bad:
             print(complaint, file=sys.stderr)
 
+    labels = read_labels(model)
+    use_fonts(map(str, labels))
     predict = partial(
         predict_picture, settings=settings, model=model.to(accelerator.device), target=target, data_config=data_config,
-        labels=read_labels(model), device=accelerator.device,
+        labels=labels, device=accelerator.device,
         headline=settings.model if RANDOM not in weights else f'{settings.model}  ·  {RANDOM}')
     transform, mode, unreadable = create_transform(**data_config), 'RGB' if settings.in_chans == 3 else 'L', []
     with accelerator.split_between_processes(list(zip(pictures, overlays, strict=True))) as part:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from console import check_utf8
 from data_digest import data_digest
 from data_settings import is_stream
 from files import write_figure, write_json
@@ -32,6 +33,7 @@ def find_run(settings: Settings) -> tuple[Path, Path | None]:
     run_dir = Path(settings.output) / (settings.experiment or safe_model_name(settings.model))
     if settings.resume not in ('', 'auto'):
         run_dir = Path(settings.resume)
+    check_utf8(run_dir, '--resume' if settings.resume not in ('', 'auto') else '--output')
     checkpoint = run_dir / 'last' / 'checkpoint.pt'
     if settings.resume and checkpoint.is_file():
         return run_dir, checkpoint

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import upload
+from console import printable
 from data_settings import DataSettings, is_stream
-from image_files import printable, to_mode
+from image_files import to_mode
 from pictures import BadPictures, Pictures, StreamedPictures, open_pictures
 from PIL import Image
 from settings import SettingsError
