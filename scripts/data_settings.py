@@ -12,7 +12,7 @@ class DataSettings:
     dataset: str = ''  # Empty for a folder; torch/cifar10, hfds/OWNER/NAME, hfids/OWNER/NAME (streamed), wds/ (shards).
     dataset_download: bool = False  # Let torchvision download the data set.
     class_map: str = ''  # File of class names in label order, for folders and streams.
-    input_key: str = ''  # Column of the pictures in hfds/, hfids/ and wds/ (image if not given).
+    input_key: str = ''  # Column of the pictures in hfds/, hfids/ and wds/ (image if not given; in wds/ any image).
     target_key: str = ''  # Column of the labels there (label if not given).
     workers: int = 4  # Processes that read pictures; 0 reads in the main one.
 

@@ -14,19 +14,11 @@ from data_settings import is_stream
 from evaluation import Predictions, expected_calibration_error, predict, reliability
 from evaluation_settings import Settings
 from files import write_csv, write_figure, write_json
+from folder_dataset import SPLIT_FOLDERS
 from imagenet_labels import LabelMap, corruption_folders, map_labels, mean_corruption_error, to_real_labels
 from model_settings import ModelSettings
 from open_model import check_checkpoint, check_model_name, open_model
-from pictures import (
-    SPLIT_FOLDERS,
-    BadPictures,
-    EpochSampler,
-    Pictures,
-    StreamedPictures,
-    batches,
-    open_pictures,
-    picture_name,
-)
+from pictures import BadPictures, EpochSampler, Pictures, StreamedPictures, batches, open_pictures, picture_name
 from plots import reliability_figure
 from processes import start
 from provenance import provenance
@@ -85,11 +77,9 @@ def check_class_map(settings: Settings, dataset: Dataset, accelerator: Accelerat
     if sorted(given.values()) != list(range(len(given))):
         raise SettingsError(f'--class-map {settings.class_map} must number its classes from 0 without a gap; leave it '
                             f'out for ImageNet synsets, which are mapped by name.')
-    if not settings.dataset:
-        names = {path.name for path in Path(reader.root).iterdir() if path.is_dir()}
-        if left_out := sorted(names - given.keys()):
-            accelerator.print(f'--class-map {settings.class_map} leaves out {len(left_out)} folders: '
-                              f'{", ".join(left_out[:5])}{", ..." if len(left_out) > 5 else ""}')
+    if not settings.dataset and (left_out := sorted(set(reader.folders) - given.keys())):
+        accelerator.print(f'--class-map {settings.class_map} leaves out {len(left_out)} folders: '
+                          f'{", ".join(left_out[:5])}{", ..." if len(left_out) > 5 else ""}')
 
 
 def open_weights(settings: Settings, wanted: ModelSettings, checkpoint: str) -> tuple[nn.Module, dict]:
@@ -128,8 +118,8 @@ def evaluate_part(settings: Settings, part: Part, model: nn.Module, data_config:
         raise SettingsError(f'--interpolation, --crop-mode or another setting of the pictures: '
                             f'{one_line(error)}.') from error
     sampler, streamed = EpochSampler(len(part.dataset)), is_stream(settings)
-    pictures = (StreamedPictures(part.dataset, transform) if streamed else
-                Pictures(part.dataset, transform, mode='RGB' if data_config['input_size'][0] == 3 else 'L'))
+    mode = 'RGB' if data_config['input_size'][0] == 3 else 'L'
+    pictures = (StreamedPictures if streamed else Pictures)(part.dataset, transform, mode=mode)
     batch_size = settings.batch_size * (1 if streamed else accelerator.num_processes)
     loader = batches(pictures, sampler, batch_size, settings.workers, pin_memory=accelerator.device.type == 'cuda')
     loader = loader if streamed else accelerator.prepare(loader)

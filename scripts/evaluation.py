@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from pictures import check_labels
+from settings import SettingsError
 from timm.task import ClassificationEvaluator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -75,6 +76,8 @@ def predict(
     across = streamed and accelerator.num_processes > 1
     if across:
         parts = gather_object(parts)
+    if not parts:
+        raise SettingsError('no picture of the stream can be read; see above for the reasons.')
     labels, top5, confidence = (torch.cat(column) for column in zip(*parts, strict=True))
     ranked = [(sure, *rest) for sure, _, *rest in sorted(wrong, key=lambda item: item[:2], reverse=True)]
     return Predictions(dict(evaluator.compute(distributed=across)), labels, top5, confidence, ranked)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from console import check_utf8, printable
+from data_digest import data_digest
 from extraction_settings import Settings
 from features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
 from files import write_json
@@ -39,16 +41,7 @@ class Split:
     def path(self, index: int) -> str:
         """The path of a picture inside the split if it has one, else its place."""
         name = self.dataset.filename(index) if isinstance(self.dataset, ImageDataset) else None
-        return str(name or f'picture {index}')
-
-    def digest(self) -> str:
-        """SHA-256 of labels and class names, for folders of paths and file sizes too."""
-        digest = hashlib.sha256(json.dumps([self.labels, self.class_names]).encode())
-        for path, _ in getattr(getattr(self.dataset, 'reader', None), 'samples', ()):
-            path = Path(path)
-            size = path.stat().st_size if path.exists() else None  # a link that leads nowhere is an unreadable picture
-            digest.update(f'{path.relative_to(self.dataset.reader.root)}\n{size}\n'.encode())
-        return digest.hexdigest()
+        return printable(str(name or f'picture {index}'))
 
 
 def open_split(settings: Settings, name: str) -> Split:
@@ -66,11 +59,7 @@ def open_split(settings: Settings, name: str) -> Split:
     except (KeyError, TypeError, ValueError) as error:
         raise SettingsError(f'--target-key {settings.target_key or "label"} of --dataset {settings.dataset} is no '
                             f'column of whole numbers: {one_line(error)}; name the one with the labels.') from error
-    split = Split(name, dataset, labels, class_names)
-    if not settings.dataset and '' in class_names:
-        raise SettingsError(f'--data-dir {settings.data_dir}: {split.path(labels.index(class_names.index("")))} lies '
-                            f'beside folders of classes; move pictures into the folder of their class.')
-    return split
+    return Split(name, dataset, labels, class_names)
 
 
 def check_classes(settings: Settings, train: Split, val: Split) -> None:
@@ -157,7 +146,8 @@ def extract(settings: Settings, accelerator: Accelerator, extractor: nn.Module, 
     """Write the shards of a split that are missing, and its index, which the main process returns complete."""
     shards = shard_paths(settings, split)
     index_path = next(iter(shards)).parent / 'index.json'
-    facts = facts | {'split': split.name, 'data': split.digest(), 'pictures': len(split.labels)}
+    data = data_digest(split.dataset, split.class_names, accelerator)
+    facts = facts | {'split': split.name, 'data': data, 'pictures': len(split.labels)}
     index = read_index(index_path, facts)
     missing = {path: members for path, members in shards.items() if not path.exists()}
     writes = accelerator.is_main_process
@@ -237,6 +227,7 @@ def run(settings: Settings) -> dict:
     """Extract as `settings` say; the main process returns the summary that is also written to summary.json."""
     stored = means_weights(settings.model) and not settings.checkpoint
     settings = replace(settings, pretrained=settings.pretrained or stored)
+    check_utf8(settings.output, '--output')
     accelerator = start(settings.device, settings.amp, settings.amp_dtype)
     with accelerator.main_process_first():  # a download is done once
         splits = [open_split(settings, settings.split)]

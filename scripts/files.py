@@ -31,7 +31,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     def write_rows(temporary: Path) -> None:
-        with temporary.open('w', newline='', encoding='utf-8') as file:
+        with temporary.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)

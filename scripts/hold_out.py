@@ -3,8 +3,9 @@
     python scripts/hold_out.py tiny-imagenet/train tin200 --per-class 10
 
 fills tin200/train and tin200/validation with links to the pictures, the last ones of each class in natural order in
-validation; the folder it reads stays as it is. finetune.py takes --data-dir tin200, and the real validation split is
-looked at once, at the end, by eval_imagenet.py.
+validation; the folder it reads stays as it is. Links are made to the files that finetune.py would read, and to no
+others. finetune.py takes --data-dir tin200, and the real validation split is looked at once, at the end, by
+eval_imagenet.py.
 """
 import os
 import sys
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from image_folder import list_images
 from settings import SettingsError, end_with_sentence, one_line
-from timm.utils import natural_key
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,18 @@ class Settings:
 
 def main(settings: Settings) -> dict[str, int]:
     """Fill the new folder, and return how many pictures went where."""
-    classes = sorted(path for path in settings.train_dir.glob('*') if path.is_dir())
-    if not classes:
+    if not settings.train_dir.is_dir():
+        raise SettingsError(f'TRAIN_DIR {settings.train_dir} is not a folder; give one with a sub-folder for each '
+                            f'class.')
+    found = list_images(settings.train_dir, 'TRAIN_DIR')
+    classes = {**found.images, **{name: [] for name in found.empty}}
+    if not classes or '' in classes:
         raise SettingsError(f'TRAIN_DIR {settings.train_dir} must hold a sub-folder for each class, but has none.')
     if settings.output.exists():
         raise SettingsError(f'OUTPUT {settings.output} exists, and is never written over; remove it or name another.')
     counts = {'train': 0, 'validation': 0}
-    for folder in classes:
-        pictures = [path for path in folder.iterdir() if path.is_file()]
-        pictures.sort(key=lambda path: natural_key(path.name))
+    for name, pictures in sorted(classes.items()):
+        folder = settings.train_dir / name
         if len(pictures) < 2:
             raise SettingsError(f'TRAIN_DIR {settings.train_dir} must have at least two pictures of a class, one to '
                                 f'hold out, one to train on, but {folder} has {len(pictures)}; add some or remove it.')
@@ -42,7 +46,7 @@ def main(settings: Settings) -> dict[str, int]:
                                 f'{folder}, got {settings.per_class}.')
         for place, picture in enumerate(pictures):
             split = 'train' if place < len(pictures) - settings.per_class else 'validation'
-            link = settings.output / split / folder.name / picture.name
+            link = settings.output / split / name / picture.name
             try:
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(os.path.relpath(picture, link.parent))  # so that both may move together

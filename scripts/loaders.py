@@ -3,6 +3,7 @@
 from accelerate import Accelerator
 from data_settings import is_stream
 from decoded import Augmentation, DecodedPictures, Normalize, decoded_batches
+from image_folder import look_alikes
 from pictures import EpochSampler, Pictures, StreamedPictures, batches, open_pictures, targets_of
 from settings import SettingsError, one_line
 from timm.data import create_transform
@@ -14,17 +15,18 @@ __all__ = ['create_loaders', 'open_data', 'training_transform']
 
 def open_data(settings: Settings) -> tuple[Dataset, Dataset, list[str]]:
     """Open both splits and check that their classes agree with each other and with --num-classes."""
-    shared = dict(batch_size=settings.batch_size, seed=settings.seed, num_classes=settings.num_classes,
-                  in_chans=settings.in_chans)
+    shared = dict(batch_size=settings.batch_size, seed=settings.seed, num_classes=settings.num_classes)
     train_set, class_names = open_pictures(
         settings, settings.train_split, is_training=True, num_samples=settings.train_num_samples, **shared)
     val_set, val_names = open_pictures(settings, settings.val_split, num_samples=settings.val_num_samples, **shared)
+    if flat := [settings.train_split] * (class_names == ['']) or [settings.val_split] * (val_names == ['']):
+        raise SettingsError(f'--data-dir {settings.data_dir}: every image must lie in the folder of its class, but '
+                            f'those of {flat[0]} lie in no such folder; move them.')
     if differing := sorted(set(class_names) ^ set(val_names)):
+        alike = ''.join(f' {first!a} and {second!a} look alike, but are spelled differently in Unicode '
+                        f'(NFC and NFD): rename one.' for first, second in look_alikes(differing))
         raise SettingsError(f'--data-dir {settings.data_dir}: both splits must have the same classes, but '
-                            f'{", ".join(differing)} are in one only; add pictures or remove the folders.')
-    if '' in class_names:
-        raise SettingsError(f'--data-dir {settings.data_dir}: every picture must lie in the folder of its class, but '
-                            f'some lie beside these folders; move them.')
+                            f'{", ".join(differing)} are in one only; add pictures or remove the folders.{alike}')
     if len(class_names) < 2:
         raise SettingsError(f'--data-dir {settings.data_dir}: at least 2 classes are needed, found {len(class_names)}; '
                             f'put the pictures of each class into a sub-folder of its own.')
@@ -70,7 +72,7 @@ def _loaders(settings: Settings, train_set: Dataset, val_set: Dataset, data_conf
     shared = dict(workers=settings.workers, pin_memory=accelerator.device.type == 'cuda')
     val_batch = settings.validation_batch_size or settings.batch_size
     if is_stream(settings):  # timm's streams share their pictures out themselves
-        train, val = (StreamedPictures(dataset, transform, settings.seed, accelerator.process_index)
+        train, val = (StreamedPictures(dataset, transform, settings.seed, accelerator.process_index, mode)
                       for dataset, transform in zip((train_set, val_set), transforms, strict=True))
         return (batches(train, None, settings.batch_size, drop_last=True, **shared),
                 batches(val, None, val_batch, **shared), None)

@@ -7,6 +7,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from plots import use_fonts
 
 __all__ = ['draw_guesses', 'draw_heat', 'draw_kernel', 'draw_kernels', 'draw_picture', 'panels']
 
@@ -16,6 +17,7 @@ COLOURS = 'inferno'
 
 def panels(headline: str, count: int, aspect: float = 1) -> tuple[Figure, list[Axes]]:
     """A row of `count` panels for pictures of this aspect (height / width) and one, of the same height, for bars."""
+    use_fonts([headline])
     figure = Figure(figsize=(3.9 * count + 2.6, 3.1 * aspect + 1.1), layout='compressed')
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     headline = textwrap.fill(headline, int(11 * figure.get_figwidth()))  # wrap=True would read dollars as formulas

@@ -3,37 +3,35 @@
 Whatever worker or process reads it, the augmentation of a picture follows from (seed, epoch, index) alone. Streams
 (hfids/, wds/, tfds/) have no index: theirs follows from (seed, epoch, process, worker, position).
 """
-import pickle
+import logging
 import signal
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 import torch
+from console import printable
 from data_settings import DataSettings, is_stream
-from PIL import Image
+from folder_dataset import open_folder
+from image_files import UNREADABLE, image_suffixes, to_mode
+from PIL import Image, UnidentifiedImageError
 from settings import SettingsError, one_line
-from timm.data import ImageDataset, IterableImageDataset, add_img_extensions, create_dataset
-from timm.utils import natural_key, random_seed
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.utils import random_seed
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 __all__ = [
     'BadPictures', 'EpochSampler', 'Pictures', 'StreamedPictures', 'batches', 'check_labels', 'open_pictures',
-    'picture_name', 'read_picture', 'seed_of', 'targets_of', 'to_mode']
+    'picture_name', 'read_picture', 'seed_of', 'targets_of']
 
 SCHEMAS = ('torch/', 'hfds/', 'hfids/', 'wds/', 'tfds/')
-SPLIT_FOLDERS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'test')}
-add_img_extensions(('.webp', '.bmp', '.tif', '.tiff'))  # timm's folders list .jpg, .jpeg and .png alone
-# What PIL raises for a file that is no picture, cut short, or garbled.
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+_logger = logging.getLogger(__name__)
 
 
 def open_pictures(
         settings: DataSettings, split: str, *, batch_size: int = 1, is_training: bool = False, seed: int = 0,
-        num_samples: int | None = None, num_classes: int | None = None, in_chans: int = 3,
+        num_samples: int | None = None, num_classes: int | None = None,
 ) -> tuple[Dataset, list[str]]:
     """Open one split and return timm's data set with its class names in label order.
 
@@ -45,18 +43,19 @@ def open_pictures(
         seed: Of the order of a stream.
         num_samples: Pictures of a stream that does not say it.
         num_classes: Classes of a stream that has no names for them.
-        in_chans: Streams convert to RGB (3) or grey (1).
     """
     if settings.dataset and not settings.dataset.startswith(SCHEMAS):
         raise SettingsError(
             f'--dataset must be empty (a folder) or start with {", ".join(SCHEMAS)}, got {settings.dataset!r}.')
     if not settings.dataset:
-        return _open_folder(settings, split)
+        return open_folder(settings, split)
     options = dict(input_key=settings.input_key or None, target_key=settings.target_key or None)
-    if is_stream(settings):
-        options |= dict(input_img_mode='RGB' if in_chans == 3 else 'L')
+    if settings.dataset.startswith('wds/') and not settings.input_key:  # timm looks for .jpg, .png and .webp alone
+        options['input_key'] = ';'.join(['jpg', *sorted(suffix.removeprefix('.') for suffix in image_suffixes())])
+    if not settings.dataset.startswith('tfds/'):  # which TensorFlow decodes
+        options |= dict(input_img_mode='')  # as it is in the file, for to_mode
     create = partial(
-        create_dataset, settings.dataset, root=settings.data_dir or None, split=split,
+        _create, settings.dataset, root=settings.data_dir or None, split=split,
         download=settings.dataset_download, class_map=settings.class_map or None, batch_size=batch_size,
         seed=seed, num_samples=num_samples,
         **({} if settings.dataset.startswith('torch/') else options))
@@ -84,7 +83,9 @@ def _try_first(create: Callable[[], Dataset], settings: DataSettings, split: str
     """Read one picture, and count the shards: what is wrong with either would show in a worker, or in none."""
     try:
         dataset = create()  # another one, because timm's streams are set up for good by the first read
-        next(iter(dataset))
+        image = next(iter(dataset))[0]
+        if not isinstance(image, Image.Image | dict):
+            raise TypeError(f'found {type(image).__name__}, which is no image')
     except (StopIteration, KeyError, ValueError, TypeError, RuntimeError, AssertionError, OSError) as error:
         if not labelled and not settings.target_key and error.args == ('label',):
             return  # the picture was read, and no label is asked for
@@ -106,50 +107,29 @@ def _try_first(create: Callable[[], Dataset], settings: DataSettings, split: str
                             f'for ever; give fewer, or more shards.')
 
 
-def _open_folder(settings: DataSettings, split: str) -> tuple[Dataset, list[str]]:
-    if not Path(settings.data_dir).is_dir() or not settings.data_dir:
-        raise SettingsError(f'--data-dir {settings.data_dir} is not a folder; give the one that holds the pictures.')
-    names = SPLIT_FOLDERS.get(split, (split,))
-    folder = next((path for name in names if (path := Path(settings.data_dir) / name).is_dir()), None)
-    layout = f'expected {Path(settings.data_dir) / names[0]}/CLASS/PICTURE.jpg (or .png)'
-    if folder is None:
-        raise SettingsError(f'--data-dir {settings.data_dir} has no folder {" or ".join(names)}; {layout}.')
-    if settings.class_map and not Path(settings.class_map).is_file():
-        raise SettingsError(f'--class-map {settings.class_map} is not a file; give one line for each class.')
-    if settings.class_map.lower().endswith('.txt'):
-        _check_names(settings.class_map)
-    try:
-        dataset = create_dataset('', root=str(folder), search_split=False, class_map=settings.class_map or None)
-        names = sorted(dataset.reader.class_to_idx, key=lambda name: (natural_key(name), name))
-        if not settings.class_map and len({name.lower() for name in names}) < len(names):
-            # timm leaves the order of names that differ by case to the hash of strings, another one in each process
-            class_map = {name: label for label, name in enumerate(names)}
-            dataset = create_dataset('', root=str(folder), search_split=False, class_map=class_map)
-    except (AssertionError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise SettingsError(f'--class-map {settings.class_map} must be a .txt file with a class a line.') from error
-    except RuntimeError as error:
-        if settings.class_map:
-            raise SettingsError(f'--class-map {settings.class_map} names no folder of {folder} that holds pictures; '
-                                f'give the names of its folders, one a line.') from error
-        raise SettingsError(f'--data-dir {settings.data_dir}: no pictures found in {folder}; {layout}.') from error
-    return dataset, sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+def _create(name: str, **options: object) -> Dataset:
+    """timm's create_dataset, for a data set whose images come as they are in their files."""
+    dataset = create_dataset(name, **options)
+    if name.startswith('hfids/'):
+        dataset.reader._lazy_init = partial(_open_encoded, dataset.reader)
+    elif hasattr(dataset, 'loader'):  # torchvision's folders, which would convert to RGB themselves
+        dataset.loader = _open_image
+    return dataset
 
 
-def _check_names(class_map: str) -> None:
-    """Refuse blank lines, which timm takes for classes, and names given twice, of which it keeps the last label."""
-    places = {}
-    try:
-        with Path(class_map).open(encoding='utf-8') as file:
-            names = [line.strip() for line in file]
-    except ValueError as error:
-        raise SettingsError(f'--class-map {class_map} must be text in UTF-8: {one_line(error)}; save it so.') from error
-    for number, name in enumerate(names, 1):
-        if not name:
-            raise SettingsError(f'--class-map {class_map} must have a class on each line, line {number} is blank; '
-                                f'remove it.')
-        if places.setdefault(name, number) != number:
-            raise SettingsError(f'--class-map {class_map} must name each class once, {name} stands on lines '
-                                f'{places[name]} and {number}; remove one.')
+def _open_image(path: str) -> Image.Image:
+    with open(path, 'rb') as file:
+        image = Image.open(file)
+        image.load()
+        return image
+
+
+def _open_encoded(reader: object) -> None:
+    """Open the stream of a timm reader so that it gives files: `datasets` would turn images by their orientation."""
+    type(reader)._lazy_init(reader)
+    import datasets
+    if isinstance((reader.ds.features or {}).get(reader.input_key), datasets.Image):
+        reader.ds = reader.ds.cast_column(reader.input_key, datasets.Image(decode=False))
 
 
 def seed_of(*numbers: int) -> int:
@@ -172,23 +152,27 @@ def read_picture(dataset: Dataset, index: int, mode: str = 'RGB') -> tuple[Image
     """Picture and label, without a transform; raises one of UNREADABLE."""
     if not isinstance(dataset, ImageDataset):
         image, label = dataset[index]
-        return image.convert(mode), label
+        return to_mode(image, mode), label
     file, label, *_ = dataset.reader[index]  # dataset[index] would pass over what it cannot read
-    with Image.open(file) as image:
+    with file, Image.open(file) as image:
         return to_mode(image, mode), -1 if label is None else label
-
-
-def to_mode(image: Image.Image, mode: str = 'RGB') -> Image.Image:
-    """A picture in 'RGB' or 'L'; of 16-bit grey the upper byte."""
-    if image.mode.startswith('I;16'):  # convert() would cut all above 255 off
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert(mode)
 
 
 def picture_name(dataset: Dataset, index: int) -> str:
     """The path of a picture if it has one, else its place."""
     name = dataset.filename(index, absolute=True) if isinstance(dataset, ImageDataset) else None
-    return str(name or f'picture {index}')
+    return printable(str(name or f'picture {index}'))
+
+
+def _reason(dataset: Dataset, index: int) -> str:
+    """Why a picture cannot be read, by reading it once more."""
+    try:
+        read_picture(dataset, index)
+    except UnidentifiedImageError:
+        return 'cannot identify the image format'  # its own message repeats the path
+    except UNREADABLE as error:
+        return one_line(error)
+    return 'it could be read at a second attempt'
 
 
 def targets_of(dataset: Dataset) -> list[int]:
@@ -237,10 +221,20 @@ class Pictures(Dataset):
 
 
 class StreamedPictures(IterableDataset):
-    """(image, label, -1) from a stream of timm, which reports and passes over what it cannot read itself."""
+    """(image, label, -1) from a stream of timm; what cannot be read is reported and passed over, as timm does.
 
-    def __init__(self, dataset: IterableImageDataset, transform: Callable, seed: int = 0, rank: int = 0):
-        self.dataset, self.transform, self.seed, self.rank, self.epoch = dataset, transform, seed, rank, 0
+    Args:
+        dataset: What `open_pictures` returned.
+        transform: PIL image to tensor.
+        seed: Of the augmentation.
+        rank: Of this process.
+        mode: 'RGB' or 'L'.
+    """
+
+    def __init__(self, dataset: IterableImageDataset, transform: Callable, seed: int = 0, rank: int = 0,
+                 mode: str = 'RGB'):
+        self.dataset, self.transform, self.seed, self.rank, self.mode = dataset, transform, seed, rank, mode
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -248,8 +242,22 @@ class StreamedPictures(IterableDataset):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int, int]]:
         worker = info.id if (info := get_worker_info()) else 0
         for position, (image, label) in enumerate(self.dataset):
+            try:
+                image = to_mode(decode(image), self.mode)
+            except UNREADABLE as error:
+                _logger.warning(f'unreadable, skipped: image {position} of this stream: {one_line(error)}')
+                continue
             random_seed(seed_of(self.seed, self.epoch, self.rank, worker, position))
             yield self.transform(image), label, -1
+
+
+def decode(image: Image.Image | dict) -> Image.Image:
+    """An image of a stream, which hfids/ gives as the bytes or the path of its file."""
+    if not isinstance(image, dict):
+        return image
+    if image['bytes'] is not None:
+        return Image.open(BytesIO(image['bytes']))
+    return _open_image(image['path'])
 
 
 class EpochSampler(Sampler):
@@ -317,7 +325,7 @@ class BadPictures:
         """Take note of the third item of a batch; raises SettingsError once they are too many."""
         for index in sorted({index for index in bad.tolist() if index >= 0} - self.found):
             self.found.add(index)
-            self.report(f'unreadable, skipped: {picture_name(self.dataset, index)}')
+            self.report(f'unreadable, skipped: {picture_name(self.dataset, index)}: {_reason(self.dataset, index)}')
             allowed = int(self.most * len(self.dataset))
             if len(self.found) > allowed:
                 raise SettingsError(

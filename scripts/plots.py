@@ -1,13 +1,20 @@
 """The pictures that runs leave: curves, confusion, what was misread."""
 import re
+import warnings
+from collections.abc import Iterable
+from functools import cache
 
+import matplotlib
 import numpy as np
 import torch
+from console import note
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from timm.data import ImageNetInfo
 
-__all__ = ['confusion_figure', 'draw_curves', 'in_words', 'misread_figure', 'reliability_figure', 'to_picture']
+__all__ = ['confusion_figure', 'draw_curves', 'in_words', 'misread_figure', 'reliability_figure', 'to_picture',
+    'use_fonts']
 
 BLUE, GREY, LIGHT = '#2563eb', '#9ca3af', '#e5e7eb'
 SYNSET = re.compile(r'n\d{8}')
@@ -42,6 +49,7 @@ def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names:
     """
     count = len(class_names)
     class_names = [plain(name) for name in in_words(class_names)]
+    use_fonts(class_names)
     read = labels >= 0
     matrix = torch.bincount(labels[read] * count + predicted[read], minlength=count * count).view(count, count).double()
     share = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
@@ -63,6 +71,38 @@ def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names:
     axes.set(xlabel='predicted', ylabel='true', title=f'{int(matrix.sum())} held-out pictures, {right:.2f} % right')
     figure.colorbar(image, ax=axes, shrink=0.8, label='percent of the true class')
     return figure
+
+
+def use_fonts(texts: Iterable[str]) -> None:
+    """Let figures made from now on draw these texts: adds installed fonts, or says once which characters none has."""
+    family = matplotlib.rcParams['font.family']
+    known = [font_manager.findfont(font_manager.FontProperties(family=[name])) for name in family]
+    missing = {character for text in texts for character in text if character.isprintable()}
+    missing -= {character for path in known for character in characters_of(path)}
+    if not missing:
+        return
+    # the regular face of each family; Matplotlib's own "Last Resort" has a box for everything
+    faces = sorted(font_manager.fontManager.ttflist, key=lambda face: face.style == 'normal' and face.weight == 400)
+    fonts = {face.name: face.fname for face in faces if 'LastResort' not in face.fname}
+    while missing:
+        name = max(fonts, key=lambda name: len(missing & characters_of(fonts[name])))
+        if not missing & characters_of(fonts[name]):
+            note('no installed font has all characters of these class or file names: plots have boxes in their place; '
+                 f'install one, such as Noto Sans CJK, and remove {matplotlib.get_cachedir()}, where Matplotlib lists '
+                 f'fonts')
+            warnings.filterwarnings('ignore', r'Glyph \d+ .* missing from')
+            break
+        missing -= characters_of(fonts[name])
+        matplotlib.rcParams['font.family'] = family = [*family, name]
+
+
+@cache
+def characters_of(path: str) -> frozenset[str]:
+    """The characters a font file has glyphs for."""
+    try:
+        return frozenset(map(chr, font_manager.get_font(path).get_charmap()))
+    except (OSError, RuntimeError):
+        return frozenset()  # a damaged or vanished font
 
 
 def plain(name: str) -> str:
@@ -94,6 +134,7 @@ def misread_figure(wrong: list[tuple[float, torch.Tensor, int, int]], class_name
     rows = max(1, -(-len(wrong) // columns))
     figure = Figure(figsize=(1.9 * columns, 2.3 * rows + 0.5), layout='constrained')
     class_names = in_words(class_names)
+    use_fonts(class_names)
     figure.suptitle('Misread with most confidence' if wrong else 'Nothing was misread')
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis('off')
@@ -111,6 +152,7 @@ def reliability_figure(bins: list[tuple[int, float, float]], title: str) -> Figu
         bins: Of `evaluation.reliability`: pictures, mean confidence and share predicted right of each.
         title: Above the figure.
     """
+    use_fonts([title])
     figure = Figure(figsize=(5.5, 6.5), layout='constrained')
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     width, total = 100 / len(bins), max(1, sum(count for count, _, _ in bins))

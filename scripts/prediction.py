@@ -1,7 +1,7 @@
 """Predictions from settings to overlays: the best guesses of each image, and what the model looked at."""
 import dataclasses
+import os
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from console import printable
 from explain import (
     Target,
     attention_weights,
@@ -21,17 +22,17 @@ from explain import (
     tap_distances,
 )
 from files import write_figure
+from image_files import UNREADABLE, to_mode
+from image_folder import find_images
 from imagenet_labels import describe_synsets
 from open_model import means_weights, open_model
 from overlay import draw_guesses, draw_heat, draw_kernel, draw_kernels, draw_picture, panels
-from pictures import UNREADABLE, to_mode
 from PIL import Image
-from plots import to_picture
+from plots import to_picture, use_fonts
 from prediction_settings import Settings
 from processes import start
 from settings import SettingsError, one_line
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.models import is_model_pretrained
 from torch import nn
 
@@ -39,6 +40,7 @@ RANDOM = 'RANDOM WEIGHTS: the guesses mean nothing'
 SHOWN = {
     'attention': 'attention of stage {} (T)', 'kernels': 'predicted kernels of stage {} (D)',
     'gradcam': 'Grad-CAM of the best guess'}
+LONGEST_STEM = 220  # bytes of an image's name in that of its overlay: file systems take 255 with all that is added
 
 
 @dataclass(frozen=True)
@@ -56,29 +58,17 @@ class Label:
         return self.words.split(', ')[0] or self.name
 
 
-def find_pictures(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """The pictures that the paths name or hold, each once, and a complaint for every path without any."""
-    found, complaints = {}, []
-    for path in paths:
-        files = [path]
-        if path.is_dir():
-            files = sorted(file for file in path.rglob('*')
-                           if file.suffix.lower() in get_img_extensions() and file.is_file())
-            if not files:
-                complaints.append(f'{path}: no pictures ({", ".join(get_img_extensions())}) in this folder')
-        for file in files:
-            found.setdefault(file.absolute(), file)
-    return list(found.values()), complaints
-
-
 def name_overlays(pictures: list[Path], output: Path, kind: str) -> list[Path]:
     """A file in `output` for each picture, no two the same and none of them a picture that is read."""
     taken, overlays = {path.resolve() for path in pictures}, []
     for picture in pictures:
-        number, overlay = 1, output / f'{picture.stem}-{kind}.png'
+        stem = picture.stem
+        while len(os.fsencode(stem)) > LONGEST_STEM:
+            stem = stem[:-1]
+        number, overlay = 1, output / f'{stem}-{kind}.png'
         while overlay.resolve() in taken:
             number += 1
-            overlay = output / f'{picture.stem}-{kind}-{number}.png'
+            overlay = output / f'{stem}-{kind}-{number}.png'
         taken.add(overlay.resolve())
         overlays.append(overlay)
     return overlays
@@ -179,13 +169,13 @@ def predict_picture(
     picture = to_picture(image, data_config['mean'], data_config['std'])
     logits, painters = look(model, target, image[None].to(device), picture, labels, settings)
     if not logits.isfinite().all():
-        raise SettingsError(f'--model {settings.model} gives logits that are not finite for {path}; '
+        raise SettingsError(f'--model {settings.model} gives logits that are not finite for {printable(str(path))}; '
                             f'give sound weights.')
     shares, best = (values.tolist() for values in logits.float().softmax(-1).topk(min(5, len(logits))))
     guesses = [labels[i] for i in best]
 
     figure, axes = panels(
-        f'{path.name}  ·  {headline}', 1 + len(painters), picture.shape[0] / picture.shape[1])
+        f'{printable(path.name)}  ·  {headline}', 1 + len(painters), picture.shape[0] / picture.shape[1])
     draw_picture(axes[0], picture, 'What the model sees', f'{picture.shape[1]} x {picture.shape[0]} pixels')
     for paint, panel in zip(painters, axes[1:-1], strict=True):
         paint(panel)
@@ -196,7 +186,7 @@ def predict_picture(
         raise SettingsError(f'--output: {overlay} cannot be written: {one_line(error)}; choose another.') from error
     rows = [f'  {rank}  {100 * share:5.1f} %  {label}'
             for rank, (label, share) in enumerate(zip(guesses, shares, strict=True), 1)]
-    return '\n'.join([f'{path} -> {overlay}', *rows])
+    return '\n'.join([f'{printable(str(path))} -> {printable(str(overlay))}', *rows])
 
 
 def run(settings: Settings) -> int:
@@ -207,7 +197,7 @@ def run(settings: Settings) -> int:
     if settings.at is not None and target.kind == 'gradcam':
         raise SettingsError(f'--at chooses a query or a kernel, but of {settings.model} Grad-CAM is shown, which has '
                             f'neither; leave it out.')
-    pictures, bad = find_pictures(settings.images)
+    pictures, bad = find_images(settings.images)
     overlays = name_overlays(pictures, settings.output, target.kind)
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
@@ -222,9 +212,11 @@ def run(settings: Settings) -> int:
         for complaint in bad:
             print(complaint, file=sys.stderr)
 
+    labels = read_labels(model)
+    use_fonts(map(str, labels))
     predict = partial(
         predict_picture, settings=settings, model=model.to(accelerator.device), target=target, data_config=data_config,
-        labels=read_labels(model), device=accelerator.device,
+        labels=labels, device=accelerator.device,
         headline=settings.model if RANDOM not in weights else f'{settings.model}  ·  {RANDOM}')
     transform, mode, unreadable = create_transform(**data_config), 'RGB' if settings.in_chans == 3 else 'L', []
     with accelerator.split_between_processes(list(zip(pictures, overlays, strict=True))) as part:
@@ -234,7 +226,7 @@ def run(settings: Settings) -> int:
                     image = transform(to_mode(file, mode))
             except UNREADABLE as error:
                 unreadable.append(path)
-                print(f'{path}: cannot be read: {one_line(error)}', file=sys.stderr)
+                print(f'{printable(str(path))}: cannot be read: {one_line(error)}', file=sys.stderr)
                 continue
             print(predict(path, image, overlay), flush=True)
     unreadable = gather_object(unreadable)

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import io
 import json
 import re
 import sys
@@ -130,6 +131,8 @@ def parse_flags(
 
 def end_with_sentence(script: str, main: Callable[[], object]) -> None:
     """Run a script; a refusal goes to stderr as 'SCRIPT: sentence' and ends it with exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # as stderr: names of files may be no UTF-8
     try:
         main()
     except SettingsError as error:

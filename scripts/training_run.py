@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from console import check_utf8
+from data_digest import data_digest
 from data_settings import is_stream
 from files import write_figure, write_json
 from loaders import create_loaders, open_data
@@ -31,6 +33,7 @@ def find_run(settings: Settings) -> tuple[Path, Path | None]:
     run_dir = Path(settings.output) / (settings.experiment or safe_model_name(settings.model))
     if settings.resume not in ('', 'auto'):
         run_dir = Path(settings.resume)
+    check_utf8(run_dir, '--resume' if settings.resume not in ('', 'auto') else '--output')
     checkpoint = run_dir / 'last' / 'checkpoint.pt'
     if settings.resume and checkpoint.is_file():
         return run_dir, checkpoint
@@ -97,6 +100,8 @@ def prepare(settings: Settings, accelerator: Accelerator, run_dir: Path,
     loaders = create_loaders(settings, train_set, val_set, data_config, accelerator)
     free = (*FREE_ON_RESUME, *(() if is_stream(settings) else ('workers',)))  # streams share out by them
     facts = {name: value for name, value in asdict(settings).items() if name not in free}
+    facts |= {f'digest_of_{name}_images': data_digest(dataset, class_names, accelerator)
+              for name, dataset in (('train', train_set), ('val', val_set))}
     facts |= {'classes': class_names, 'train_images': len(train_set), 'val_images': len(val_set),
               'processes': accelerator.num_processes, 'sharded': accelerator.is_fsdp2}
     checkpoint = read_checkpoint(last, run_dir, facts) if last else None

@@ -102,10 +102,11 @@ class Settings(RunSettings, AugmentationSettings, TrainingSettings, ModelSetting
     """Everything that finetune.py can be told."""
 
 
-# Settings that may differ when a run is resumed: they change where it is, not what it computes.
+# Settings that may differ when a run is resumed: they change where it is, not what it computes. What --data-dir
+# and --class-map give is compared by a digest instead.
 FREE_ON_RESUME = (
-    'recipe', 'last_epoch', 'dataset_download', 'output', 'experiment', 'resume', 'device', 'recovery_interval',
-    'tracker', 'max_bad_images')
+    'recipe', 'last_epoch', 'data_dir', 'dataset_download', 'class_map', 'output', 'experiment', 'resume', 'device',
+    'recovery_interval', 'tracker', 'max_bad_images')
 
 
 def check_values(settings: Settings) -> None:

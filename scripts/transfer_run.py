@@ -54,8 +54,10 @@ def draw(labels: np.ndarray, share: float, subset: int) -> np.ndarray:
 def link_subset(settings: Settings, files: list[Path], folder: Path) -> Path:
     """A data folder of links: these training pictures, and the whole of the validation split."""
     shutil.rmtree(folder, ignore_errors=True)
+    train, _ = open_pictures(DataSettings(data_dir=settings.data_dir), 'train')
     for file in files:
-        link = folder / 'train' / file.parent.name / file.name
+        # not the parent: images of Tiny-ImageNet lie in SYNSET/images/
+        link = folder / 'train' / file.relative_to(train.reader.root).parts[0] / file.name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(file, link.parent))
     validation, _ = open_pictures(DataSettings(data_dir=settings.data_dir), 'validation')

@@ -1,9 +1,8 @@
 """A stranger's file as a picture to predict: measured before it is decoded, and what is wrong with it is a sentence."""
-from io import BytesIO
 from pathlib import Path
 
-from pictures import UNREADABLE, to_mode
-from PIL import Image, ImageCms, ImageOps
+from image_files import UNREADABLE, to_mode
+from PIL import Image, ImageOps
 from settings import SettingsError, one_line
 
 __all__ = ['FORMATS', 'MOST_BYTES', 'MOST_PIXELS', 'MOST_SIDE', 'read_upload']
@@ -17,8 +16,8 @@ MOST_PIXELS = 60_000_000
 def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
     """The picture in a file, upright, in RGB, and a sentence for each thing about it that was changed.
 
-    Orientation tags are applied, as phones store pictures lying on a side; transparency becomes white; of several
-    frames the first is taken; CMYK goes through the profile that the file carries, if it has one.
+    Orientation tags are applied, as phones store pictures lying on a side; of several frames the first is taken. All
+    else is converted as the scripts do, by `image_files.to_mode`, so that a file gets one answer.
 
     Raises SettingsError for a file that is no picture, damaged or too large.
     """
@@ -59,29 +58,12 @@ def check_size(image: Image.Image) -> None:
 
 
 def upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Turn, flatten and convert a decoded picture; `notes` gets a sentence for each change that is worth one."""
+    """Turn and convert a decoded picture; `notes` gets a sentence for each change that is worth one."""
     image = ImageOps.exif_transpose(image)
-    if image.mode in ('I', 'F'):
-        raise SettingsError('This picture has 32 bits a pixel, of which nobody knows what is white; save it with 8.')
+    if image.has_transparency_data:
+        notes.append('Transparency was dropped, as in training.')
     if image.mode.startswith('I;16'):
         notes.append('16-bit grey was brought to 8 bits.')
     if image.mode == 'CMYK':
-        return from_cmyk(image, notes)
-    if image.has_transparency_data:
-        notes.append('Transparent parts became white.')
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        notes.append('CMYK was converted to RGB without a colour profile, as in training.')
     return to_mode(image)
-
-
-def from_cmyk(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Inks as RGB: by the profile in the file, or without one by 255 - ink, as Pillow does."""
-    profile = image.info.get('icc_profile')
-    try:
-        converted = profile and ImageCms.profileToProfile(
-            image, ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile('sRGB'), outputMode='RGB')
-    except (ImageCms.PyCMSError, OSError):
-        converted = None  # a profile of something else
-    notes.append('CMYK was converted to RGB by the profile in the file.' if converted else
-                 'CMYK was converted to RGB without a colour profile.')
-    return converted or image.convert('RGB')

@@ -3,15 +3,20 @@ import dataclasses
 import io
 import os
 import re
+import shutil
+import tarfile
 from pathlib import Path
 
+import data_digest
 import extraction
 import files
 import numpy as np
 import pytest
 import torch
+from data_settings import DataSettings
 from feature_runs import expected_rows, read_bytes, read_index, read_rows, run, seeded_model, shards_of
 from features import PooledFeatures
+from pictures import open_pictures
 from PIL import Image
 from script_runs import CLASSES, write_pictures
 from settings import SettingsError
@@ -213,6 +218,79 @@ def test_other_settings_and_other_data_are_refused_with_both_values(settings, pi
     Image.new('RGB', (40, 40)).save(data / 'train' / 'red' / '0.png')  # the same name, another picture
     refused('data was')
     assert before == (read_bytes(folder), (folder / 'index.json').read_bytes())
+
+
+def test_swapped_images_of_one_size_are_refused_and_a_copy_elsewhere_is_not(settings, tmp_path):
+    data = write_pictures(tmp_path / 'data', train=2, val=1)
+    for path in list(data.rglob('*.png')):
+        Image.open(path).save(path.with_suffix('.bmp'))
+        path.unlink()
+    folder = run(settings, data_dir=str(data))
+    before = read_bytes(folder), (folder / 'index.json').read_bytes()
+    local = shutil.copytree(data, tmp_path / 'local', copy_function=shutil.copyfile)
+    for path in local.rglob('*.bmp'):
+        os.utime(path, (1, 1))
+    run(settings, data_dir=str(local))
+    first, second = data / 'train' / 'red' / '0.bmp', data / 'train' / 'blue' / '0.bmp'
+    assert first.stat().st_size == second.stat().st_size
+    first.rename(data / 'kept')
+    second.rename(first)
+    (data / 'kept').rename(second)
+    with pytest.raises(SettingsError, match='data was'):
+        run(settings, data_dir=str(data))
+    assert before == (read_bytes(folder), (folder / 'index.json').read_bytes())
+
+
+def test_what_is_beyond_the_first_bytes_is_compared_by_size_and_middle(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_digest, 'HASHED', 0)
+    data = write_pictures(tmp_path / 'data', train=2, val=1)
+    path = data / 'train' / 'red' / '1.png'
+    path.write_bytes(bytes(10_000))
+    found = []
+    for content in (bytes(10_000), bytes(5000) + b'x' + bytes(4999), bytes(10_001)):
+        path.write_bytes(content)
+        dataset, names = open_pictures(DataSettings(data_dir=str(data)), 'train')
+        found.append(data_digest.compute_digest(dataset, names))
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize('kind', ['torch/image_folder', 'hfds', 'wds/'])
+def test_every_source_has_a_digest_of_its_content(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_DATASETS_OFFLINE', '1')
+    found = []
+    for name, seed in (('one', 1), ('same', 1), ('other', 2)):
+        folder = write_pictures(tmp_path / name, train=1, val=1)
+        Image.new('RGB', (4, 4), (seed, 0, 0)).save(folder / 'train' / 'red' / '0.png')
+        settings = DataSettings(data_dir=str(folder / 'train'), dataset=kind, workers=0)
+        if kind == 'hfds':
+            settings = DataSettings(data_dir=str(tmp_path / f'{name}-cache'), dataset=f'hfds/{folder}')
+        if kind == 'wds/':
+            with tarfile.open(folder / 'a.tar', 'w') as tar:
+                for part, content in (('0.bmp', (folder / 'train' / 'red' / '0.png').read_bytes()), ('0.cls', b'0')):
+                    info = tarfile.TarInfo(part)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+            settings = DataSettings(data_dir=str(folder), dataset=kind, workers=0)
+        split = 'a.tar|1' if kind == 'wds/' else 'train'
+        dataset, names = open_pictures(settings, split, num_classes=3)
+        found.append(data_digest.compute_digest(dataset, names))
+    assert found[0] == found[1] != found[2]
+
+
+def test_names_that_are_no_utf8_are_escaped_alike_in_both_formats(settings, tmp_path):
+    data = write_pictures(tmp_path / 'data', train=2, val=1)
+    (data / 'train' / 'red').rename(data / 'train' / os.fsdecode(b'r\xe9d'))
+    (data / 'train' / 'blue' / '0.png').write_bytes(b'')
+    (data / 'train' / 'blue' / '0.png').rename(data / 'train' / 'blue' / os.fsdecode(b'\xff.png'))
+    changes = dict(data_dir=str(data), max_bad_images=1.0)
+    folder = run(settings, **changes)
+    index = read_index(folder)
+    assert index['class_names'] == ['blue', 'green', r'r\xe9d'] and index['unreadable'] == [r'blue/\xff.png']
+    _, paths = read_rows(folder)
+    assert paths[-2:] == [r'r\xe9d/0.png', r'r\xe9d/1.png']
+    parquet = pytest.importorskip('pyarrow.parquet')
+    folder = run(settings, **changes, format='parquet', output=str(tmp_path / 'parquet'))
+    assert parquet.read_table(shards_of(folder)[0])['path'].to_pylist() == paths
 
 
 # Pictures that cannot be read

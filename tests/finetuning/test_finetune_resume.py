@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import finetune
 import pytest
 import torch
 import trainer
+from PIL import Image
 from runs import (
     assert_everything_loads,
     assert_same_run,
@@ -120,6 +122,43 @@ def test_changed_data_are_refused_on_resume(settings, tmp_path):
     (data / 'train' / 'red' / '0.png').unlink()
     with pytest.raises(SettingsError, match='train_images was 12, is 11'):
         run(settings, data_dir=str(data), resume='auto')
+
+
+def test_the_same_data_elsewhere_resume_and_renamed_or_replaced_images_do_not(settings, tmp_path):
+    data = write_pictures(tmp_path / 'own', train=4, val=2)
+    for path in list(data.rglob('*.png')):  # all of one size, whatever they show
+        Image.open(path).save(path.with_suffix('.bmp'))
+        path.unlink()
+    run_dir = run(settings, data_dir=str(data), last_epoch=1)
+    local = shutil.copytree(data, tmp_path / 'local', copy_function=shutil.copyfile)  # with other times
+    for path in local.rglob('*.bmp'):
+        os.utime(path, (1, 1))
+    run(settings, data_dir=str(local), resume='auto')
+    assert json.loads((run_dir / 'summary.json').read_text())['epochs'] == 2
+
+    first, second = local / 'train' / 'red' / '0.bmp', local / 'train' / 'blue' / '0.bmp'
+    contents = first.read_bytes(), second.read_bytes()
+    for path, content in zip((first, second), reversed(contents), strict=True):
+        path.write_bytes(content)
+    with pytest.raises(SettingsError, match=r'digest_of_train_images was \w{64}, is \w{64}; restore'):
+        run(settings, data_dir=str(local), resume='auto')
+    for path, content in zip((first, second), contents, strict=True):
+        path.write_bytes(content)
+    run(settings, data_dir=str(local), resume='auto')
+    (local / 'val' / 'red' / '0.bmp').rename(local / 'val' / 'red' / 'z.bmp')
+    with pytest.raises(SettingsError, match='digest_of_val_images was'):
+        run(settings, data_dir=str(local), resume='auto')
+
+
+def test_a_checkpoint_without_digests_goes_on(settings):
+    run_dir = run(settings, last_epoch=1)
+    path = run_dir / 'last' / 'checkpoint.pt'
+    state = read_checkpoint(run_dir)
+    state['facts'] = {name: value for name, value in state['facts'].items() if not name.startswith('digest')}
+    state['facts']['data_dir'] = 'elsewhere'  # what was compared before
+    torch.save(state, path)
+    run(settings, resume='auto')
+    assert json.loads((run_dir / 'summary.json').read_text())['epochs'] == 2
 
 
 def test_older_run_is_never_overwritten(settings):

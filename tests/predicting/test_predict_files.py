@@ -1,5 +1,6 @@
 """The files scripts/predict.py reads and writes, what it refuses, its command line, and several processes."""
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def test_folders_are_searched_and_bad_pictures_named_while_others_go_on(settings
         'kite-attention.png', 'KITE-attention.png', 'kite-attention-2.png'}
     assert out.count(' -> ') == 3  # the picture that is named twice is read once
     for name, reason in (('empty.png', 'cannot identify'), ('cut.jpg', 'truncated'), ('missing.jpg', 'No such file'),
-                         ('bare', 'no pictures (.png, .jpg, .jpeg')):
+                         ('bare', 'no images in this folder, but no files at all')):
         assert sum(name in line and reason in line for line in err.splitlines()) == 1, (name, err)
     assert 'notes.txt' not in err + out
     assert before == {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
@@ -51,6 +52,29 @@ def test_no_picture_that_is_read_is_ever_written_over(settings, picture):
     assert before == (taken.read_bytes(), picture.read_bytes())
     assert {path.name for path in folder.iterdir()} - {'link'} == {
         'kite.png', 'kite-attention.png', 'kite-attention-2.png', 'kite-attention-attention.png'}
+
+
+def test_a_long_name_ends_no_run(settings, picture, tmp_path, capsys):
+    folder = picture.parent
+    for name in (f'{"a" * 240}1.png', f'{"a" * 240}2.png', f'{"ä" * 120}.png'):
+        (folder / name).write_bytes(picture.read_bytes())
+    images = (tmp_path / ('x' * 300 + '.png'), folder)
+    assert predict.main(dataclasses.replace(settings, images=images)) == 1
+    out, err = capsys.readouterr()
+    assert out.count(' -> ') == 4 and len(list(settings.output.iterdir())) == 4
+    assert 'File name too long' in err
+
+
+def test_names_that_are_no_utf8_are_escaped(settings, picture, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b'caf\xe9')
+    folder.mkdir()
+    for name, content in ((b'good\xff.png', picture.read_bytes()), (b'bad\xff.png', b'')):
+        (folder / os.fsdecode(name)).write_bytes(content)
+    assert predict.main(dataclasses.replace(settings, images=(folder,))) == 1
+    out, err = capsys.readouterr()
+    assert r'caf\xe9/good\xff.png -> ' in out and r'caf\xe9/bad\xff.png: cannot be read' in err
+    out.encode()  # whatever prints it, without surrogates
+    assert (settings.output / os.fsdecode(b'good\xff-attention.png')).is_file()
 
 
 def test_overlays_are_whole_or_absent(settings, monkeypatch):

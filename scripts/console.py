@@ -1,0 +1,38 @@
+"""What the scripts print beside their results: notes, and file names that may be no UTF-8."""
+import os
+import sys
+from functools import cache
+
+from settings import SettingsError
+
+__all__ = ['check_utf8', 'note', 'printable']
+
+
+@cache  # a message is said once
+def note(message: str) -> None:
+    """Print a message to stderr, in the first of several processes."""
+    if os.environ.get('RANK', '0') == '0':
+        print(f'note: {message}', file=sys.stderr)
+
+
+def printable(name: str) -> str:
+    r"""A file name that JSON, CSV, Parquet and the console can hold; unlike others it can be turned back.
+
+    A name in UTF-8 stays as it is. In one that is not, or that holds the two characters \x, every backslash is doubled
+    and each byte that is no UTF-8 becomes \xNN: b'caf\xe9' is written caf\xe9.
+    """
+    raw = os.fsencode(name)
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        pass
+    else:
+        if '\\x' not in name:
+            return name
+    return raw.replace(b'\\', b'\\\\').decode(errors='backslashreplace')
+
+
+def check_utf8(path: str | os.PathLike, name: str) -> None:
+    """Refuse a path for weights or shards that is no UTF-8, which safetensors does not open; `name` is its flag."""
+    if (shown := printable(os.fspath(path))).encode() != os.fsencode(path):
+        raise SettingsError(f'{name} {shown} must be a path in UTF-8, as safetensors opens no other; rename it.')

@@ -1,0 +1,92 @@
+"""Folders of images as timm's data sets."""
+import pickle
+from pathlib import Path
+
+from console import printable
+from data_settings import DataSettings
+from image_folder import list_images, natural_key
+from settings import SettingsError, one_line
+from timm.data import ImageDataset
+from timm.data.readers.class_map import load_class_map
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+__all__ = ['SPLIT_FOLDERS', 'FolderReader', 'open_folder']
+
+SPLIT_FOLDERS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'test')}
+
+
+class FolderReader(ReaderImageFolder):
+    """timm's reader of a folder, over the images that `list_images` finds.
+
+    Args:
+        root: Folder of the split.
+        class_map: File of class names, '' for all classes in natural order.
+    """
+
+    def __init__(self, root: Path, class_map: str = ''):
+        self.root = str(root)
+        images = {printable(name): paths for name, paths in list_images(root).images.items()}
+        self.folders = list(images)
+        names = sorted(images, key=lambda name: (natural_key(name), name))
+        self.class_to_idx = (load_class_map(class_map, self.root) if class_map else
+                             {name: label for label, name in enumerate(names)})
+        samples = [(str(path), self.class_to_idx[name]) for name, paths in images.items() if name in self.class_to_idx
+                   for path in paths]
+        self.samples = sorted(samples, key=lambda sample: (natural_key(sample[0]), sample[0]))
+
+
+def open_folder(settings: DataSettings, split: str) -> tuple[ImageDataset, list[str]]:
+    """Open one split of a folder and return timm's data set with its class names in label order."""
+    root = Path(settings.data_dir)
+    if not root.is_dir() or not settings.data_dir:
+        raise SettingsError(f'--data-dir {settings.data_dir} is not a folder; give the one that holds the pictures.')
+    names = SPLIT_FOLDERS.get(split, (split,))
+    folder = next((path for name in names if (path := root / name).is_dir()), None)
+    layout = f'expected {root / names[0]}/CLASS/PICTURE.jpg (or .png)'
+    if folder is None:
+        raise SettingsError(f'--data-dir {settings.data_dir} has no folder {" or ".join(names)}; {layout}'
+                            f'{_hold_out(root, split)}.')
+    if settings.class_map and not Path(settings.class_map).is_file():
+        raise SettingsError(f'--class-map {settings.class_map} is not a file; give one line for each class.')
+    if settings.class_map.lower().endswith('.txt'):
+        _check_names(settings.class_map)
+    try:
+        dataset = ImageDataset(str(folder), FolderReader(folder, settings.class_map))
+    except SettingsError:
+        raise
+    except OSError as error:
+        raise SettingsError(f'--data-dir {settings.data_dir} cannot be read: {one_line(error)}.') from error
+    except (AssertionError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise SettingsError(f'--class-map {settings.class_map} must be a .txt file with a class a line.') from error
+    if not len(dataset):
+        if settings.class_map:
+            raise SettingsError(f'--class-map {settings.class_map} names no folder of {folder} that holds pictures; '
+                                f'give the names of its folders, one a line.')
+        raise SettingsError(f'--data-dir {settings.data_dir}: no pictures found in {folder}; {layout}.')
+    return dataset, sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+
+
+def _hold_out(root: Path, split: str) -> str:
+    """The command that makes the missing split out of the images there are, '' if there are none."""
+    train = next((root / name for name in SPLIT_FOLDERS['train'] if (root / name).is_dir()), root)
+    if split not in SPLIT_FOLDERS or not any(path.is_dir() for path in train.iterdir()):
+        return ''
+    return (f'; python scripts/hold_out.py {train} NEW_FOLDER --per-class 10 makes NEW_FOLDER with train/ and '
+            f'validation/ of links to the images in {train}, for --data-dir')
+
+
+def _check_names(class_map: str) -> None:
+    """Refuse blank lines, which timm takes for classes, and names given twice, of which it keeps the last label."""
+    places = {}
+    try:
+        with Path(class_map).open(encoding='utf-8') as file:
+            names = [line.strip() for line in file]
+    except ValueError as error:
+        raise SettingsError(f'--class-map {class_map} must be text in UTF-8: {one_line(error)}; save it so.') from error
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise SettingsError(f'--class-map {class_map} must have a class on each line, line {number} is blank; '
+                                f'remove it.')
+        if places.setdefault(name, number) != number:
+            raise SettingsError(f'--class-map {class_map} must name each class once, {name} stands on lines '
+                                f'{places[name]} and {number}; remove one.')

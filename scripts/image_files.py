@@ -1,0 +1,50 @@
+"""Image files: which of them Pillow reads, and the one conversion of what it reads to 8-bit RGB or grey."""
+import os
+import struct
+import zlib
+from functools import cache
+
+import numpy as np
+from PIL import Image
+from settings import SettingsError
+
+__all__ = ['UNREADABLE', 'image_suffixes', 'is_image_name', 'to_mode']
+
+# What PIL raises for a file that is no image, cut short, or garbled; SettingsError, of to_mode, is a ValueError.
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+# Formats that Pillow recognises without decoding any pixels, and EPS, which it hands to Ghostscript.
+NOT_DECODED = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of the formats that this Pillow decodes by itself: .jpg, .jfif, .gif, .avif, ..."""
+    known = Image.registered_extensions()  # imports the plugins that fill Image.OPEN
+    decoded = {suffix for suffix, name in known.items() if name in Image.OPEN and name not in NOT_DECODED}
+    return frozenset(decoded | {'.mpo'})  # opened as the JPEG that an .mpo begins with
+
+
+def is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def to_mode(image: Image.Image, mode: str = 'RGB') -> Image.Image:
+    """Convert what Pillow decoded to 8-bit 'RGB' or grey 'L': the same from every source, in scripts and page alike.
+
+    16-bit grey is scaled linearly, to its upper byte. Transparency is dropped and CMYK is 255 - ink without a colour
+    profile, as in timm's training and evaluation, so that accuracies are those of timm. 32-bit images (modes I and F)
+    raise SettingsError, since no value of theirs is known to be white.
+
+    EXIF orientation is no part of this conversion: training, evaluation, feature extraction and predict.py ignore it
+    for every source, as timm does, because published accuracies were measured so. The page (hub/space) alone applies
+    it, because phones store photographs lying on a side and nobody compares accuracies there.
+    """
+    if image.mode.startswith('I;16'):  # convert() would cut all above 255 off
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ('I', 'F'):
+        raise SettingsError(f'This image has 32 bits a pixel (mode {image.mode}), which have no defined white point; '
+                            f'save it with 8 bits a channel.')
+    if 'transparency' in image.info:
+        image.load()  # decoders may set it late
+        image.info.pop('transparency')  # or convert() would warn, and carry it on
+    return image.convert(mode)

@@ -1,0 +1,218 @@
+"""Image folders, CLASS/IMAGE: one listing for training, evaluation, feature extraction and hold_out.py.
+
+Tiny-ImageNet's own layout is read as well: SYNSET/images/IMAGE in train/, images/ and val_annotations.txt in val/.
+Hidden files and folders are skipped, links to files and folders are followed, but never back to a folder that holds
+them.
+"""
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from console import note, printable
+from image_files import is_image_name
+from settings import SettingsError, one_line
+
+__all__ = ['ImageFolder', 'find_images', 'list_images', 'look_alikes', 'natural_key']
+
+SYSTEM_FILES = ('thumbs.db', 'desktop.ini')
+SYSTEM_FOLDERS = ('__MACOSX',)
+ANNOTATIONS = 'val_annotations.txt'  # Tiny-ImageNet's: file, synset and a box in each line
+
+
+def natural_key(name: str) -> list[str | int]:
+    """Sort key by which 9.jpg comes before 10.jpg: timm's, which fails for digits such as ²."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())]
+
+
+@dataclass
+class ImageFolder:
+    """Images of one split.
+
+    root: Folder of the split.
+    images: Images in natural order for each class folder that holds some; the class '' is the split folder itself.
+    left_out: Files that are no images by their suffix: how many, and the first one.
+    empty: Class folders without images.
+    loops: Links to a folder that holds them.
+    """
+
+    root: Path
+    images: dict[str, list[Path]] = field(default_factory=dict)
+    left_out: dict[str, tuple[int, Path]] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
+    loops: list[Path] = field(default_factory=list)
+
+    def leave_out(self, path: Path) -> None:
+        suffix = path.suffix.lower() or 'without a suffix'
+        count, first = self.left_out.get(suffix, (0, path))
+        self.left_out[suffix] = count + 1, first
+
+    def report(self) -> None:
+        """Say once what was left out."""
+        said = [f'{count} {printable(suffix)} (such as {shown(first, self.root)})'
+                for suffix, (count, first) in sorted(self.left_out.items())]
+        if self.empty:
+            said.append(f'{len(self.empty)} class folder{"s" * (len(self.empty) > 1)} without images '
+                        f'({", ".join(map(printable, self.empty[:5]))}{", ..." * (len(self.empty) > 5)})')
+        if self.loops:
+            said.append(f'links to a folder that holds them ({shown(self.loops[0], self.root)})')
+        if said:
+            note(f'left out of {printable(str(self.root))}: {", ".join(said)}')
+
+
+def shown(path: Path, root: Path) -> str:
+    return printable(str(path.relative_to(root)))
+
+
+def place_of(path: Path) -> tuple[int, int]:
+    info = path.stat()
+    return info.st_dev, info.st_ino
+
+
+def is_hidden(entry: os.DirEntry) -> bool:
+    return (entry.name.startswith('.') or entry.name.lower() in SYSTEM_FILES or
+            (entry.name in SYSTEM_FOLDERS and entry.is_dir()))
+
+
+def scan(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files and folders in a folder that are not hidden, in the order of their names."""
+    with os.scandir(folder) as entries:
+        found = sorted((entry for entry in entries if not is_hidden(entry)), key=lambda entry: entry.name)
+        return ([folder / entry.name for entry in found if not entry.is_dir()],
+                [folder / entry.name for entry in found if entry.is_dir()])
+
+
+def walk(folder: Path, above: Iterable[tuple[int, int]] = ()) -> Iterator[Path]:
+    """Files below a folder; a link to one of the folders that hold it is not followed.
+
+    Args:
+        folder: Where to begin.
+        above: Places (`place_of`) of the folders that hold it.
+    """
+    place, above = place_of(folder), set(above)
+    if place in above:
+        return
+    files, folders = scan(folder)
+    yield from files
+    for inner in folders:
+        yield from walk(inner, above | {place})
+
+
+def holders(folder: Path) -> set[tuple[int, int]]:
+    """Places of a folder and of all folders that hold it."""
+    folder = folder.resolve()
+    return {place_of(path) for path in (folder, *folder.parents)}
+
+
+def list_images(root: Path, name: str = '--data-dir') -> ImageFolder:
+    """List the images of a split and say what was left out.
+
+    Args:
+        root: Folder of the split.
+        name: Flag or argument that an error message names.
+
+    Raises SettingsError for an image that is not at CLASS/IMAGE, or classes whose names cannot be told apart.
+    """
+    found, above = ImageFolder(root), holders(root)
+    files, folders = scan(root)
+    if any(file.name == ANNOTATIONS for file in files) and [folder.name for folder in folders] == ['images']:
+        found.images = read_annotations(root, name)
+        return found
+    stray = [file for file in files if is_image_name(file.name)]
+    for file in files:
+        if file not in stray:
+            found.leave_out(file)
+    for folder in folders:
+        if place_of(folder) in above:
+            found.loops.append(folder)
+        elif images := list_class(found, folder, above, name):
+            found.images[folder.name] = images
+        else:
+            found.empty.append(folder.name)
+    if stray and found.images:
+        raise SettingsError(f'{name} {printable(str(root))}: {printable(stray[0].name)} lies beside folders of '
+                            f'classes; move it, every image must lie in the folder of its class.')
+    if stray:
+        found.images[''] = sorted(stray, key=order)
+    for first, second in look_alikes(found.images):
+        raise SettingsError(f'{name} {printable(str(root))}: the class folders {first!a} and {second!a} look '
+                            f'alike, but are spelled differently in Unicode; move the images of both into one.')
+    found.report()
+    return found
+
+
+def list_class(found: ImageFolder, folder: Path, above: set[tuple[int, int]], name: str) -> list[Path]:
+    """Images of one class folder, none of which may lie deeper; Tiny-ImageNet's lie in its images/."""
+    files, folders = scan(folder)
+    images = [file for file in files if is_image_name(file.name)]
+    if not images and [inner.name for inner in folders] == ['images']:
+        files = [file for file in files if not file.name.endswith('_boxes.txt')]
+        inner_files, folders = scan(folders[0])
+        images = [file for file in inner_files if is_image_name(file.name)]
+        files += inner_files
+    for file in files:
+        if not is_image_name(file.name):
+            found.leave_out(file)
+    for inner in folders:
+        if place_of(inner) in above | {place_of(folder)}:
+            found.loops.append(inner)
+        for file in walk(inner, above | {place_of(folder)}):
+            if is_image_name(file.name):
+                raise SettingsError(f'{name} {printable(str(found.root))}: {shown(file, found.root)} lies deeper than '
+                                    f'CLASS/IMAGE; move it into {printable(folder.name)}, or make its folder a class.')
+            found.leave_out(file)
+    return sorted(images, key=order)
+
+
+def order(path: Path) -> tuple[list[str | int], str]:
+    return natural_key(path.name), path.name
+
+
+def read_annotations(root: Path, name: str) -> dict[str, list[Path]]:
+    """Images of Tiny-ImageNet's val/ by the class that val_annotations.txt gives each of them."""
+    images = {}
+    try:
+        lines = (root / ANNOTATIONS).read_text(encoding='utf-8').splitlines()
+        for file, synset, *_ in (line.split('\t') for line in lines if line.strip()):
+            images.setdefault(synset, []).append(root / 'images' / file)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f'{name} {printable(str(root))}: {ANNOTATIONS} must have IMAGE, a tab and a class in each '
+                            f'line: {one_line(error)}; repair it, or move the images to CLASS/IMAGE.') from error
+    return {synset: sorted(files, key=order) for synset, files in images.items()}
+
+
+def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of names that differ in nothing but the spelling of their characters in Unicode (NFC and NFD)."""
+    seen, pairs = {}, []
+    for name in names:
+        other = seen.setdefault(unicodedata.normalize('NFC', name), name)
+        if other != name:
+            pairs.append((other, name))
+    return pairs
+
+
+def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """Images that paths name or, with their sub-folders, hold, each once; and an error for each path without any."""
+    found, errors = {}, []
+    for path in paths:
+        try:
+            if not path.is_dir():
+                found.setdefault(path.absolute(), path)
+                continue
+            files = list(walk(path, holders(path) - {place_of(path)}))
+        except OSError as error:
+            errors.append(f'{printable(str(path))}: {one_line(error)}')
+            continue
+        images = sorted(file for file in files if is_image_name(file.name))
+        others = Counter(file.suffix.lower() or 'without a suffix' for file in files if not is_image_name(file.name))
+        counted = ', '.join(f'{count} {printable(suffix)}' for suffix, count in sorted(others.items()))
+        if not images:
+            errors.append(f'{printable(str(path))}: no images in this folder, but {counted or "no files at all"}')
+        elif others:
+            note(f'left out of {printable(str(path))}: {counted}')
+        for image in images:
+            found.setdefault(image.absolute(), image)
+    return list(found.values()), errors
