@@ -11,7 +11,7 @@ from torch import nn
 
 from ..blocks.transformer import resize_bias_table
 
-__all__ = ['checkpoint_filter_fn']
+__all__ = ['checkpoint_filter_fn', 'convert_state_dict', 'explain_misfit']
 
 # timm's maxxvit.py on the left; the same tensors, named here as in the paper
 _FROM_TIMM = tuple((re.compile(pattern), name) for pattern, name in (
@@ -25,8 +25,18 @@ _FROM_TIMM = tuple((re.compile(pattern), name) for pattern, name in (
 ))
 
 
+# timm's other models of the same file, by a part of a name that no coatnet_N_224 has, each with one that has weights
+_OTHER_TIMM = (
+    ('.attn_grid.', 'a MaxViT or MaxxViT', 'maxvit_tiny_tf_224.in1k'),
+    ('.conv_dw.', 'a CoAtNeXt', 'coatnext_nano_rw_224.sw_in1k'),
+    ('.attn.rel_pos.mlp.', 'a coatnet_rmlp (relative position by an MLP)', 'coatnet_rmlp_1_rw_224.sw_in1k'),
+    ('.norm2.running_var', 'a coatnet_bn (BatchNorm before attention)', 'coatnet_bn_0_rw_224.sw_in1k'),
+    ('', 'a coatnet_rw (no hidden layer in the head, other blocks)', 'coatnet_0_rw_224.sw_in1k'),
+)
+
+
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Bring a state dict to the names, layouts and bias-table sizes of `model`, or refuse it.
+    """Convert a state dict to the names, layouts and bias-table sizes of `model`, or raise.
 
     Args:
         state_dict: Of this zoo, or of timm's `coatnet_N_224`, known by its names.
@@ -35,12 +45,32 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     Raises:
         RuntimeError: The names or shapes do not fit; what is missing, unexpected and misshapen is listed. Classifier
             and first convolution are left to timm, which adapts them to num_classes and in_chans.
+        ValueError: The state dict is of another architecture of timm.
+    """
+    state_dict = convert_state_dict(state_dict, model)
+    if misfit := explain_misfit(state_dict, model, most=12, adapted=('head.fc.', 'stem.conv1.weight')):
+        raise RuntimeError(f'The checkpoint does not fit the model: {misfit}')
+    _check_classes(state_dict, model)
+    return state_dict
+
+
+def convert_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Names, layouts and bias-table sizes of `model` for a state dict; whether it fits is not checked.
+
+    Args:
+        state_dict: Of this zoo, or of timm's `coatnet_N_224`, known by its names.
+        model: The backbone to load into.
+
+    Raises:
+        RuntimeError: Values are no tensors, or a timm model with other choices than `model`.
+        ValueError: The state dict is of another architecture of timm.
     """
     own = model.state_dict()
     if wrong := [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]:
         raise RuntimeError(f'The checkpoint holds values that are no tensors: {", ".join(map(str, wrong[:12]))}.')
     is_timm = any('.conv1_1x1.' in key or '.attn.rel_pos.' in key for key in state_dict)
     if is_timm:
+        _check_architecture(state_dict, model)
         _check_stem_bias(state_dict, own)
         state_dict = _from_timm(state_dict, model)
     else:
@@ -53,9 +83,64 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     for key in ('head.pre_logits.fc.weight', 'head.fc.weight'):  # 1x1 convolutions where global_pool=''
         if key in state_dict and key in own and own[key].ndim != (weight := state_dict[key]).ndim:
             state_dict[key] = weight[..., None, None] if own[key].ndim == 4 else weight.flatten(1)
-    _check_fit(state_dict, own)
-    _check_classes(state_dict, model)
     return state_dict
+
+
+def explain_misfit(state_dict: dict[str, torch.Tensor], model: nn.Module, most: int = 3,
+                   adapted: tuple[str, ...] = ()) -> str:
+    """Why a state dict does not load into any timm model, the likely reason first; '' if it does.
+
+    Args:
+        state_dict: Names as in `model`.
+        model: The model to load into, with timm's `pretrained_cfg`.
+        most: Number of names listed as missing, unexpected and misshapen.
+        adapted: Starts of names that are adapted afterwards: of any shape, and absent if they are the classifier's.
+    """
+    own, cfg = model.state_dict(), model.pretrained_cfg
+    classifiers, first_convs = (
+        tuple(f'{name}.' for name in ([value] if isinstance(value, str) else value or ()))
+        for value in (cfg.get('classifier'), cfg.get('first_conv')))
+    optional = tuple(name for name in adapted if name in classifiers)
+    missing = [key for key in own if key not in state_dict and not key.startswith(optional)]
+    unexpected = [key for key in state_dict if key not in own and not key.startswith(optional)]
+    misshapen = {key: (tuple(value.shape), tuple(own[key].shape)) for key, value in state_dict.items()
+                 if key in own and value.shape != own[key].shape and not key.startswith(adapted)}
+    if not (missing or unexpected or misshapen):
+        return ''
+    reasons, shapes, names = [], dict(misshapen), len(missing) + len(unexpected)
+    if len(missing) > len(own) / 2:
+        reasons.append(f'it is of another architecture ({len(own) - len(missing)} of {len(own)} names agree)')
+        shapes, names = {}, 0
+    for key, (given, expected) in misshapen.items():
+        if key.startswith(classifiers) and key in shapes and given[0] != expected[0]:
+            reasons.append(f'it has {given[0]} classes and the model {expected[0]}')
+            shapes = {name: value for name, value in shapes.items() if not name.startswith(classifiers)}
+        elif key.startswith(first_convs) and key in shapes and len(given) == 4 and given[1] != expected[1]:
+            reasons.append(f'it takes images of {given[1]} channels and the model of {expected[1]}')
+            shapes.pop(key)
+    if names > len(shapes):
+        reasons.append('it has other layers or another depth')
+    elif shapes:  # a width decides about some layers too, such as that of a shortcut
+        what = 'image size' if all('pos_embed' in key or 'relative_position' in key for key in shapes) else 'width'
+        key, (given, expected) = next(iter(shapes.items()))
+        reasons.append(f'it has another {what} ({key} is {given} and must be {expected})')
+    return f'{", ".join(reasons)}.' + ''.join(
+        f' {label} ({len(names)}): {", ".join(names[:most])}{", ..." if len(names) > most else ""}.'
+        for label, names in (('Missing', missing), ('Unexpected', unexpected), (
+            'Wrong shape', [f'{key} {given} for {expected}' for key, (given, expected) in misshapen.items()])) if names)
+
+
+def _check_architecture(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Raise for timm's rw, rmlp, bn and cc CoAtNets, CoAtNeXt and MaxViT: all but coatnet_N_224."""
+    if 'norm.weight' not in state_dict and not any('.attn_grid.' in key for key in state_dict):
+        return  # only coatnet_N_224 keeps its last norm in the head, before a hidden layer
+    kind, example = next((kind, example) for part, kind, example in _OTHER_TIMM if any(
+        part in key and (part != '.norm2.running_var' or f'{key.partition(".norm2.")[0]}.attn.qkv.weight' in state_dict)
+        for key in state_dict))
+    raise ValueError(
+        f'The checkpoint is of {kind} of timm, another architecture than {model.pretrained_cfg.get("architecture")}: '
+        f'its weights have no place here. Use it through timm by its own name, such as '
+        f'timm.create_model({example!r}, pretrained=True).')
 
 
 def _check_stem_bias(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
@@ -112,20 +197,6 @@ def _unflatten_table(key: str, table: torch.Tensor, own: torch.Tensor | None) ->
             f'{key}: a flat bias table of {len(table)} rows is not square, so the image size it was made for cannot '
             f'be told; create the model with the img_size of the checkpoint, then call set_input_size.')
     return table.T.unflatten(1, size)
-
-
-def _check_fit(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
-    adapted = ('head.fc.', 'stem.conv1.weight')
-    missing = [k for k in own if k not in state_dict and not k.startswith('head.fc.')]
-    unexpected = [k for k in state_dict if k not in own and not k.startswith('head.fc.')]
-    misshapen = [
-        f'{k} {tuple(v.shape)} for {tuple(own[k].shape)}' for k, v in state_dict.items()
-        if k in own and v.shape != own[k].shape and not k.startswith(adapted)]
-    if missing or unexpected or misshapen:
-        raise RuntimeError('The checkpoint does not fit the model.' + ''.join(
-            f' {label} ({len(names)}): {", ".join(names[:12])}{", ..." if len(names) > 12 else ""}.'
-            for label, names in (('Missing', missing), ('Unexpected', unexpected), ('Wrong shape', misshapen))
-            if names))
 
 
 def _check_classes(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:

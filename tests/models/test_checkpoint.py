@@ -126,6 +126,28 @@ def test_foreign_checkpoints_list_what_is_missing_and_unexpected(tmp_path, num_c
         load('coatnet_pico_64', tmp_path / 'foreign.safetensors', num_classes=num_classes)
 
 
+@pytest.mark.parametrize(('theirs', 'named'), [
+    ('coatnet_pico_rw_224', 'coatnet_0_rw_224.sw_in1k'), ('coatnet_nano_rw_224', 'coatnet_0_rw_224.sw_in1k'),
+    ('coatnet_nano_cc_224', 'coatnet_0_rw_224.sw_in1k'), ('coatnet_bn_0_rw_224', 'coatnet_bn_0_rw_224.sw_in1k'),
+    ('coatnet_rmlp_nano_rw_224', 'coatnet_rmlp_1_rw_224.sw_in1k'),
+    ('coatnet_rmlp_1_rw2_224', 'coatnet_rmlp_1_rw_224.sw_in1k'),
+    ('coatnext_nano_rw_224', 'coatnext_nano_rw_224.sw_in1k'), ('maxvit_tiny_tf_224', 'maxvit_tiny_tf_224.in1k')])
+@pytest.mark.parametrize('ours', ['coatnet_pico', 'coatnet_0', 'lightconvnet_pico_64'])
+def test_other_architectures_of_timm_are_known_and_named(theirs, named, ours):
+    state = timm.create_model(theirs, device='meta').state_dict()
+    assert timm.models.is_model_pretrained(named)
+    with pytest.raises(ValueError, match=rf"architecture than {ours}.*create_model\('{named}', pretrained=True"):
+        create(ours, device='meta', pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, num_classes=1000))
+
+
+def test_the_likely_reason_is_said_first(saved):
+    model, _ = saved
+    with pytest.raises(RuntimeError, match=r'does not fit the model: it is of another architecture \(75 of 156 names'):
+        checkpoint_filter_fn(model.state_dict(), create('lightconvnet_pico_64'))
+    with pytest.raises(RuntimeError, match=r'the model: it has another width \(stages\.0\S+ is \(.*\) and must be \('):
+        checkpoint_filter_fn(model.state_dict(), create(embed_dim=(48, 64, 128, 256)))
+
+
 def test_incomplete_and_misshapen_state_dicts_are_refused(saved):
     model, _ = saved
     state = model.state_dict()
