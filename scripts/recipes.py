@@ -53,7 +53,7 @@ RECIPES = {
     # One's own images, from 50 to 5,000 of them: what results/small_data_cpu.json was made with. Batch size and epochs
     # follow from their number (schedule.py), warm-up from the epochs.
     'small_data': dict(
-        batch_size=None, epochs=None, lr=1e-3, bn_momentum=0.1, scale=(0.35, 1.0), color_jitter=0.0),
+        batch_size=None, epochs=None, bn_momentum=0.1, scale=(0.35, 1.0), color_jitter=0.0),
     # Pretrained weights on some ten thousand images, against overfitting in 30 epochs. Fewer images, or fewer epochs,
     # never get past its augmentation and low learning rates: those are for small_data.
     'finetune_small': dict(
