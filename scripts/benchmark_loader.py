@@ -35,7 +35,7 @@ def read(loader: DataLoader, sampler: EpochSampler, window: float) -> float:
 def main(settings: LoaderSettings) -> dict:
     """Images a second of the loader, by number of workers, and of training; all take turns."""
     check_benchmark(settings, ('batch_size', 'rounds', 'window', 'threads'))
-    check_machine(settings.device, (settings.model,))
+    check_machine(settings.device, (settings.model,), settings.amp)
     torch.set_num_threads(settings.threads)
     recipe = Settings(
         **settings_of(settings.recipe, settings.model) | dict(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from benchmark_settings import ModelPairSettings, check_benchmark
 from files import write_json
+from processes import warn_if_emulated
 from provenance import provenance
 from settings import SettingsError, parse_argument
 from timm.models import resolve_model_input_args
@@ -82,19 +83,20 @@ def peak_memory(settings: ModelPairSettings, name: str, kwargs: tuple[str, ...],
     return (status_field('VmHWM') - before) if settings.device == 'cpu' else torch.cuda.max_memory_allocated() / 2**20
 
 
-def check_machine(device: str, models: tuple[str, ...] = ()) -> None:
-    """Raise SettingsError for a device that is not there or a model that timm does not know."""
+def check_machine(device: str, models: tuple[str, ...] = (), amp: bool = False) -> None:
+    """Raise SettingsError for a device that is not there or a model that timm does not know; warn of slow --amp."""
     for name in models:
         if not timm.is_model(name):
             raise SettingsError(f'{name} is not a name in timm.list_models().')
     if device != 'cpu' and not torch.cuda.is_available():
         raise SettingsError(f'--device {device} needs CUDA, which is not available; use --device cpu.')
+    warn_if_emulated(device, amp)
 
 
 def main(settings: ModelPairSettings) -> dict:
     """Measure, print and return the results."""
     check_benchmark(settings, ('batch_size', 'img_size', 'threads', 'rounds', 'window'))
-    check_machine(settings.device, (settings.model, settings.against))
+    check_machine(settings.device, (settings.model, settings.against), settings.amp)
     torch.set_num_threads(settings.threads)
     sides = {'model': (settings.model, settings.model_kwargs), 'against': (settings.against, settings.against_kwargs)}
     results: dict[str, dict] = {}

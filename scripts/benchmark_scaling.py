@@ -72,7 +72,7 @@ def draw(models: dict[str, dict], path: Path, title: str) -> None:
 def main(settings: ScalingSettings) -> dict:
     """Measure, print and return the results."""
     check_scaling(settings)
-    check_machine(settings.device, settings.models)
+    check_machine(settings.device, settings.models, settings.amp)
     torch.set_num_threads(settings.threads)
     # no graph for any size, which would be another one, and room for every model at every size
     compiling = torch._dynamo.config.patch(

@@ -119,7 +119,7 @@ class LoaderSettings:
     rounds: int = 3  # Windows of each; the median counts.
     window: float = 5.0  # Least seconds a window lasts.
     threads: int = 1  # CPU threads that train.
-    amp: bool = True  # bfloat16 autocast in training.
+    amp: bool = False  # bfloat16 autocast in training.
     device: str = 'cpu'  # cpu or cuda.
     results_file: str = ''  # JSON to write, with hardware and versions.
 

@@ -35,12 +35,13 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument('--recipe', default='')
     first.add_argument('--model', default='')
+    first.add_argument('--amp', action=argparse.BooleanOptionalAction)
     given, _ = first.parse_known_args(arguments)
     defaults = {}
     if given.recipe:
         if given.recipe not in RECIPES:
             raise SettingsError(f'--recipe must be one of {", ".join(RECIPES)}, got {given.recipe!r}.')
-        defaults = settings_of(given.recipe, given.model)
+        defaults = settings_of(given.recipe, given.model) | {'amp_if_native': given.amp is None}
     return parse_flags(Settings, __doc__, arguments, defaults)
 
 

@@ -50,9 +50,14 @@ RECIPES = {
     # ones.
     'tin200_preview': TIN200_PREVIEW,
     'tin200_preview_more': TIN200_PREVIEW | dict(epochs=4, warmup_epochs=0.25, train_img_sizes=(48, 48, 64, 64)),
-    # Pretrained weights on some thousand pictures of one's own.
+    # One's own images, from 50 to 5,000 of them: what results/small_data_cpu.json was made with. Batch size and epochs
+    # follow from their number (schedule.py), warm-up from the epochs.
+    'small_data': dict(
+        batch_size=None, epochs=None, bn_momentum=0.1, scale=(0.35, 1.0), color_jitter=0.0),
+    # Pretrained weights on some ten thousand images, against overfitting in 30 epochs. Fewer images, or fewer epochs,
+    # never get past its augmentation and low learning rates: those are for small_data.
     'finetune_small': dict(
-        epochs=30, lr=5e-4, layer_decay=0.75, warmup_epochs=3.0, weight_decay=0.05, drop_path=0.1,
+        epochs=30, lr=5e-4, layer_decay=0.75, weight_decay=0.05, drop_path=0.1,
         aa='rand-m9-mstd0.5-inc1', reprob=0.25, mixup=0.2, cutmix=0.5, model_ema=True, model_ema_decay=0.999),
     # How good the features are: nothing but the classifier learns.
     'linear_probe': dict(
@@ -67,6 +72,7 @@ def settings_of(recipe: str, model: str) -> dict[str, object]:
     for name, value in RECIPES[recipe].items():
         if isinstance(value, dict):
             value = value.get(model.split('.')[0])
-        if value is not None or name == 'clip_grad':
-            found[name] = value
+            if value is None:
+                continue
+        found[name] = value
     return found

@@ -21,6 +21,7 @@ from loaders import training_transform
 from pictures import BadPictures, EpochSampler, check_labels, seed_of
 from run_folder import rank, write_metrics, write_weights
 from safetensors.torch import load_file
+from schedule import advice
 from settings import Preempted, SettingsError, one_line
 from sharding import copy_weights, restore_training_state, training_state
 from timm.data import Mixup
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from training import set_trunk_to_eval
 from training_settings import Settings
 
-__all__ = ['Trainer', 'read_checkpoint']
+__all__ = ['Trainer', 'check_facts', 'read_checkpoint']
 
 
 @dataclass
@@ -52,19 +53,22 @@ class Progress:
     bad_val: list[int] = field(default_factory=list)
 
 
-def read_checkpoint(path: Path, run_dir: Path, facts: dict) -> dict:
-    """The state to go on from; refuses one that was saved under other facts than these."""
+def read_checkpoint(path: Path) -> dict:
+    """The state to go on from."""
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise SettingsError(f'--resume: {path} cannot be read: {one_line(error)}; start another '
                             f'--experiment.') from error
+
+
+def check_facts(checkpoint: dict, run_dir: Path, facts: dict) -> None:
+    """Refuse a checkpoint that was saved under other facts than these."""
     facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file
     if changed := [f'{name} was {value}, is {facts[name]}' for name, value in checkpoint['facts'].items()
                    if name in facts and facts[name] != value]:
         raise SettingsError(f'--resume {run_dir} needs the settings the run began with, but {"; ".join(changed)}; '
                             f'restore them, or start another --experiment.')
-    return checkpoint
 
 
 class Trainer:
@@ -104,6 +108,7 @@ class Trainer:
         pictures = len(self.train_loader.dataset)
         padded = self.sampler is not None and pictures <= self.pictures_per_step  # one batch, smaller than a full one
         self.pictures_per_epoch = pictures if padded else self.steps_per_epoch * self.pictures_per_step
+        self.updates = settings.epochs * (self.steps_per_epoch // settings.grad_accum_steps)
 
         scale = optimizer.optimizer.defaults['lr'] / settings.lr  # of --lr-base-size
         self.scheduler, _ = create_scheduler_v2(
@@ -171,13 +176,18 @@ class Trainer:
     @contextmanager
     def reporting(self, headline: str) -> Iterator[None]:
         """With a progress bar, a count of unreadable pictures, and SIGTERM waiting for the next update."""
-        whole = self.settings.epochs * self.pictures_per_epoch
-        steps = (self.progress.epoch - 1) * self.steps_per_epoch + self.progress.batch
+        begun = min(self.progress.batch * self.pictures_per_step, self.pictures_per_epoch)
         self.bar = tqdm(
-            total=whole, initial=min(steps * self.pictures_per_step, whole), unit='img', unit_scale=True,
+            total=self.settings.epochs * self.pictures_per_epoch,
+            initial=(self.progress.epoch - 1) * self.pictures_per_epoch + begun, unit='img', unit_scale=True,
             dynamic_ncols=True, mininterval=0.5, disable=not self.writes)
         self.say = self.bar.write if self.writes else lambda _: None
         self.say(headline)
+        settings, images = self.settings, len(self.train_loader.dataset)
+        indexed = self.sampler is not None and not settings.class_balanced  # others draw as they like
+        for line in advice(images, self.pictures_per_epoch if indexed else images, self.updates, settings.batch_size,
+                           self.accelerator.num_processes * settings.grad_accum_steps):
+            self.say(line)
         bad = self.progress.bad_train, self.progress.bad_val
         self.bad_train, self.bad_val = (
             BadPictures(loader.dataset.dataset, self.settings.max_bad_images, self.say)
@@ -280,7 +290,7 @@ class Trainer:
             copy_weights(self.task.trainable_module, self.eval_model)
         scores = self.evaluate().scores
         self.check_finite(scores['loss'], 'evaluation loss', progress.batch)
-        speed = progress.batch * self.pictures_per_step / progress.epoch_seconds
+        speed = self.pictures_per_epoch / progress.epoch_seconds
         row = {'epoch': epoch, 'lr': progress.lr, 'train_loss': progress.loss_sum / self.pictures_per_epoch,
                'eval_loss': scores['loss'], 'eval_top1': scores['top1'], 'eval_top5': scores['top5'],
                'images_per_second': speed}

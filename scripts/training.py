@@ -11,7 +11,9 @@ from timm.task.task import TrainingTask
 from torch import nn
 from training_settings import Settings
 
-__all__ = ['build_optimizer', 'build_task', 'check_training', 'freeze_trunk', 'open_teacher', 'set_trunk_to_eval']
+__all__ = [
+    'build_optimizer', 'build_task', 'check_training', 'freeze_trunk', 'open_teacher',
+    'set_bn_momentum', 'set_trunk_to_eval']
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
@@ -33,6 +35,13 @@ def set_trunk_to_eval(model: nn.Module) -> None:
     """Keep the statistics of a frozen trunk's BatchNorms, and its dropout off; the classifier trains."""
     model.eval()
     classifier_of(model).train()
+
+
+def set_bn_momentum(model: nn.Module, momentum: float) -> None:
+    """How much a batch adds to BatchNorm's running statistics; in no config, so that the run's model opens as ever."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.momentum = momentum
 
 
 def check_training(settings: Settings, model: nn.Module, data_config: dict) -> None:

@@ -1,6 +1,6 @@
 """A fine-tuning run from its settings to its summary: opens data, model and run folder, and trains."""
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -13,17 +13,18 @@ from files import write_figure, write_json
 from loaders import create_loaders, open_data
 from open_model import open_model
 from plots import confusion_figure, misread_figure
-from processes import start
+from processes import start, warn
 from provenance import provenance
 from run_folder import write_config
 from safetensors import SafetensorError
+from schedule import with_schedule
 from settings import SettingsError, one_line
 from sharding import check_sharding, wrap
 from timm.models import safe_model_name
 from timm.utils import random_seed
-from trainer import Trainer, read_checkpoint
-from training import build_optimizer, build_task, check_training, freeze_trunk, open_teacher
-from training_settings import FREE_ON_RESUME, Settings
+from trainer import Trainer, check_facts, read_checkpoint
+from training import build_optimizer, build_task, check_training, freeze_trunk, open_teacher, set_bn_momentum
+from training_settings import FREE_ON_RESUME, Settings, check_values
 
 __all__ = ['run']
 
@@ -53,18 +54,33 @@ def check_tracker(settings: Settings) -> None:
                             f'got {settings.tracker!r}; pip install it.')
 
 
+def keep_precision(settings: Settings, checkpoint: dict | None) -> Settings:
+    """A run that goes on ends in the precision it began in, whatever its recipe takes on this machine."""
+    if checkpoint is None or not settings.amp_if_native:
+        return settings
+    amp = checkpoint['facts']['amp']
+    if settings.amp and not amp:
+        warn('--resume: the run began in float32 and goes on in it; start another --experiment for the mixed precision '
+             'of the recipe.')
+    return replace(settings, amp=amp, amp_if_native=False)
+
+
 def run(settings: Settings) -> dict:
     """Fine-tune as `settings` say, and return the summary that is also written to summary.json."""
     check_tracker(settings)
     run_dir, last = find_run(settings)
+    checkpoint = read_checkpoint(last) if last else None
+    settings = keep_precision(settings, checkpoint)
     accelerator = start(
-        settings.device, settings.amp, settings.amp_dtype, may_shard=True,
+        settings.device, settings.amp, settings.amp_dtype, may_shard=True, amp_if_native=settings.amp_if_native,
         gradient_accumulation_steps=settings.grad_accum_steps, log_with=settings.tracker or None,
         project_dir=run_dir if settings.tracker else None, dynamo_backend='inductor' if settings.torchcompile else None)
+    settings = replace(settings, amp=accelerator.mixed_precision != 'no')
     try:
-        trainer, class_names, headline = prepare(settings, accelerator, run_dir, last)
+        trainer, class_names, headline = prepare(settings, accelerator, run_dir, checkpoint)
     except OSError as error:
         raise SettingsError(f'nothing was begun: {one_line(error)}; see --data-dir and --output {run_dir}.') from error
+    settings = trainer.settings
     if settings.tracker:
         accelerator.init_trackers('coatnet_zoo', {name: str(value) for name, value in asdict(settings).items()})
     best, predictions = trainer.run(headline)
@@ -74,7 +90,8 @@ def run(settings: Settings) -> dict:
         'epochs': trainer.progress.epoch - 1, 'top1': best['eval_top1'], 'top5': best['eval_top5'],
         'loss': best['eval_loss'], 'seed': settings.seed, 'train_seconds': trainer.progress.train_seconds,
         'unreadable': [*trainer.bad_train.names(), *trainer.bad_val.names()],
-        'processes': accelerator.num_processes, **provenance(accelerator.device.type)}
+        'processes': accelerator.num_processes, 'precision': settings.amp_dtype if settings.amp else 'float32',
+        **provenance(accelerator.device.type)}
     if accelerator.is_main_process:
         write_json(run_dir / 'summary.json', summary)
         write_figure(run_dir / 'confusion.png', confusion_figure(
@@ -88,10 +105,12 @@ def run(settings: Settings) -> dict:
 
 
 def prepare(settings: Settings, accelerator: Accelerator, run_dir: Path,
-            last: Path | None) -> tuple[Trainer, list[str], str]:
+            checkpoint: dict | None) -> tuple[Trainer, list[str], str]:
     """Open data, model and run folder; what cannot work ends here. Returns also class names and a line of facts."""
     check_sharding(settings, accelerator)
     train_set, val_set, class_names = open_data(settings)
+    settings = with_schedule(settings, len(train_set), accelerator.num_processes)
+    check_values(settings)
     random_seed(settings.seed)
     model, data_config = open_model(
         settings, settings.initial_checkpoint, '--initial-checkpoint', use_train_size=True,
@@ -104,7 +123,10 @@ def prepare(settings: Settings, accelerator: Accelerator, run_dir: Path,
               for name, dataset in (('train', train_set), ('val', val_set))}
     facts |= {'classes': class_names, 'train_images': len(train_set), 'val_images': len(val_set),
               'processes': accelerator.num_processes, 'sharded': accelerator.is_fsdp2}
-    checkpoint = read_checkpoint(last, run_dir, facts) if last else None
+    if checkpoint:
+        check_facts(checkpoint, run_dir, facts)
+    if settings.bn_momentum is not None:
+        set_bn_momentum(model, settings.bn_momentum)
     if settings.freeze_trunk:
         freeze_trunk(model)
     check_training(settings, model, data_config)

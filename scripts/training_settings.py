@@ -30,10 +30,10 @@ class TrainingSettings:
     """How the weights change."""
 
     initial_checkpoint: str = ''  # Start from this file of weights, whose classes must be the data's.
-    batch_size: int = 64  # Pictures per training step and process.
+    batch_size: int | None = 64  # Images per training step and process; None: by the number of images, 8 to 64.
     validation_batch_size: int | None = None  # Pictures per evaluation step (--batch-size if not given).
     grad_accum_steps: int = 1  # Steps whose gradients are added up before the weights change.
-    epochs: int = 10  # Passes over the training split.
+    epochs: int | None = 10  # Passes over the training split; None: for at least 300 updates of the weights.
     last_epoch: int | None = None  # End the run after this one of --epochs, where time is short; --resume auto goes on.
     val_interval: int = 1  # Evaluate after every so many epochs, and after the last.
     patience: int | None = None  # Stop after this many epochs without a better one.
@@ -45,8 +45,9 @@ class TrainingSettings:
     layer_decay: float | None = None  # Factor on the learning rate per layer, counted from the classifier.
     head_lr_scale: float = 1.0  # Factor on the learning rate of the classifier.
     freeze_trunk: bool = False  # Train the classifier alone.
+    bn_momentum: float | None = None  # Weight of a batch in BatchNorm's running statistics (the model's own if None).
     clip_grad: float | None = 1.0  # Largest norm of the gradient.
-    warmup_epochs: float = 1.0  # Epochs of linear warm-up, in place of the start of the cosine decay.
+    warmup_epochs: float | None = None  # Linear warm-up in place of the cosine's start; None: a tenth of --epochs.
     warmup_lr: float = 1e-6  # Learning rate at the start of the warm-up.
     min_lr: float = 1e-6  # Learning rate at the end.
     drop: float | None = None  # Dropout before the classifier.
@@ -91,6 +92,7 @@ class RunSettings:
     device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
     seed: int = 42  # Fixes weights, order and augmentation; bit for bit on a CPU.
     amp: bool = False  # Mixed precision.
+    amp_if_native: bool = False  # --amp only on a GPU, or a CPU with bfloat16 instructions, as recipes mean it.
     amp_dtype: str = 'bfloat16'  # bfloat16 or float16.
     channels_last: bool = True  # Memory format of pictures and weights.
     grad_checkpointing: bool = False  # Compute activations twice instead of keeping them.
@@ -105,12 +107,13 @@ class Settings(RunSettings, AugmentationSettings, TrainingSettings, ModelSetting
 # Settings that may differ when a run is resumed: they change where it is, not what it computes. What --data-dir
 # and --class-map give is compared by a digest instead.
 FREE_ON_RESUME = (
-    'recipe', 'last_epoch', 'data_dir', 'dataset_download', 'class_map', 'output', 'experiment', 'resume', 'device',
-    'recovery_interval', 'tracker', 'max_bad_images')
+    'recipe', 'amp_if_native', 'last_epoch', 'data_dir', 'dataset_download', 'class_map', 'output', 'experiment',
+    'resume', 'device', 'recovery_interval', 'tracker', 'max_bad_images')
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work, before anything is read."""
+    """Refuse single values that cannot work; None, which follows from the images, is checked once they are counted."""
+    epochs = math.inf if settings.epochs is None else settings.epochs
     for name, value in asdict(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingsError(f'{flag(name)} must be a finite number, got {value}.')
@@ -126,15 +129,15 @@ def check_values(settings: Settings) -> None:
     for name, least, most in (
             ('smoothing', 0, 0.999), ('hflip', 0, 1), ('reprob', 0, 1), ('color_jitter', 0, 10),
             ('momentum', 0, 1), ('model_ema_decay', 0, 1), ('layer_decay', 1e-6, 1), ('seed', 0, 2**32 - 1),
-            ('warmup_epochs', 0, settings.epochs), ('last_epoch', 1, settings.epochs), ('min_lr', 0, settings.lr),
+            ('warmup_epochs', 0, epochs), ('last_epoch', 1, epochs), ('min_lr', 0, settings.lr), ('bn_momentum', 0, 1),
             ('max_bad_images', 0, 1), ('mixup_prob', 0, 1), ('mixup_switch_prob', 0, 1), ('kd_loss_weight', 0, 1)):
         check_range(settings, name, least, most)
     if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
         raise SettingsError(f'--scale must be two rising shares of the picture from 0 to 1, got {settings.scale}.')
-    if (settings.mixup or settings.cutmix) and settings.batch_size % 2:
+    if (settings.mixup or settings.cutmix) and (settings.batch_size or 0) % 2:
         raise SettingsError(f'--batch-size must be even with --mixup or --cutmix, got {settings.batch_size}.')
-    if any(size <= 0 for size in settings.train_img_sizes) or len(settings.train_img_sizes) > settings.epochs:
-        raise SettingsError(f'--train-img-sizes must be positive and no more than the {settings.epochs} epochs, '
+    if any(size <= 0 for size in settings.train_img_sizes) or len(settings.train_img_sizes) > epochs:
+        raise SettingsError(f'--train-img-sizes must be positive and no more than the {epochs} epochs, '
                             f'got {settings.train_img_sizes}.')
     if settings.freeze_trunk and settings.layer_decay is not None:
         raise SettingsError('--layer-decay has no layers to act on with --freeze-trunk; leave one of them out.')
@@ -144,6 +147,9 @@ def check_values(settings: Settings) -> None:
     if settings.decode_once and is_stream(settings):
         raise SettingsError(f'--decode-once needs pictures with an index, which the stream --dataset '
                             f'{settings.dataset} does not have; give --no-decode-once.')
+    if is_stream(settings) and None in (settings.batch_size, settings.epochs):
+        raise SettingsError(f'--batch-size and --epochs of None follow from a count of the images, which the stream '
+                            f'--dataset {settings.dataset} does not give in time; give both.')
     if settings.class_balanced and is_stream(settings):
         raise SettingsError('--class-balanced needs all labels before the start, which a stream does not have.')
     check_model_settings(settings)

@@ -1,0 +1,23 @@
+"""Fine-tune the same models on the same few images by several recipes, and score images that none has trained on.
+
+    python scripts/compare_recipes.py --imagenette imagenette/train --samples samples/val \\
+        --results-file results/small_data_cpu.json
+
+The sets: 100 of scikit-learn's digits, 60 images of five classes of Imagenette, and some 200 images of six coarse
+groups (birds, dogs, ...) of ImageNet, one image a class. Each seed draws its own images, which all recipes share. What
+is held out are other training images: no validation split is looked at. The last epoch counts, not the best one. Rows
+that the results file holds are not made again, so a run that was cut off goes on.
+"""
+from compare_recipes_settings import Settings, check_values
+from settings import end_with_sentence, parse_flags
+
+
+def main(settings: Settings) -> dict:
+    """Make the rows that are missing, and return the report."""
+    check_values(settings)
+    from compare_recipes_run import run  # here: torch and timm take seconds to import
+    return run(settings)
+
+
+if __name__ == '__main__':
+    end_with_sentence('compare_recipes.py', lambda: main(parse_flags(Settings, __doc__)))

@@ -1,0 +1,126 @@
+"""Recipes on small sets of images: the rows, table and plot of compare_recipes.py."""
+import json
+import shutil
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+
+import finetune
+import torch
+from compare_recipes_settings import DEFAULTS, Settings
+from files import write_figure, write_json
+from matplotlib.figure import Figure
+from plots import BLUE, GREY, LIGHT
+from processes import choose_device
+from provenance import provenance
+from recipes import settings_of
+from settings import SettingsError, earlier_results
+from small_sets import MAKERS
+
+__all__ = ['run']
+
+
+def recipe_of(name: str, model: str) -> dict:
+    """What a recipe sets; float32, so that the numbers do not depend on the CPU."""
+    return {**({} if name == DEFAULTS else settings_of(name, model)), 'amp': False}
+
+
+def train(settings: Settings, data: Path, name: str, model: str, recipe: str, seed: int) -> dict:
+    """A row: what a run scores after its last epoch, with the settings that follow from the images."""
+    experiment = f'{name}-{seed}-{model.split(".")[0]}-{recipe}'
+    shutil.rmtree(Path(settings.output) / experiment, ignore_errors=True)
+    summary = finetune.main(finetune.Settings(**{
+        **recipe_of(recipe, model), 'data_dir': str(data), 'model': model, 'pretrained': True,
+        'img_size': MAKERS[name][1], 'val_interval': 2**31, 'device': settings.device, 'workers': settings.workers,
+        'seed': seed, 'output': settings.output, 'experiment': experiment}))
+    used = json.loads((Path(settings.output) / experiment / 'args.json').read_text())
+    shutil.rmtree(Path(settings.output) / experiment)
+    counts = {split: len(list((data / split).glob('*/*'))) for split in ('train', 'validation')}
+    return dict(set=name, model=model, recipe=recipe, seed=seed, images=counts['train'],
+                held_out=counts['validation'], batch_size=used['batch_size'], epochs=used['epochs'],
+                top1=summary['top1'], loss=summary['loss'], train_seconds=round(summary['train_seconds'], 1))
+
+
+def summarize(settings: Settings, rows: list[dict]) -> dict:
+    """Mean and standard deviation of top-1 (%) over the seeds, by set, model and recipe; and the rows behind them."""
+    table: dict = {}
+    for row in rows:
+        cell = table.setdefault(row['set'], {}).setdefault(row['model'], {}).setdefault(row['recipe'], [])
+        cell.append(row['top1'])
+    for models in table.values():
+        for cells in models.values():
+            for recipe, top1 in cells.items():
+                deviation = statistics.stdev(top1) if len(top1) > 1 else 'not measured'
+                cells[recipe] = dict(top1=statistics.mean(top1), deviation=deviation, seeds=len(top1))
+    kept = {name: value for name, value in asdict(settings).items() if name not in ('output', 'results_file')}
+    recipes = {recipe: {model: recipe_of(recipe, model) for model in settings.models} for recipe in settings.recipes}
+    return json.loads(json.dumps(dict(
+        settings=kept, recipes=recipes, table=table, rows=rows, **provenance(str(choose_device(settings.device))))))
+
+
+def check_same(settings: Settings, earlier: dict) -> None:
+    """Refuse to go on with rows that were made by other recipes of the same names."""
+    now = summarize(settings, [])['recipes']
+    for recipe in now.keys() & earlier['recipes'].keys():
+        for model in now[recipe].keys() & earlier['recipes'][recipe].keys():
+            before, after = earlier['recipes'][recipe][model], now[recipe][model]
+            if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
+                raise SettingsError(f'--results-file {settings.results_file} holds rows of another --recipes {recipe}, '
+                                    f'with other {", ".join(changed)}; give another file.')
+
+
+def plot(report: dict) -> Figure:
+    """Top-1 by set and model: a dot a seed, a bar at the mean of each recipe."""
+    sets = report['table']
+    figure = Figure(figsize=(3.6 * len(sets), 4), layout='constrained')
+    colours = dict(zip(report['settings']['recipes'], (GREY, BLUE, '#d97706', '#059669'), strict=False))
+    for axes, (name, models) in zip(figure.subplots(1, len(sets), squeeze=False).flat, sets.items(), strict=True):
+        for place, (model, cells) in enumerate(models.items()):
+            for shift, (recipe, cell) in enumerate(cells.items()):
+                x = place + 0.8 * (shift + 0.5) / len(cells) - 0.4
+                axes.bar(x, cell['top1'], 0.7 / len(cells), color=colours[recipe], label='' if place else recipe)
+                seeds = [row['top1'] for row in report['rows']
+                         if (row['set'], row['model'], row['recipe']) == (name, model, recipe)]
+                axes.plot([x] * len(seeds), seeds, 'o', color='#111827', alpha=0.6, markersize=3.5)
+        axes.set_xticks(range(len(models)), [model.split('.')[0] for model in models], fontsize=8)
+        counts = [row['images'] for row in report['rows'] if row['set'] == name]
+        axes.set(title=f'{name.replace("_", " ")}: {round(statistics.mean(counts))} images', ylim=(0, 100))
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(axis='y', color=LIGHT)
+        axes.set_axisbelow(True)
+    figure.axes[0].set_ylabel('top-1 on held-out training images (%)')
+    figure.axes[0].legend(frameon=False, loc='upper left')
+    return figure
+
+
+def run(settings: Settings) -> dict:
+    """Make the rows that are missing, and return the report."""
+    torch.set_num_threads(settings.threads)
+    path = Path(settings.results_file) if settings.results_file else None
+    rows: list[dict] = []
+    if path and (earlier := earlier_results(settings.results_file, 'recipes', 'table', 'rows')):
+        check_same(settings, earlier)
+        rows = earlier['rows']
+    for seed in settings.seeds:
+        for name in settings.sets:
+            data = Path(settings.output) / f'{name}-{seed}'
+            shutil.rmtree(data, ignore_errors=True)
+            MAKERS[name][0](settings, data, seed)
+            for model in settings.models:
+                for recipe in settings.recipes:
+                    done = [tuple(row[key] for key in ('set', 'model', 'recipe', 'seed')) for row in rows]
+                    if (name, model, recipe, seed) in done:
+                        continue
+                    rows.append(train(settings, data, name, model, recipe, seed))
+                    report = summarize(settings, rows)
+                    rows[-1].update((fact, report[fact]) for fact in ('hardware', 'commit', 'date'))
+                    if path:
+                        write_json(path, summarize(settings, rows))
+                        write_figure(path.with_suffix('.png'), plot(report))
+    report = summarize(settings, rows)
+    for name, models in report['table'].items():
+        for model, cells in models.items():
+            for recipe, cell in cells.items():
+                deviation = '' if isinstance(cell['deviation'], str) else f' +- {cell["deviation"]:.1f}'
+                print(f'{name:16} {model:36} {recipe:12} {cell["top1"]:6.1f} %{deviation}  ({cell["seeds"]} seeds)')
+    return report

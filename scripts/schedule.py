@@ -1,0 +1,55 @@
+"""How long a run is: batch size and epochs from the number of images, and what to say of a run that is too short."""
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from training_settings import Settings
+
+__all__ = ['MIN_UPDATES', 'advice', 'with_schedule']
+
+MIN_UPDATES = 300  # of the weights: fewer leave a new classifier, and BatchNorm's statistics, half way
+MIN_EPOCHS = 10  # of a schedule that follows from the number of images
+
+
+def with_schedule(settings: Settings, images: int, processes: int = 1) -> Settings:
+    """Fill in --batch-size, --epochs and --warmup-epochs where they are None.
+
+    The batch is a power of two near a twentieth of the images, from 8 to 64 over all processes; the epochs are those
+    of MIN_UPDATES, and at least MIN_EPOCHS; a tenth of them is warm-up.
+
+    Args:
+        settings: Of finetune.py.
+        images: Of the training split.
+        processes: That share a batch.
+    """
+    batch_size, epochs = settings.batch_size, settings.epochs
+    if batch_size is None:
+        nearest = 2 ** round(math.log2(max(images, 1) / 20))
+        batch_size = max(2, min(max(nearest, 8), 64) // processes)  # BatchNorm needs two
+    if epochs is None:
+        updates = max(1, images // (batch_size * processes) // settings.grad_accum_steps)  # of an epoch
+        epochs = max(MIN_EPOCHS, math.ceil(MIN_UPDATES / updates))
+    warmup_epochs = epochs / 10 if settings.warmup_epochs is None else settings.warmup_epochs
+    return dataclasses.replace(settings, batch_size=batch_size, epochs=epochs, warmup_epochs=warmup_epochs)
+
+
+def advice(images: int, used: int, updates: int, batch_size: int, shared: int = 1) -> Iterator[str]:
+    """What to say of a run that leaves images out, or is short.
+
+    Args:
+        images: Of the training split.
+        used: Of these in an epoch.
+        updates: Of the weights in the whole run.
+        batch_size: Of a process.
+        shared: Processes times steps whose gradients are added up.
+    """
+    if used < images:
+        # the largest of those that leave out fewest, and not much smaller
+        better = min(range(batch_size, batch_size // 2, -1), key=lambda size: images % (size * shared))
+        fewer = images % (better * shared)
+        yield (f'{images - used} of {images} training images are left out of each epoch, other ones each time'
+               + (f'; --batch-size {better} leaves out {fewer or "none"}.' if fewer < images - used else '.'))
+    if updates < MIN_UPDATES:
+        yield (f'warning: the run makes {updates} updates of the weights, where fine-tuning takes some {MIN_UPDATES}; '
+               f'--recipe small_data chooses batch size and epochs by the number of images, or give a smaller '
+               f'--batch-size or more --epochs.')
