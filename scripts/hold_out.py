@@ -7,12 +7,10 @@ validation; the folder it reads stays as it is. finetune.py takes --data-dir tin
 looked at once, at the end, by eval_imagenet.py.
 """
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-from settings import SettingsError, end_with_sentence, one_line
+from settings import SettingsError, end_with_sentence, one_line, parse_flags, tyro
 from timm.utils import natural_key
 
 
@@ -55,4 +53,4 @@ def main(settings: Settings) -> dict[str, int]:
 
 
 if __name__ == '__main__':
-    end_with_sentence('hold_out.py', lambda: main(tyro.cli(Settings, description=__doc__, args=sys.argv[1:])))
+    end_with_sentence('hold_out.py', lambda: main(parse_flags(Settings, __doc__)))

@@ -19,6 +19,7 @@ from evaluation import Predictions, predict
 from files import write_file
 from loaders import training_transform
 from pictures import BadPictures, EpochSampler, check_labels, seed_of
+from progress import progress_bar
 from run_folder import rank, write_metrics, write_weights
 from safetensors.torch import load_file
 from settings import Preempted, SettingsError, one_line
@@ -29,7 +30,6 @@ from timm.task.task import TrainingTask
 from timm.utils import random_seed, unwrap_model
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from training import set_trunk_to_eval
 from training_settings import Settings
 
@@ -173,9 +173,9 @@ class Trainer:
         """With a progress bar, a count of unreadable pictures, and SIGTERM waiting for the next update."""
         whole = self.settings.epochs * self.pictures_per_epoch
         steps = (self.progress.epoch - 1) * self.steps_per_epoch + self.progress.batch
-        self.bar = tqdm(
-            total=whole, initial=min(steps * self.pictures_per_step, whole), unit='img', unit_scale=True,
-            dynamic_ncols=True, mininterval=0.5, disable=not self.writes)
+        self.bar = progress_bar(
+            total=whole, initial=min(steps * self.pictures_per_step, whole), unit='img',
+            quiet=not self.writes)
         self.say = self.bar.write if self.writes else lambda _: None
         self.say(headline)
         bad = self.progress.bad_train, self.progress.bad_val
