@@ -20,7 +20,7 @@ from explain import (
     share_on_padding,
     tap_distances,
 )
-from files import write_figure
+from files import write_csv, write_figure
 from imagenet_labels import describe_synsets
 from open_model import means_weights, open_model
 from overlay import draw_guesses, draw_heat, draw_kernel, draw_kernels, draw_picture, panels
@@ -174,8 +174,8 @@ def open_weights(settings: Settings) -> tuple[nn.Module, dict, str]:
 
 def predict_picture(
         path: Path, image: torch.Tensor, overlay: Path, settings: Settings, model: nn.Module, target: Target,
-        data_config: dict, labels: list[Label], headline: str, device: torch.device) -> str:
-    """Write the overlay of one picture (C, H, W) and return its table."""
+        data_config: dict, labels: list[Label], headline: str, device: torch.device) -> tuple[str, dict]:
+    """Write the overlay of one picture (C, H, W) and return its table, and its row of predictions.csv."""
     picture = to_picture(image, data_config['mean'], data_config['std'])
     logits, painters = look(model, target, image[None].to(device), picture, labels, settings)
     if not logits.isfinite().all():
@@ -194,9 +194,11 @@ def predict_picture(
         write_figure(overlay, figure)
     except OSError as error:
         raise SettingsError(f'--output: {overlay} cannot be written: {one_line(error)}; choose another.') from error
-    rows = [f'  {rank}  {100 * share:5.1f} %  {label}'
-            for rank, (label, share) in enumerate(zip(guesses, shares, strict=True), 1)]
-    return '\n'.join([f'{path} -> {overlay}', *rows])
+    lines, row = [f'{path} -> {overlay}'], {'file': str(path)}
+    for rank, (label, share) in enumerate(zip(guesses, shares, strict=True), 1):
+        lines.append(f'  {rank}  {100 * share:5.1f} %  {label}')
+        row |= {f'label_{rank}': label.name, f'description_{rank}': label.words, f'confidence_{rank}': round(share, 6)}
+    return '\n'.join(lines), row
 
 
 def run(settings: Settings) -> int:
@@ -227,6 +229,7 @@ def run(settings: Settings) -> int:
         labels=read_labels(model), device=accelerator.device,
         headline=settings.model if RANDOM not in weights else f'{settings.model}  ·  {RANDOM}')
     transform, mode, unreadable = create_transform(**data_config), 'RGB' if settings.in_chans == 3 else 'L', []
+    rows = []
     with accelerator.split_between_processes(list(zip(pictures, overlays, strict=True))) as part:
         for path, overlay in part:
             try:
@@ -236,9 +239,18 @@ def run(settings: Settings) -> int:
                 unreadable.append(path)
                 print(f'{path}: cannot be read: {one_line(error)}', file=sys.stderr)
                 continue
-            print(predict(path, image, overlay), flush=True)
-    unreadable = gather_object(unreadable)
+            text, row = predict(path, image, overlay)
+            rows.append(row)
+            print(text, flush=True)
+    unreadable, rows = gather_object(unreadable), gather_object(rows)
     if len(unreadable) == len(pictures):
         raise SettingsError('IMAGES must name at least one picture that can be read, and none of these can; see above '
                             'for the reasons.')
+    if accelerator.is_main_process:
+        table = settings.output / 'predictions.csv'
+        try:
+            write_csv(table, rows)
+        except OSError as error:
+            raise SettingsError(f'--output: {table} cannot be written: {one_line(error)}; choose another.') from error
+        print(f'all of them: {table}')
     return 1 if unreadable or bad else 0
