@@ -10,7 +10,7 @@ EXTRAS ?= test,space,transformers
 # the folder that is pushed as a Space, and a run folder of one's own to show there beside the released weights
 SPACE ?= output/space
 RUN ?=
-ROOMS = console explain files image_files image_folder imagenet_labels model_settings open_model overlay plots prediction prediction_settings processes settings
+ROOMS = console explain files image_files image_folder imagenet_labels model_settings open_model overlay packages plots prediction prediction_settings processes released settings weights_file
 
 .PHONY: demo test conformance test-lowest lint space space-folder clean
 .DELETE_ON_ERROR:
@@ -40,7 +40,7 @@ space: $(VENV)/.space space-folder
 space-folder:
 	rm -rf $(SPACE)
 	mkdir -p $(SPACE)/scripts $(SPACE)/models
-	cp $(addprefix hub/space/,app.py answer.py upload.py style.css README.md requirements.txt) LICENSE $(SPACE)
+	cp $(addprefix hub/space/,app.py answer.py interface.py upload.py style.css README.md requirements.txt) LICENSE $(SPACE)
 	cp $(ROOMS:%=scripts/%.py) $(SPACE)/scripts
 	cp -r coatnet_zoo $(SPACE) && find $(SPACE) -name __pycache__ -prune -exec rm -r {} +
 ifneq ($(RUN),)

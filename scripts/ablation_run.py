@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from model_size import model_size
 from processes import choose_device
 from provenance import provenance
-from settings import parse_argument
+from settings import check_output, parse_argument
 
 
 def model_kwargs(settings: Settings, row: str) -> tuple[str, ...]:
@@ -33,6 +33,7 @@ def train(settings: Settings, row: str, seed: int) -> dict:
     metrics = run_dir / 'metrics.csv'
     if settings.results_file:
         metrics = Path(settings.results_file).with_suffix('') / f'{experiment}.csv'
+    check_output(run_dir)
     if not (metrics if settings.results_file else run_dir / 'summary.json').exists():
         finetune.main(finetune.Settings(
             data_dir=settings.data_dir, model=settings.model, img_size=settings.img_size, epochs=settings.epochs,

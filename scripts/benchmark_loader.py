@@ -12,10 +12,10 @@ from files import write_json
 from loaders import open_data, training_transform
 from open_model import image_mode, open_model
 from pictures import EpochSampler, Pictures, batches
+from progress import progress_bar
 from provenance import provenance
 from recipes import settings_of
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from training_settings import Settings
 
 
@@ -54,7 +54,7 @@ def main(settings: LoaderSettings) -> dict:
         for workers in settings.workers}
     turns['training'] = partial(measure_window, step, timing)
     windows: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in tqdm(range(settings.rounds), unit='round', desc='benchmark loader'):
+    for _ in progress_bar(range(settings.rounds), unit='round', desc='benchmark loader'):
         for name, turn in turns.items():
             windows[name].append(turn())
     rates = {name: statistics.median(values) for name, values in windows.items()}

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from benchmark_settings import ModelPairSettings, check_benchmark
 from files import write_json
 from processes import warn_if_emulated
+from progress import progress_bar
 from provenance import provenance
 from settings import SettingsError, parse_argument
 from timm.models import resolve_model_input_args
 from timm.utils import reparameterize_model
-from tqdm import tqdm
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 
@@ -101,7 +101,7 @@ def main(settings: ModelPairSettings) -> dict:
     sides = {'model': (settings.model, settings.model_kwargs), 'against': (settings.against, settings.against_kwargs)}
     results: dict[str, dict] = {}
     can_measure_memory = settings.device != 'cpu' or Path('/proc/self/status').exists()
-    with tqdm(total=len(settings.modes) * (settings.rounds + 2), unit='window', desc='benchmark') as bar:
+    with progress_bar(total=len(settings.modes) * (settings.rounds + 2), unit='window', desc='benchmark') as bar:
         for mode in settings.modes:
             memory = {}
             for side, (name, kwargs) in sides.items():

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from benchmark_models import check_machine, synchronize
 from benchmark_settings import HEAD_DIM, MAX_DYNAMIC_KERNEL, Backend, OpsSettings, Pass, check_ops
 from files import write_file
+from progress import progress_bar
 from provenance import provenance
 from tqdm import tqdm
 
@@ -237,7 +238,7 @@ def main(settings: OpsSettings) -> list[dict]:
     print(f'at most {ceilings.bandwidth / 1e9:.1f} GB/s (measured: a copy) and {ceilings.multiply_adds / 1e9:.1f} G '
           f'multiply-adds/s in float32 ({ceilings.source})')
     table: list[dict] = []
-    with tqdm(total=len(rows) * settings.rounds, unit='round', desc='benchmark ops') as bar:
+    with progress_bar(total=len(rows) * settings.rounds, unit='round', desc='benchmark ops') as bar:
         for row in rows:
             cells = measure(row, settings, ceilings, bar)
             tqdm.write(render(row, cells))

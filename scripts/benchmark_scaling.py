@@ -12,9 +12,9 @@ from benchmark_settings import ModelPairSettings, ScalingSettings, check_scaling
 from files import write_file, write_json
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from progress import progress_bar
 from provenance import provenance
 from settings import SettingsError
-from tqdm import tqdm
 
 
 def measure(settings: ScalingSettings) -> dict[str, dict[int, float]]:
@@ -31,7 +31,7 @@ def measure(settings: ScalingSettings) -> dict[str, dict[int, float]]:
             except ValueError as error:  # a size that the model does not take
                 raise SettingsError(f'--sizes {size}: {name}: {error}') from error
     windows: dict[tuple[str, int], list[float]] = {turn: [] for turn in steps}
-    with tqdm(total=len(steps) * (settings.rounds + 1), unit='window', desc='benchmark scaling') as bar:
+    with progress_bar(total=len(steps) * (settings.rounds + 1), unit='window', desc='benchmark scaling') as bar:
         for step in steps.values():
             step(), step()
             bar.update()

@@ -1,7 +1,14 @@
 """Where images come from: settings that scripts share, and the checks that need neither torch nor timm."""
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 
-__all__ = ['DataSettings', 'is_stream']
+__all__ = ['DataSettings', 'default_workers', 'is_stream']
+
+
+def default_workers(most: int = 4) -> int:
+    """Processes that read images, at most `most` and one for each core that this process, one of several, may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(most, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +21,7 @@ class DataSettings:
     class_map: str = ''  # File of class names in label order, for folders and streams.
     input_key: str = ''  # Column of the pictures in hfds/, hfids/ and wds/ (image if not given; in wds/ any image).
     target_key: str = ''  # Column of the labels there (label if not given).
-    workers: int = 4  # Processes that read pictures; 0 reads in the main one.
+    workers: int = field(default_factory=default_workers)  # Processes that read images; 0 reads in the main one.
 
 
 def is_stream(settings: DataSettings) -> bool:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import torch
 from pictures import EpochSampler, Pictures, batches, check_labels, seed_of
+from progress import progress_bar
 from settings import SettingsError
 from timm.data.random_erasing import RandomErasing
 from timm.utils import random_seed
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.transforms.functional import normalize
-from tqdm import tqdm
 
 __all__ = ['Augmentation', 'DecodedPictures', 'Normalize', 'adjust_colors', 'cut', 'decoded_batches', 'draw_crops']
 
@@ -135,7 +135,7 @@ class DecodedPictures(Dataset):
             raise SettingsError(
                 f'--decode-once: {size}, more than {self.device} has left; give --no-decode-once.') from error
         found = []
-        with tqdm(total=len(self), desc=f'decoding: {size}', unit='img', unit_scale=True, disable=self.quiet) as bar:
+        with progress_bar(total=len(self), desc=f'decoding: {size}', unit='img', quiet=self.quiet) as bar:
             reader = batches(self.pictures, EpochSampler(len(self)), AT_ONCE, self.workers)
             for step, (images, labels, bad) in enumerate(reader):
                 check_labels(labels, 2**31)  # whether there are so many classes is known in training

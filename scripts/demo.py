@@ -1,16 +1,15 @@
-"""Show two photographs to a model that ships with the package, then teach it and its untrained twin to read digits.
+"""Show two photographs to the best model that ships, then teach a quicker one and its untrained twin to read digits.
 
     python scripts/demo.py
     python scripts/demo.py --results-file results/demo_cpu.json
 
-The photographs are scikit-image's cat and cup of coffee, the digits scikit-learn's 1,797; both trainings have the same
+The photographs are scikit-image's cup of coffee and cat, the digits scikit-learn's 1,797; both trainings have the same
 settings and seed. Takes 2 to 3 minutes on 2 CPU cores. Ends with output/demo/demo.png, and with exit code 1 if the
 pretrained model reads fewer than 97 % of the held-out digits right, or is another one once reloaded.
 """
 import sys
 
-import tyro
-from settings import end_with_sentence
+from settings import end_with_sentence, tyro
 
 
 def main(results_file: str = '') -> int:

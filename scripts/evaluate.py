@@ -20,13 +20,13 @@ from open_model import check_model_name, image_mode, open_model
 from pictures import BadPictures, EpochSampler, Pictures, StreamedPictures, batches, open_pictures, picture_name
 from plots import reliability_figure
 from processes import start
+from progress import progress_bar
 from provenance import provenance
 from settings import SettingsError, one_line
 from timm.data import create_transform, infer_imagenet_subset
 from timm.models import safe_model_name
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from weights_file import read_weights
 
 
@@ -113,8 +113,7 @@ def evaluate_part(settings: Settings, part: Part, model: nn.Module, data_config:
     batch_size = settings.batch_size * (1 if streamed else accelerator.num_processes)
     loader = batches(pictures, sampler, batch_size, settings.workers, pin_memory=accelerator.device.type == 'cuda')
     loader = loader if streamed else accelerator.prepare(loader)
-    with tqdm(total=len(part.dataset), desc=title, unit='img', unit_scale=True, dynamic_ncols=True, mininterval=0.5,
-              disable=not accelerator.is_main_process) as bar:
+    with progress_bar(total=len(part.dataset), desc=title, unit='img', quiet=not accelerator.is_main_process) as bar:
         report = bar.write if accelerator.is_main_process else (lambda line: None)
         bad = BadPictures(part.dataset, settings.max_bad_images, report)
 

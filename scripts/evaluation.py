@@ -5,6 +5,7 @@ Several processes share the batches and give the numbers of a single one: what p
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,17 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = ['Predictions', 'expected_calibration_error', 'predict', 'reliability']
+__all__ = ['Misclassified', 'Predictions', 'expected_calibration_error', 'predict', 'reliability']
+
+
+class Misclassified(NamedTuple):
+    """An image whose most probable class is another than its own."""
+
+    confidence: float    # probability of the predicted class
+    index: int | None    # in the data; None for a stream
+    image: torch.Tensor  # (C, H, W), normalised
+    label: int
+    prediction: int
 
 
 @dataclass
@@ -23,14 +34,14 @@ class Predictions:
     """Predictions for N pictures in the order of the data; a label of -1 marks one that could not be read.
 
     scores: loss (nats), top1 and top5 (%) of timm's evaluator over what could be read.
-    wrong: some of the pictures most confidently misread: (confidence, image (C, H, W), label, prediction).
+    wrong: the images misclassified with most confidence, the surest first.
     """
 
     scores: dict[str, float]
     labels: torch.Tensor      # (N,) int64
     top5: torch.Tensor        # (N, up to 5) int64, best first
     confidence: torch.Tensor  # (N,) float32, probability of the best
-    wrong: list[tuple[float, torch.Tensor, int, int]] = field(default_factory=list)
+    wrong: list[Misclassified] = field(default_factory=list)
 
 
 def predict(
@@ -44,11 +55,11 @@ def predict(
         accelerator: Its precision and its processes are used.
         classes: Indices of the logits that count, in the order of the labels; all if not given.
         on_batch: Called with the third item of every batch, for `BadPictures.add`.
-        keep_wrong: Number of misread pictures to keep in `wrong`, those of this process alone.
+        keep_wrong: Number of misclassified images to keep in `wrong`.
     """
     streamed = isinstance(loader.dataset, IterableDataset)  # a process reads its own part, of any length
     evaluator = ClassificationEvaluator(device=accelerator.device)
-    parts, wrong = [], []
+    parts, wrong, share = [], [], 0
     model.eval()
     for images, labels, bad in loader:
         with torch.inference_mode(), accelerator.autocast():
@@ -56,14 +67,16 @@ def predict(
         logits = logits.float() if classes is None else logits.float()[:, classes.to(logits.device)]
         check_labels(labels, logits.shape[-1])
         labels = labels.to(accelerator.device)
+        share = share or len(images)  # of this process in every batch but the last
         if keep_wrong:
+            first = (len(parts) * accelerator.num_processes + accelerator.process_index) * share
             probabilities = logits.softmax(-1)
             for i in (logits.argmax(-1) != labels).nonzero().flatten().tolist():
-                if labels[i] >= 0:
+                # what pads the last batch is another process's too
+                if labels[i] >= 0 and (streamed or first + i < len(loader.dataset)):
                     guess = int(logits[i].argmax())
-                    # the count decides between equals: tensors have no order
-                    item = (float(probabilities[i, guess]), len(parts) * len(images) + i, images[i].cpu(),
-                            int(labels[i]), guess)
+                    # the place decides between equals: tensors have no order
+                    item = (float(probabilities[i, guess]), -(first + i), images[i].cpu(), int(labels[i]), guess)
                     (heapq.heappush if len(wrong) < keep_wrong else heapq.heappushpop)(wrong, item)
         if not streamed:
             logits, labels, bad = accelerator.gather_for_metrics((logits, labels, bad.to(accelerator.device)))
@@ -79,7 +92,10 @@ def predict(
     if not parts:
         raise SettingsError('no picture of the stream can be read; see above for the reasons.')
     labels, top5, confidence = (torch.cat(column) for column in zip(*parts, strict=True))
-    ranked = [(sure, *rest) for sure, _, *rest in sorted(wrong, key=lambda item: item[:2], reverse=True)]
+    if keep_wrong and accelerator.num_processes > 1:
+        wrong = gather_object(wrong)
+    ranked = [Misclassified(sure, None if streamed else -place, *rest)
+              for sure, place, *rest in sorted(wrong, key=lambda item: item[:2], reverse=True)[:keep_wrong]]
     return Predictions(dict(evaluator.compute(distributed=across)), labels, top5, confidence, ranked)
 
 

@@ -16,8 +16,9 @@ from files import write_json
 from open_model import image_mode, means_weights, open_model
 from pictures import BadPictures, Pictures, open_pictures, targets_of
 from processes import start
+from progress import progress_bar
 from provenance import provenance
-from settings import SettingsError, one_line
+from settings import SettingsError, check_output, one_line
 from shards import read_column, write_shard
 from timm.data import ImageDataset, create_transform
 from timm.models import safe_model_name
@@ -191,8 +192,8 @@ def write_shards(settings: Settings, accelerator: Accelerator, extractor: nn.Mod
     loaded = iter(DataLoader(pictures, batch_sampler=keys, num_workers=settings.workers,
                              pin_memory=accelerator.device.type == 'cuda'))
     labels = torch.tensor(split.labels)
-    bar = tqdm(total=sum(map(len, shards.values())), unit='img', unit_scale=True, dynamic_ncols=True, mininterval=0.5,
-               desc=split.name or 'pictures', disable=not accelerator.is_main_process)
+    bar = progress_bar(total=sum(map(len, shards.values())), unit='img', desc=split.name or 'pictures',
+                       quiet=not accelerator.is_main_process)
     for path, members in shards.items():
         rows, parts = [], []
         for batch in batches_of({path: members}, settings.batch_size):
@@ -228,6 +229,7 @@ def run(settings: Settings) -> dict:
     stored = means_weights(settings.model) and not settings.checkpoint
     settings = replace(settings, pretrained=settings.pretrained or stored)
     check_utf8(settings.output, '--output')
+    check_output(Path(settings.output))
     accelerator = start(settings.device, settings.amp, settings.amp_dtype)
     with accelerator.main_process_first():  # a download is done once
         splits = [open_split(settings, settings.split)]

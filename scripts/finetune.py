@@ -6,8 +6,9 @@
     torchrun --nproc-per-node 8 scripts/finetune.py --recipe coatnet_in1k --data-dir imagenet --model coatnet_0
 
 The folder has train/ and val/ (or validation/, test/), with one sub-folder per class in each. The run goes to
-OUTPUT/EXPERIMENT: best weights with their config, metrics.csv, curves.png, confusion.png, misclassified.png and
-summary.json. Once `coatnet_zoo` is imported, `timm.create_model('local-dir:OUTPUT/EXPERIMENT', pretrained=True)`
+OUTPUT/EXPERIMENT: best weights with their config, metrics.csv, curves.png, summary.json, and of these weights
+confusion.png, misclassified.png and predictions.csv (file, label, prediction and confidence of each held-out image).
+Once `coatnet_zoo` is imported, `timm.create_model('local-dir:OUTPUT/EXPERIMENT', pretrained=True)`
 loads it. Exit codes: 2 for a setting that cannot work, 75 when a SIGTERM was answered by saving (--resume auto goes
 on from there), 1 for a loss that is not finite.
 """

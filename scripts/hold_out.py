@@ -8,13 +8,11 @@ others. finetune.py takes --data-dir tin200, and the real validation split is lo
 eval_imagenet.py.
 """
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from image_folder import list_images
-from settings import SettingsError, end_with_sentence, one_line
+from settings import SettingsError, end_with_sentence, one_line, parse_flags, tyro
 
 
 @dataclass(frozen=True)
@@ -59,4 +57,4 @@ def main(settings: Settings) -> dict[str, int]:
 
 
 if __name__ == '__main__':
-    end_with_sentence('hold_out.py', lambda: main(tyro.cli(Settings, description=__doc__, args=sys.argv[1:])))
+    end_with_sentence('hold_out.py', lambda: main(parse_flags(Settings, __doc__)))

@@ -127,21 +127,34 @@ def to_picture(image: torch.Tensor, mean: tuple[float, ...], std: tuple[float, .
     return values[..., 0] if values.shape[-1] == 1 else values
 
 
-def misread_figure(wrong: list[tuple[float, torch.Tensor, int, int]], class_names: list[str],
-                   mean: tuple[float, ...], std: tuple[float, ...]) -> Figure:
-    """The pictures of `Predictions.wrong`, surest mistakes first, with what was predicted and what is true."""
+def shorten(name: str, length: int = 22) -> str:
+    """A name without its middle where it is longer: its end tells files apart."""
+    return name if len(name) <= length else f'{name[:length // 3]}…{name[len(name) + 1 + length // 3 - length:]}'
+
+
+def misread_figure(wrong: list[tuple], files: list[str], class_names: list[str], mean: tuple[float, ...],
+                   std: tuple[float, ...]) -> Figure:
+    """The images of `Predictions.wrong`, surest mistakes first, with what was predicted, what is true and the file.
+
+    Args:
+        wrong: (confidence, index, image, label, prediction) of each.
+        files: The name of each, or nothing.
+        class_names: In label order.
+        mean: Of the normalisation.
+        std: Of the normalisation.
+    """
     columns = min(6, max(3, len(wrong)))
     rows = max(1, -(-len(wrong) // columns))
-    figure = Figure(figsize=(1.9 * columns, 2.3 * rows + 0.5), layout='constrained')
+    figure = Figure(figsize=(1.9 * columns, 2.5 * rows + 0.5), layout='constrained')
     class_names = in_words(class_names)
     use_fonts(class_names)
     figure.suptitle('Misread with most confidence' if wrong else 'Nothing was misread')
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis('off')
-    for axes, (sure, image, label, guess) in zip(figure.axes, wrong, strict=False):
+    for axes, (sure, _, image, label, guess), file in zip(figure.axes, wrong, files, strict=False):
         axes.imshow(to_picture(image, mean, std), cmap='gray', vmin=0, vmax=1)
-        axes.set_title(f'{plain(class_names[guess][:22])}, {100 * sure:.0f} %\nis {plain(class_names[label][:22])}',
-                       fontsize=8)
+        axes.set_title(f'{plain(class_names[guess][:22])}, {100 * sure:.0f} %\nis {plain(class_names[label][:22])}'
+                       f'\n{plain(shorten(file))}', fontsize=8)
     return figure
 
 

@@ -21,7 +21,7 @@ from explain import (
     share_on_padding,
     tap_distances,
 )
-from files import write_figure
+from files import write_csv, write_figure
 from image_files import UNREADABLE, to_mode
 from image_folder import find_images
 from imagenet_labels import describe_synsets
@@ -164,8 +164,8 @@ def open_weights(settings: Settings) -> tuple[nn.Module, dict, str]:
 
 def predict_picture(
         path: Path, image: torch.Tensor, overlay: Path, settings: Settings, model: nn.Module, target: Target,
-        data_config: dict, labels: list[Label], headline: str, device: torch.device) -> str:
-    """Write the overlay of one picture (C, H, W) and return its table."""
+        data_config: dict, labels: list[Label], headline: str, device: torch.device) -> tuple[str, dict]:
+    """Write the overlay of one picture (C, H, W) and return its table, and its row of predictions.csv."""
     picture = to_picture(image, data_config['mean'], data_config['std'])
     logits, painters = look(model, target, image[None].to(device), picture, labels, settings)
     if not logits.isfinite().all():
@@ -184,9 +184,11 @@ def predict_picture(
         write_figure(overlay, figure)
     except OSError as error:
         raise SettingsError(f'--output: {overlay} cannot be written: {one_line(error)}; choose another.') from error
-    rows = [f'  {rank}  {100 * share:5.1f} %  {label}'
-            for rank, (label, share) in enumerate(zip(guesses, shares, strict=True), 1)]
-    return '\n'.join([f'{printable(str(path))} -> {printable(str(overlay))}', *rows])
+    lines, row = [f'{printable(str(path))} -> {printable(str(overlay))}'], {'file': printable(str(path))}
+    for rank, (label, share) in enumerate(zip(guesses, shares, strict=True), 1):
+        lines.append(f'  {rank}  {100 * share:5.1f} %  {label}')
+        row |= {f'label_{rank}': label.name, f'description_{rank}': label.words, f'confidence_{rank}': round(share, 6)}
+    return '\n'.join(lines), row
 
 
 def run(settings: Settings) -> int:
@@ -218,7 +220,7 @@ def run(settings: Settings) -> int:
         predict_picture, settings=settings, model=model.to(accelerator.device), target=target, data_config=data_config,
         labels=labels, device=accelerator.device,
         headline=settings.model if RANDOM not in weights else f'{settings.model}  ·  {RANDOM}')
-    transform, mode, unreadable = create_transform(**data_config), image_mode(data_config), []
+    transform, mode, unreadable, rows = create_transform(**data_config), image_mode(data_config), [], []
     with accelerator.split_between_processes(list(zip(pictures, overlays, strict=True))) as part:
         for path, overlay in part:
             try:
@@ -228,9 +230,18 @@ def run(settings: Settings) -> int:
                 unreadable.append(path)
                 print(f'{printable(str(path))}: cannot be read: {one_line(error)}', file=sys.stderr)
                 continue
-            print(predict(path, image, overlay), flush=True)
-    unreadable = gather_object(unreadable)
+            text, row = predict(path, image, overlay)
+            rows.append(row)
+            print(text, flush=True)
+    unreadable, rows = gather_object(unreadable), gather_object(rows)
     if len(unreadable) == len(pictures):
         raise SettingsError('IMAGES must name at least one picture that can be read, and none of these can; see above '
                             'for the reasons.')
+    if accelerator.is_main_process:
+        table = settings.output / 'predictions.csv'
+        try:
+            write_csv(table, rows)
+        except OSError as error:
+            raise SettingsError(f'--output: {table} cannot be written: {one_line(error)}; choose another.') from error
+        print(f'all of them: {table}')
     return 1 if unreadable or bad else 0

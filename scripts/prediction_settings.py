@@ -1,10 +1,10 @@
 """Settings of predict.py, and the checks of single values, which need neither torch nor timm."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import tyro
 from model_settings import ModelSettings, check_model_settings
-from settings import SettingsError
+from released import best_release
+from settings import SettingsError, tyro
 
 __all__ = ['Settings', 'check_values']
 
@@ -13,7 +13,7 @@ __all__ = ['Settings', 'check_values']
 class CheckpointModelSettings(ModelSettings):
     """What predicts."""
 
-    model: str = 'coatnet_pico_64.tin200_preview'  # NAME.TAG with its weights, any other name, hf-hub: or local-dir:.
+    model: str = field(default_factory=best_release)  # NAME.TAG with its weights, another name, hf-hub: or local-dir:.
     checkpoint: str = ''  # File of weights to load.
 
 

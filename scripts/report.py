@@ -11,8 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
-import tyro
 from files import write_file, write_json
+from settings import end_with_sentence, tyro
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'results'
@@ -332,4 +332,4 @@ def main(count: bool = False, check: bool = False) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(tyro.cli(main, description=__doc__))
+    end_with_sentence('report.py', lambda: sys.exit(tyro.cli(main, description=__doc__)))

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from evaluation import Predictions
 from files import write_csv, write_figure, write_file, write_json
 from matplotlib.figure import Figure
 from plots import draw_curves
@@ -11,7 +12,7 @@ from safetensors.torch import save
 from timm.models import save_for_hf
 from torch import nn
 
-__all__ = ['rank', 'write_config', 'write_metrics', 'write_weights']
+__all__ = ['loading_line', 'rank', 'write_config', 'write_metrics', 'write_predictions', 'write_weights']
 
 
 def write_config(path: Path, model: nn.Module, class_names: list[str], data_config: dict) -> None:
@@ -38,6 +39,19 @@ def write_metrics(run_dir: Path, history: list[dict]) -> None:
     figure = Figure(figsize=(10, 4), layout='constrained')
     draw_curves(*figure.subplots(1, 2), history, max(history, key=rank))
     write_figure(run_dir / 'curves.png', figure)
+
+
+def write_predictions(run_dir: Path, files: list[str], class_names: list[str], predictions: Predictions) -> None:
+    """Write predictions.csv, a row for each held-out image that could be read: file, label, prediction, confidence."""
+    columns = files, predictions.labels.tolist(), predictions.top5[:, 0].tolist(), predictions.confidence.tolist()
+    write_csv(run_dir / 'predictions.csv', [
+        {'file': file, 'label': class_names[label], 'prediction': class_names[guess], 'confidence': round(sure, 6)}
+        for file, label, guess, sure in zip(*columns, strict=True) if label >= 0])
+
+
+def loading_line(run_dir: Path) -> str:
+    """A line of Python that loads the model of a run, as it stands."""
+    return f'import timm, coatnet_zoo; model = timm.create_model({f"local-dir:{run_dir}"!r}, pretrained=True)'
 
 
 def rank(row: dict) -> tuple[float, float]:

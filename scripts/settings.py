@@ -15,11 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
 
-import tyro
+from packages import explain_missing
+
+try:
+    import tyro
+except ModuleNotFoundError as missing:  # commands take tyro from here, so that it is missing in one place
+    sys.exit(explain_missing(missing))
 
 __all__ = [
-    'Preempted', 'SettingsError', 'check_range', 'did_you_mean', 'earlier_results', 'end_with_sentence', 'flag',
-    'one_line', 'parse_argument', 'parse_flags']
+    'Preempted', 'SettingsError', 'check_output', 'check_range', 'did_you_mean', 'earlier_results', 'end_with_sentence',
+    'flag', 'one_line', 'parse_argument', 'parse_flags', 'tyro']
 
 Settings = TypeVar('Settings')
 
@@ -53,6 +58,16 @@ def check_range(settings: object, name: str, least: float, most: float) -> None:
     value = getattr(settings, name)
     if value is not None and not least <= value <= most:
         raise SettingsError(f'{flag(name)} must be from {least:g} to {most:g}, got {value}.')
+
+
+def check_output(path: Path) -> None:
+    """Refuse a path of --output that the system will not even look up: a name too long, a folder closed to the user."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise SettingsError(f'--output cannot be used: {one_line(error)}; choose another.') from error
 
 
 def earlier_results(results_file: str, *keys: str) -> dict | None:
@@ -97,7 +112,7 @@ def parse_flags(
     Args:
         settings: Dataclass whose fields have their help in a comment on the same line, or in tyro.conf.arg. A base
             class `DataSettings`, or `TrainingDataSettings`, makes the group "data options"; a field belongs to the
-            class that declares it first.
+            class that declares it first. `Settings` itself makes no group.
         description: Text above the flags.
         arguments: The command line (sys.argv if not given).
         defaults: Values in place of the defaults of the fields.
@@ -110,31 +125,37 @@ def parse_flags(
             continue
         comments = re.finditer(r'^    (\w+): .*?  # (.+)$', inspect.getsource(base), re.MULTILINE)
         texts |= {found[1]: found[2] for found in comments}
-        title = re.findall('[A-Z][a-z]+', base.__name__.removesuffix('Settings'))[-1:] or ['other']
+        title = re.findall('[A-Z][a-z]+', base.__name__.removesuffix('Settings'))[-1:] or ['']
         new = [name for name in own if not any(name in names for names in groups.values())]
         groups.setdefault(title[0].lower(), []).extend(new)
 
     def option(name: str) -> tuple[str, object, dataclasses.Field]:
-        default = (defaults or {}).get(name, fields[name].default)
+        default, factory = (defaults or {}).get(name, fields[name].default), fields[name].default_factory
+        if default is dataclasses.MISSING and factory is not dataclasses.MISSING:
+            default = factory()
         given = {} if default is dataclasses.MISSING else {'default': default}
         return name, Annotated[hints[name], tyro.conf.arg(help=texts.get(name))], dataclasses.field(**given)
 
-    parts = {}
+    flat, parts = list(map(option, groups.pop('', ()))), {}
     for title, names in groups.items():
         parts[title] = dataclasses.make_dataclass(title, map(option, names), kw_only=True)
         parts[title].__doc__ = ' '  # dataclasses would write the signature there
-    given = tyro.cli(
-        dataclasses.make_dataclass('Flags', parts.items()), args=arguments, description=description,
-        config=(tyro.conf.OmitArgPrefixes,))
-    return settings(**{name: value for part in vars(given).values() for name, value in vars(part).items()})
+    given = vars(tyro.cli(
+        dataclasses.make_dataclass('Flags', [*flat, *parts.items()], kw_only=True), args=arguments,
+        description=description, config=(tyro.conf.OmitArgPrefixes,)))
+    values = {name: value for title in parts for name, value in vars(given.pop(title)).items()}
+    return settings(**given, **values)
 
 
 def end_with_sentence(script: str, main: Callable[[], object]) -> None:
-    """Run a script; a refusal goes to stderr as 'SCRIPT: sentence' and ends it with exit code 2."""
+    """Run a script; an error message goes to stderr as 'SCRIPT: message', and the exit code is 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors='backslashreplace')  # as stderr: names of files may be no UTF-8
+        # a log file shows each line when it is printed, and names of files that are no UTF-8 as stderr shows them
+        sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
     try:
         main()
     except SettingsError as error:
         print(f'{script}: {error}', file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        sys.exit(explain_missing(error))

@@ -19,6 +19,7 @@ from evaluation import Predictions, predict
 from files import write_file
 from loaders import training_transform
 from pictures import BadPictures, EpochSampler, check_labels, seed_of
+from progress import progress_bar
 from run_folder import rank, write_metrics, write_weights
 from safetensors.torch import load_file
 from schedule import advice
@@ -30,7 +31,6 @@ from timm.task.task import TrainingTask
 from timm.utils import random_seed, unwrap_model
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from training import set_trunk_to_eval
 from training_settings import Settings
 
@@ -177,10 +177,9 @@ class Trainer:
     def reporting(self, headline: str) -> Iterator[None]:
         """With a progress bar, a count of unreadable pictures, and SIGTERM waiting for the next update."""
         begun = min(self.progress.batch * self.pictures_per_step, self.pictures_per_epoch)
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=self.settings.epochs * self.pictures_per_epoch,
-            initial=(self.progress.epoch - 1) * self.pictures_per_epoch + begun, unit='img', unit_scale=True,
-            dynamic_ncols=True, mininterval=0.5, disable=not self.writes)
+            initial=(self.progress.epoch - 1) * self.pictures_per_epoch + begun, unit='img', quiet=not self.writes)
         self.say = self.bar.write if self.writes else lambda _: None
         self.say(headline)
         settings, images = self.settings, len(self.train_loader.dataset)

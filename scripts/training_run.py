@@ -12,13 +12,14 @@ from data_settings import is_stream
 from files import write_figure, write_json
 from loaders import create_loaders, open_data
 from open_model import open_model
+from pictures import picture_name
 from plots import confusion_figure, misread_figure
 from processes import start, warn
 from provenance import provenance
-from run_folder import write_config
+from run_folder import loading_line, write_config, write_predictions
 from safetensors import SafetensorError
 from schedule import with_schedule
-from settings import SettingsError, one_line
+from settings import SettingsError, check_output, one_line
 from sharding import check_sharding, wrap
 from timm.models import safe_model_name
 from timm.utils import random_seed
@@ -36,6 +37,7 @@ def find_run(settings: Settings) -> tuple[Path, Path | None]:
         run_dir = Path(settings.resume)
     check_utf8(run_dir, '--resume' if settings.resume not in ('', 'auto') else '--output')
     checkpoint = run_dir / 'last' / 'checkpoint.pt'
+    check_output(checkpoint)
     if settings.resume and checkpoint.is_file():
         return run_dir, checkpoint
     if settings.resume not in ('', 'auto'):
@@ -96,10 +98,14 @@ def run(settings: Settings) -> dict:
         write_json(run_dir / 'summary.json', summary)
         write_figure(run_dir / 'confusion.png', confusion_figure(
             predictions.labels, predictions.top5[:, 0], class_names))
+        held_out = trainer.val_loader.dataset.dataset
+        files = [picture_name(held_out, index) for index in range(len(predictions.labels))]
+        write_predictions(run_dir, files, class_names, predictions)
         write_figure(run_dir / 'misclassified.png', misread_figure(
-            predictions.wrong, class_names, trainer.data_config['mean'], trainer.data_config['std']))
-        print(f'best epoch {best["epoch"]}: top-1 {best["eval_top1"]:.2f} %. Load it with '
-              f'timm.create_model(\'local-dir:{run_dir}\', pretrained=True)')
+            predictions.wrong, ['' if item.index is None else Path(files[item.index]).name for item in
+                                predictions.wrong],
+            class_names, trainer.data_config['mean'], trainer.data_config['std']))
+        print(f'best epoch {best["epoch"]}: top-1 {best["eval_top1"]:.2f} %. Load it with\n{loading_line(run_dir)}')
     accelerator.end_training()
     return summary
 

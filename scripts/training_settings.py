@@ -3,11 +3,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
-import tyro
 from data_settings import DataSettings, is_stream
 from model_settings import ModelSettings, check_model_settings
 from recipes import RECIPES
-from settings import SettingsError, check_range, flag
+from settings import SettingsError, check_range, flag, tyro
 
 __all__ = ['FREE_ON_RESUME', 'Settings', 'check_values']
 

@@ -1,10 +1,19 @@
 """Command lines of all scripts: --help and a wrong value are answered without the seconds that torch and timm take."""
+import ast
 import os
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
 
+import packages
 import pytest
 from script_runs import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # a command, and a value that it must refuse by itself
 COMMANDS = {
@@ -20,24 +29,38 @@ COMMANDS = {
     'transfer.py': ('--data-dir x --model x --shares 2', '--shares must be above 0'),
     'compare_recipes.py': ('--sets digits --seeds 0 --threads 0', '--threads must be from 1'),
     'robustness.py': ('--data-dir x --model x --sizes 0', '--model and --sizes must name at least one each'),
+    'compare.py': ('one', 'RUNS must be two to 5 run folders'),
     'demo.py': ('', ''),
     'report.py': ('', ''),
+    'hub/export.py': ('run --name coatnet_pico_64.tin200 --repo colours', '--repo must be OWNER/NAME'),
+    'hub/card.py': ('', ''),
+    'hub/verify.py': ('', ''),
+    'hub/publish.py': ('folder --repo colours', '--repo must be OWNER/NAME'),
+    'hub/space/app.py': ('', ''),
 }
 # Runs a script in this process and says which of the slow packages it has imported by its end.
 PROBE = '''
 import atexit, runpy, sys
-atexit.register(lambda: print('slow:', *({'torch', 'timm', 'accelerate', 'matplotlib'} & set(sys.modules))))
+atexit.register(lambda: print('slow:', *({'torch', 'timm', 'accelerate', 'matplotlib', 'gradio'} & set(sys.modules))))
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rpartition('/')[0])
 runpy.run_path(sys.argv[0], run_name='__main__')
 '''
 
 
-def run(command: str, arguments: str) -> subprocess.CompletedProcess:
+def run(command: str, arguments: str, before: str = '') -> subprocess.CompletedProcess:
+    """Run a command in a process of its own.
+
+    Args:
+        command: Script, with its folder unless that is scripts/, and its first words.
+        arguments: The rest of the command line.
+        before: Code that the process executes first.
+    """
     script, *words = command.split()
+    script = ROOT / script if '/' in script else ROOT / 'scripts' / script
     return subprocess.run(
-        [sys.executable, '-c', PROBE, str(ROOT / 'scripts' / script), *words, *arguments.split()], capture_output=True,
-        text=True, cwd=ROOT, env={**os.environ, 'COLUMNS': '200'})
+        [sys.executable, '-c', before + PROBE, str(script), *words, *arguments.split()], capture_output=True, text=True,
+        cwd=ROOT, env={**os.environ, 'COLUMNS': '200'})
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -59,3 +82,43 @@ def test_help_has_groups_and_recipes():
         assert said.count(f' {group} options ') == 1
     assert 'Highest learning rate' in said and 'coatnet_in1k_384' in said
     assert said.index('--data-dir') < said.index('--model') < said.index('--lr') < said.index('--hflip')
+
+
+def missing(module: str) -> str:
+    return f'import sys; sys.modules[{module!r}] = None\n'
+
+
+@pytest.mark.parametrize('script', [*{command.split()[0]: None for command in COMMANDS}, 'hold_out.py'])
+def test_a_script_without_tyro_says_what_to_install(script):
+    done = run(script, '--help', missing('tyro'))
+    assert done.returncode == 2 and done.stderr == (
+        f"{Path(script).name}: the module tyro is not installed; in a checkout of coatnet_zoo: pip install "
+        "'.[scripts]'\n")
+
+
+def test_what_is_imported_late_is_explained_too():
+    done = run('hub/space/app.py', '--model resnet18', missing('gradio'))
+    assert done.returncode == 2 and done.stderr.startswith('app.py: the module gradio is not installed; ')
+    assert done.stderr.endswith("pip install '.[space]'\n")
+    with pytest.raises(ModuleNotFoundError, match='no_such_module'):  # a fault of the code stays a traceback
+        packages.explain_missing(ModuleNotFoundError('no_such_module', name='no_such_module'))
+    with pytest.raises(ModuleNotFoundError):
+        packages.explain_missing(ModuleNotFoundError('no torch.nowhere', name='torch.nowhere'))
+
+
+def test_every_import_is_brought_by_the_extra_that_is_named():
+    """All imports of scripts/ and hub/, also those inside functions, against pyproject.toml."""
+    files = [*(ROOT / 'scripts').glob('*.py'), *(ROOT / 'hub').rglob('*.py')]
+    imported = set()
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
+        imported |= {name.name.partition('.')[0] for name in node.names} if isinstance(node, ast.Import) else set()
+        imported |= {node.module.partition('.')[0]} if isinstance(node, ast.ImportFrom) else set()
+    imported -= {*sys.stdlib_module_names, *(file.stem for file in files)}
+    extra_of = {module: extra for extra, modules in packages.EXTRAS.items() for module in modules}
+    assert imported <= {*extra_of} and {'tyro', 'gradio', 'sklearn', 'coatnet_zoo'} <= imported
+
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    distributions = packages_distributions()
+    for module in imported & {*distributions} - {'coatnet_zoo', 'numpy', 'onnx_ir', 'pyarrow'}:  # brought by others
+        brought = ' '.join([*project['dependencies'], *project['optional-dependencies'][extra_of[module]]]).lower()
+        assert any(name.lower().replace('_', '-') in brought for name in distributions[module]), module

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import compare
+import comparison
 import finetune
 import pytest
 import timm
@@ -45,12 +46,39 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
     args = json.loads((other / 'args.json').read_text())
     (other / 'args.json').write_text(json.dumps(args | {'lr': 0.5, 'seed': 1}))
     for settings, message in (
-            (dict(runs=(runs[0], str(other))), 'lr, seed differ between test_resnet and test_vit'),
+            (dict(runs=(runs[0], str(other))),
+             r'of test_resnet \| other differ lr: 0\.0005 \| 0\.5, seed: 42 \| 1; .*--allow-different'),
+            (dict(runs=(runs[0], f'{runs[0]}/../test_resnet')), 'different folders, .*named twice'),
             (dict(runs=(runs[0],)), 'two to 5 run folders, got 1'),
             (dict(runs=(runs[0], str(tmp_path))), 'has no summary.json'),
             (dict(runs=tuple(runs), results_file='two.csv'), r'must end in \.json, got two\.csv')):
         with pytest.raises(SettingsError, match=message):
             compare.main(compare.Settings(**settings))
+
+
+def test_folders_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for paths, names in (
+            (('a/x', 'b/y'), ['x', 'y']), (('a/x', 'b/x', 'b/y'), ['a/x', 'b/x', 'b/y']),
+            (('x', 'a/x'), [f'{tmp_path.name}/x', 'a/x']), (('a/b/x', 'c/b/x'), ['a/b/x', 'c/b/x'])):
+        assert comparison.name_runs(tuple(map(Path, paths))) == names
+
+
+def test_other_recipes_are_compared_on_request_and_what_differs_is_listed(runs, tmp_path, capsys):
+    """The same model twice, in folders of the same name."""
+    other = tmp_path / 'slow' / 'test_resnet'
+    shutil.copytree(runs[0], other)
+    args = json.loads((other / 'args.json').read_text())
+    (other / 'args.json').write_text(json.dumps(args | {'lr': 0.5, 'new_setting': 3}))
+    report = compare.main(compare.Settings(runs=(runs[0], str(other)), allow_different=True))
+    first, second = report['runs']
+    assert second == 'slow/test_resnet' and first == str(Path(*Path(runs[0]).parts[-2:]))
+    assert report['different'] == {'lr': [0.0005, 0.5], 'new_setting': [None, 3]}
+    assert not {'lr', 'new_setting'} & {*report['recipe']} and report['recipe']['seed'] == 42
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == [
+        f'NOT of one recipe: {first} | slow/test_resnet', '  lr: 0.0005 | 0.5', '  new_setting: None | 3']
+    assert [line.split()[0] for line in printed[3:]] == [first, second]
 
 
 def test_run_that_cannot_be_read_is_refused(runs, tmp_path):
@@ -62,6 +90,7 @@ def test_run_that_cannot_be_read_is_refused(runs, tmp_path):
 
     for name, content, message in (
             ('args.json', '{', 'cannot be read'), ('metrics.csv', 'epoch\nfirst\n', 'cannot be read'),
+            ('config.json', '{}', r'its config\.json does not give the model'),
             ('metrics.csv', 'epoch\n', 'an epoch in metrics.csv'), ('summary.json', '{"top1": 1}', 'train it again')):
         with pytest.raises(SettingsError, match=message) as error:
             compare.main(compare.Settings(runs=(runs[0], broken(name, content))))

@@ -3,45 +3,24 @@
     python hub/space/app.py --model coatnet_pico_64.tin200_preview local-dir:output/coatnet_pico
     python app.py
 
-The second line is how a Space starts it: with the released models and those in the folder models/ beside this file.
+The second line is how a Space starts it: with the released models, the most accurate of those that ship first, and
+those in the folder models/ beside this file.
 Nothing but this machine is asked for anything, except the Hub for released weights that do not ship with the package.
 """
-import base64
-import json
 import os
 import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 # in a Space they lie beside this file
-sys.path.extend(str(Path(__file__).resolve().parent / rooms) for rooms in ('scripts', '../../scripts'))
-os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # before gradio is imported
-os.environ['HF_HUB_DISABLE_TELEMETRY'] = '1'
+sys.path.extend(str(Path(__file__).resolve().parent / folder) for folder in ('scripts', '../../scripts'))
 
-import gradio as gr
-import torch
-import tyro
-from answer import Answer, Model, answer, open_models, share_of
-from prediction import RANDOM
-from processes import choose_device
-from settings import SettingsError, end_with_sentence
-from upload import MOST_BYTES, MOST_PIXELS, read_upload
+from released import released_models
+from settings import SettingsError, end_with_sentence, parse_flags
 
 HERE = Path(__file__).resolve().parent
-SYSTEM_FONTS = ('system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'Helvetica Neue', 'sans-serif')
-MONO_FONTS = ('ui-monospace', 'Menlo', 'Consolas', 'monospace')
-MOST_WAITING = 20  # requests in the queue; the next one is told that it is full
-KEPT = 3600  # seconds after which the next request deletes a user's files
-INTRODUCTION = '''
-<h1>What does it see?</h1>
-<p>Image classifiers of <b>coatnet_zoo</b>: convolution (C), attention (T), LightConv (L) and DynamicConv (D), stage by
-stage. Drop a picture and look inside.</p>'''
-HINT = f'Any picture, up to {MOST_BYTES // 2 ** 20} MiB and {MOST_PIXELS // 10 ** 6} million pixels.'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +29,6 @@ class Settings:
     host: str | None = None  # Address to serve at (GRADIO_SERVER_NAME, else 127.0.0.1, if not given).
     port: int | None = None  # Port to serve at (the first free one from 7860 if not given).
     device: str = 'auto'  # auto (a GPU where there is one), cpu or cuda.
-
-
-def released_models() -> tuple[str, ...]:
-    """The names that have released weights."""
-    releases = files('coatnet_zoo') / 'weights' / 'releases.json'
-    return tuple(json.loads(releases.read_text(encoding='utf-8'))) if releases.is_file() else ()
 
 
 def choose_models(settings: Settings, folder: Path = HERE / 'models') -> tuple[str, ...]:
@@ -68,113 +41,14 @@ def choose_models(settings: Settings, folder: Path = HERE / 'models') -> tuple[s
     return found
 
 
-def say(sentences: list[str], kind: str) -> str:
-    role = 'alert' if kind == 'refusal' else 'status'
-    return ''.join(f'<p class="{kind}" role="{role}">{escape(sentence)}</p>' for sentence in sentences)
-
-
-def show_facts(model: Model, given: Answer) -> str:
-    """Parameters, input and speed, as a list."""
-    device = next(model.network.parameters()).device
-    threads = torch.get_num_threads()
-    where = 'CPU, 1 thread' if threads == 1 else f'CPU, {threads} threads'
-    where = where if device.type == 'cpu' else torch.cuda.get_device_name(device)
-    _, height, width = model.data_config['input_size']
-    facts = {
-        'Parameters': f'{sum(p.numel() for p in model.network.parameters()) / 1e6:.2f} M',
-        'Input': f'{width} x {height} pixels', 'Stages': ' '.join(model.word) or 'not of this zoo',
-        'Classes': f'{len(model.labels):,}', 'Forward pass': f'{given.milliseconds:.1f} ms'}
-    rows = ''.join(f'<div><dt>{name}</dt><dd>{escape(value)}</dd></div>' for name, value in facts.items())
-    return (f'<dl class="facts">{rows}</dl><p class="measured">Time of one picture, measured on this request: '
-            f'{escape(where)}.</p>')
-
-
-def show_panels(model: Model, given: Answer, at: tuple[float, float] | None) -> str:
-    """The maps in a grid, and what a click would change."""
-    hint = 'These stages have neither attention nor predicted kernels, only the last map of features.'
-    if model.positions:
-        letters = {'attention': 'where it looks', 'kernels': 'the kernels predicted there'}
-        shows = ' and '.join(letters[kind] for kind in dict.fromkeys(target.kind for target in model.targets[:-1]))
-        hint = f'Click {"another" if at else "a"} position of the picture to see {shows}.'
-    shown = []
-    for panel in given.panels:
-        source = base64.b64encode(panel.png).decode()
-        shown.append(
-            f'<figure><figcaption><small>{escape(panel.stage)}</small><b>{escape(panel.title)}</b>'
-            f'<span>{escape(panel.subtitle)}</span></figcaption>'
-            f'<img alt="{escape(f"{panel.title}: {panel.subtitle}")}" src="data:image/png;base64,{source}"></figure>')
-    return f'<h2>What the stages looked at</h2><p class="hint">{hint}</p><div class="panels">{"".join(shown)}</div>'
-
-
-def delete_old(folder: Path) -> None:
-    """Delete files of KEPT seconds; gradio's own delete_cache passes over the pictures that it sends."""
-    for file in folder.rglob('*'):
-        if file.is_file() and time.time() - file.stat().st_mtime > KEPT:
-            file.unlink(missing_ok=True)
-
-
-def build_page(models: dict[str, Model]) -> gr.Blocks:
-    """The page; requests wait in one queue, for one at a time is in the network."""
-
-    def show(title: str, file: str | None, at: tuple[float, float] | None = None) -> tuple:
-        """(message, results, seen, guesses, facts, panels) for a file, or a sentence and no results."""
-        delete_old(Path(page.GRADIO_CACHE))
-        if not file:
-            return '', gr.update(visible=False), None, None, '', ''
-        model = models[title]
-        try:
-            picture, notes = read_upload(Path(file))
-        except SettingsError as error:
-            return say([str(error)], 'refusal'), gr.update(visible=False), None, None, '', ''
-        if model.weights == RANDOM:
-            notes.append(f'{RANDOM}.')
-        given = answer(model, picture, at)
-        return (say(notes, 'note'), gr.update(visible=True), given.seen, given.guesses,
-                show_facts(model, given), show_panels(model, given, at))
-
-    def show_position(title: str, file: str | None, click: gr.SelectData) -> tuple:
-        """The same, of the position that was clicked in the picture."""
-        return show(title, file, at=share_of(models[title], click.index) if models[title].positions else None)
-
-    with gr.Blocks(title='coatnet_zoo', analytics_enabled=False) as page:
-        gr.HTML(INTRODUCTION, elem_id='introduction', padding=False)
-        with gr.Row(equal_height=False):
-            with gr.Column(min_width=280):
-                title = gr.Dropdown(list(models), label='Model', elem_id='model')
-            with gr.Column(min_width=280):
-                file = gr.File(label='Picture', type='filepath', height=150, elem_id='file')
-                gr.HTML(f'<p class="hint">{HINT}</p>', padding=False)
-        message = gr.HTML(elem_id='message', padding=False)
-        with gr.Column(visible=False, elem_id='results') as results:
-            with gr.Row(equal_height=False):
-                with gr.Column(min_width=280):
-                    seen = gr.Image(
-                        label='What the model sees', format='png', interactive=False, buttons=[], elem_id='seen')
-                with gr.Column(min_width=280):
-                    guesses = gr.Label(label='Best guesses', num_top_classes=5, elem_id='guesses')
-                with gr.Column(min_width=280):
-                    facts = gr.HTML(elem_id='facts', padding=False)
-            panels = gr.HTML(elem_id='panels', padding=False)
-        outputs = [message, results, seen, guesses, facts, panels]
-        one_at_a_time = dict(concurrency_limit=1, concurrency_id='network', show_progress_on=[seen, message])
-        gr.on([file.change, title.change], show, [title, file], outputs, api_name='predict', **one_at_a_time)
-        seen.select(show_position, [title, file], outputs, api_visibility='private', **one_at_a_time)
-    return page.queue(max_size=MOST_WAITING, api_open=False)
-
-
-def serve(page: gr.Blocks, **options: object) -> tuple:
-    """`Blocks.launch` with what this page needs: no font, script or share link from elsewhere, uploads bounded."""
-    theme = gr.themes.Base(primary_hue='blue', neutral_hue='slate', font=SYSTEM_FONTS, font_mono=MONO_FONTS,
-                           radius_size='md').set(body_text_color_subdued='*neutral_500')  # 400 is faint on white
-    return page.launch(
-        theme=theme, css_paths=HERE / 'style.css', max_file_size=MOST_BYTES, footer_links=[], share=False,
-        ssr_mode=False, **options)
-
-
 def main(settings: Settings) -> None:
     """Open the models and serve the page until it is interrupted."""
-    device = choose_device(settings.device)
     names = choose_models(settings)
+    from interface import build_page, serve  # isort: skip  # here: gradio, torch and timm take seconds to import
+    from answer import open_models
+    from processes import choose_device
+
+    device = choose_device(settings.device)
     models = open_models(names, released_models(), device)
     for model in models.values():
         print(f'{model.title}: {model.weights}', flush=True)
@@ -184,4 +58,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == '__main__':
-    end_with_sentence('app.py', lambda: main(tyro.cli(Settings, description=__doc__)))
+    end_with_sentence('app.py', lambda: main(parse_flags(Settings, __doc__)))

@@ -74,6 +74,10 @@ def test_unwritable_output_is_refused(settings, tmp_path):
     (tmp_path / 'file').write_text('in the way')
     with pytest.raises(SettingsError, match=r'--output .*file.* cannot be written.*choose another'):
         run(settings, output=str(tmp_path / 'file'))
+    for resume in ('', 'auto'):  # before there is a run to go on with
+        with pytest.raises(SettingsError, match=r'--output cannot be used: .*File name too long') as told:
+            run(settings, output=str(tmp_path / ('x' * 300)), resume=resume)
+        assert '--resume' not in str(told.value)
 
 
 def test_folder_without_pictures_is_refused(settings, tmp_path):

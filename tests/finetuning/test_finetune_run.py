@@ -1,15 +1,20 @@
 """scripts/finetune.py: what a run leaves, and its command line."""
+import csv
 import dataclasses
 import json
 from pathlib import Path
 
 import finetune
+import plots
 import pytest
 import recipes
 import timm
 import torch
+import training_run
+from PIL import Image
 from runs import assert_everything_loads, read_checkpoint, read_metrics, run, run_command
 from safetensors import safe_open
+from safetensors.torch import load_file
 from script_runs import CLASSES
 from settings import SettingsError
 from timm.data import create_dataset, create_transform, resolve_data_config
@@ -48,8 +53,8 @@ def test_run_folder_is_complete_and_readable(settings):
     run_dir = run(settings)
     assert {path.relative_to(run_dir).as_posix() for path in run_dir.rglob('*') if path.is_file()} == {
         'args.json', 'config.json', 'confusion.png', 'curves.png', 'last/checkpoint.pt', 'metrics.csv',
-        'misclassified.png', 'model.safetensors', 'summary.json'}
-    assert assert_everything_loads(run_dir) == 9
+        'misclassified.png', 'model.safetensors', 'predictions.csv', 'summary.json'}
+    assert assert_everything_loads(run_dir) == 10
     assert json.loads((run_dir / 'args.json').read_text())['lr'] == settings.lr
     with safe_open(run_dir / 'model.safetensors', 'pt') as weights:
         assert weights.metadata() == {'format': 'pt'}
@@ -61,6 +66,43 @@ def test_run_folder_is_complete_and_readable(settings):
         best['epoch'], best['eval_top1'], best['eval_loss'])
     assert summary['torch'] == torch.__version__ and summary['seed'] == settings.seed
     assert history[0]['lr'] > history[1]['lr'] > settings.min_lr
+
+
+def test_closing_line_loads_the_model_as_it_stands(settings, capsys):
+    run_dir = run(settings, epochs=1, experiment='it\'s "my" run')
+    said, line = capsys.readouterr().out.splitlines()[-2:]
+    assert said.endswith('Load it with') and line.startswith('import timm, coatnet_zoo; ')
+    names = {}
+    exec(line, names)  # what a user pastes
+    assert load_file(run_dir / 'model.safetensors').keys() == names['model'].state_dict().keys()
+    assert names['model'].pretrained_cfg['label_names'] == list(CLASSES)
+
+
+def test_held_out_predictions_have_names_and_are_those_of_the_best_epoch(settings, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(training_run, 'misread_figure', lambda *args: figures.update(files=args[1], wrong=args[0])
+                        or plots.misread_figure(*args))
+    run_dir = run(settings, epochs=3)
+    with (run_dir / 'predictions.csv').open(newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    assert [*rows[0]] == ['file', 'label', 'prediction', 'confidence'] and len(rows) == 15
+    model = timm.create_model(f'local-dir:{run_dir}', pretrained=True).eval()
+    transform = create_transform(**resolve_data_config(model=model, use_test_size=True))
+    for row in rows:
+        path = Path(row['file'])
+        assert path.is_relative_to(f'{settings.data_dir}/val') and path.parent.name == row['label']
+        with torch.no_grad():
+            shares = model(transform(Image.open(path).convert('RGB'))[None])[0].softmax(-1)
+        assert CLASSES[shares.argmax()] == row['prediction']
+        assert float(row['confidence']) == pytest.approx(shares.max().item(), abs=1e-4)
+    wrong = [row for row in rows if row['label'] != row['prediction']]
+    assert 0 < len(wrong) < 15 and 100 * (1 - len(wrong) / 15) == pytest.approx(
+        json.loads((run_dir / 'summary.json').read_text())['top1'])
+    assert {Path(row['file']).name for row in wrong} == {*figures['files']} and len(wrong) == len(figures['wrong'])
+    for name, item in zip(figures['files'], figures['wrong'], strict=True):
+        file = Path(rows[item.index]['file'])
+        assert file.name == name
+        assert torch.allclose(item.image, transform(Image.open(file).convert('RGB')), atol=1e-6)
 
 
 def test_model_learns_the_colours(settings):
@@ -78,7 +120,7 @@ def test_help_explains_each_setting():
         assert f'--{field.name.replace("_", "-")} ' in result.stdout or f'--no-{field.name}'.replace('_', '-') in (
             result.stdout), field.name
     said = ' '.join(result.stdout.replace('│', ' ').split())  # lines break anywhere
-    for text in ('Label smoothing.', 'Processes that read pictures', '(default: adamw)', '--amp, --no-amp'):
+    for text in ('Label smoothing.', 'Processes that read images', '(default: adamw)', '--amp, --no-amp'):
         assert text in said
 
 
@@ -88,8 +130,8 @@ def test_command_trains_and_a_bad_one_ends_with_code_2(settings):
                  'zero_init_last=False', '--output', settings.output]
     result = run_command(*arguments)
     assert result.returncode == 0, result.stderr
-    assert 'epoch   1/1' in result.stdout and 'img/s' in result.stderr
-    assert assert_everything_loads(Path(settings.output) / 'test_resnet') == 9
+    assert 'epoch   1/1' in result.stdout and '\r' not in result.stdout + result.stderr  # no bar in a log
+    assert assert_everything_loads(Path(settings.output) / 'test_resnet') == 10
     again = run_command(*arguments)
     assert again.returncode == 2 and again.stdout == ''
     assert again.stderr.startswith('finetune.py: --output') and again.stderr.count('\n') == 1
@@ -125,4 +167,4 @@ def test_recipe_runs_from_one_command(settings, recipe):
         '--experiment', 'run', '--model-kwargs', *small, '--img-size', '32', '--epochs', '1', '--warmup-epochs', '0',
         '--batch-size', '12', '--workers', '0', '--device', 'cpu'])
     finetune.main(chosen)
-    assert assert_everything_loads(Path(settings.output) / 'run') == 9
+    assert assert_everything_loads(Path(settings.output) / 'run') == 10

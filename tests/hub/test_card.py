@@ -84,7 +84,9 @@ def test_licence_of_ones_own_is_linked_and_a_base_of_the_hub_is_named(folder):
 
 def test_example_runs_as_it_stands(folder, tmp_path, monkeypatch, capsys):
     rewrite(folder, repo='me/colours')
-    block = re.search(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL)[1]
+    text = (folder / 'README.md').read_text()
+    block = re.search(r'```python\n(.*?)```', text, re.DOTALL)[1]
+    assert text.index('pip install') < text.index('import coatnet_zoo') < text.index('timm.create_model(')
     assert "'hf-hub:me/colours'" in block
     monkeypatch.chdir(tmp_path)
     Image.new('RGB', (50, 40), (200, 40, 30)).save('picture.jpg')
@@ -94,13 +96,23 @@ def test_example_runs_as_it_stands(folder, tmp_path, monkeypatch, capsys):
     assert sum(float(share.rstrip('%')) for share, _ in lines) == pytest.approx(100, abs=0.2)
 
 
+@pytest.mark.parametrize(('source', 'line'), [
+    (None, 'pip install path/to/coatnet_zoo'), ('coatnet_zoo>=1', "pip install 'coatnet_zoo>=1'"),
+    ('https://example.com/me/zoo', "pip install 'git+https://example.com/me/zoo'"),
+    ('git+ssh://git@example.com/zoo', "pip install 'git+ssh://git@example.com/zoo'"),
+    ('https://example.com/zoo-1.whl', "pip install 'https://example.com/zoo-1.whl'")])
+def test_card_tells_how_to_install_the_package(folder, source, line):
+    text = rewrite(folder, source=source)
+    assert f'``` {line} ```' in text and ('whose address this card was not given' in text) == (source is None)
+
+
 def test_text_is_whole_markdown(exported):
     text = (exported / 'README.md').read_text()
     body = text.split('---\n', 2)[2]
     assert '{{' not in text and '{%' not in text and text.endswith('\n') and '\n\n\n' not in body
     assert [line for line in body.splitlines() if line.startswith('#')] == [
         f'# {NAME}', '## How to use it', '## Results', '## How it was trained', '## Data, licence and limits']
-    assert body.count('```') == 4
+    assert body.count('```') == 6
     targets = re.findall(r'\]\((?!https:)([^)]+)\)', body)
     assert targets == ['curves.png'] and (exported / 'curves.png').is_file()
     for table in re.findall(r'(?:^\|.*\n)+', body, re.MULTILINE):

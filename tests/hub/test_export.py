@@ -5,15 +5,17 @@ import json
 import shutil
 from pathlib import Path
 
-import card
 import eval_imagenet
 import export
+import export_run
 import finetune
+import model_card
 import onnx_files
 import pytest
 import timm
 import torch
-import verify
+import verification
+from huggingface_hub import ModelCard
 from names import NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -115,7 +117,7 @@ def test_synsets_are_described_and_the_card_prints_words(run_dir, exported):
     made = make(run_dir)
     words = json.loads((made / 'config.json').read_text())['label_descriptions']
     assert words == dict(zip(synsets, ('tench, Tinca tinca', 'tabby, tabby cat', 'espresso'), strict=True))
-    verify.verify(made)
+    verification.verify(made)
     assert timm.create_model(f'local-dir:{made}', pretrained=True).pretrained_cfg['label_descriptions'] == words
     assert '{words[names[index]]}' in (made / 'README.md').read_text()
     assert '{names[index]}' in (exported / 'README.md').read_text()
@@ -127,7 +129,7 @@ def test_synsets_are_described_and_the_card_prints_words(run_dir, exported):
 def test_release_tells_how_the_run_went(exported, trained):
     release, summary = release_of(exported), json.loads((trained / 'summary.json').read_text())
     assert release['metrics']['top1'] == round(summary['top1'], 4) and release['metrics']['ece'] is None
-    assert release['picked_best_epoch'] is True and release['evaluated_on'] == 'colours, validation'
+    assert release['picked_best_epoch'] is True and release['evaluated_on'] == 'Colours, validation'
     assert (release['seed'], release['epochs'], release['best_epoch']) == (42, 1, 1)
     assert (release['commit'], release['hardware']) == (summary['commit'], summary['hardware'])
     assert release['hours'] == pytest.approx(summary['train_seconds'] / 3600, abs=1e-4)
@@ -156,7 +158,7 @@ def test_what_started_from_released_weights_keeps_their_licence(run_dir, tmp_pat
     weights.write_bytes(b'released')
     entry = {'pretrained_cfg': {'license': 'other'}, 'release': {'license_name': 'terms', 'license_link': 'https://x.y'},
              'sha256': hashlib.sha256(b'released').hexdigest(), 'repo': 'owner/photos'}
-    monkeypatch.setattr(export, 'RELEASES', {'coatnet_pico_64.photos': entry})
+    monkeypatch.setattr(export_run, 'RELEASES', {'coatnet_pico_64.photos': entry})
 
     def licence(**options) -> tuple:
         made = make(run_dir, **options)
@@ -174,7 +176,7 @@ def test_what_started_from_released_weights_keeps_their_licence(run_dir, tmp_pat
                   random | dict(initial_checkpoint=str(weights)),
                   random | dict(initial_checkpoint=str(second / 'model.safetensors'))):
         change_json(run_dir / 'args.json', **start)
-        assert export.license_of_start(json.loads((run_dir / 'args.json').read_text())) == {
+        assert export_run.license_of_start(json.loads((run_dir / 'args.json').read_text())) == {
             'license': 'other', 'license_name': 'terms', 'license_link': 'https://x.y'}, start
     assert licence() == ('other', 'terms', 'https://x.y')
     assert licence(license='mit') == ('mit', None, None)  # whoever says one knows
@@ -207,7 +209,7 @@ def test_grey_model_of_a_word_without_attention(pictures, tmp_path, run_settings
     images = IMAGES[:, :1]
     expected = answer(f'local-dir:{tmp_path}/run', images)
     assert expected.std() > 0 and torch.equal(answer(f'local-dir:{folder}', images), expected)
-    assert verify.check_answers(folder)[0] == 'timm 0.0e+00'
+    assert verification.check_answers(folder)[0] == 'timm 0.0e+00'
 
 
 # 16 bits
@@ -252,7 +254,7 @@ def test_cost_of_rounding_is_measured_and_figures_are_of_the_rounded_file(run_di
     metrics = release['metrics']
     assert (metrics['top1'], metrics['images'], metrics['top1_change']) == (0, 8, -50)
     assert release['evaluated_on'] == 'held_out' and release['picked_best_epoch'] is False
-    verify.check_card(folder, json.loads((folder / 'config.json').read_text()))
+    verification.check_card(folder, json.loads((folder / 'config.json').read_text()))
     text = (folder / 'README.md').read_text()
     assert '(points) | -50.000 |' in text and '| top-1 accuracy (%) | 0.00 |' in text
 
@@ -315,6 +317,7 @@ def test_evaluation_of_something_else_is_refused(run_dir, pictures, options, cha
     ({'trained_on': 'two\nlines'}, ['--trained-on must be one line', 'leave it out']),
     ({'data_license': ' '}, ['--data-license must be one line']),
     ({'evaluated_on': 'a\ttab'}, ['--evaluated-on must be one line']),
+    ({'source': "https://x.y/zoo' 'z"}, ['--source', 'without blanks and quotes']),
     ({'repo': 'colours'}, ['--repo', 'OWNER/NAME', "'colours'"]),
     ({'run_dir': Path('no/run')}, ['RUN_DIR no/run', 'summary.json', '--resume auto']),
 ], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '')
@@ -385,7 +388,7 @@ def test_interrupted_export_leaves_the_earlier_one(folder, trained, monkeypatch,
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, step, interrupt)
+    monkeypatch.setattr(export_run, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(trained, output=folder, license='mit')
     assert digests(folder) == first and [path.name for path in folder.parent.iterdir()] == [NAME]
@@ -431,6 +434,39 @@ def test_paths_of_the_machine_stay_at_home(run_dir):
         assert str(run_dir.parent) not in path.read_text()
 
 
+@pytest.mark.parametrize(('data', 'trained_on', 'name'), [
+    ({'data_dir': '../data/flowers'}, 'Oxford Flowers', 'Oxford Flowers, validation'),
+    ({'data_dir': '../data/flowers'}, None, 'flowers, validation'),
+    ({'data_dir': 'data/flowers/'}, None, 'flowers, validation'),
+    ({'dataset': 'hfds/me/flowers', 'data_dir': '../cache'}, None, 'me/flowers, validation'),
+    ({'dataset': 'hfds/me/flowers', 'data_dir': '../cache'}, 'Flowers', 'Flowers, validation')])
+def test_data_are_named_without_the_folders_of_the_machine(run_dir, data, trained_on, name):
+    change_json(run_dir / 'args.json', **data, teacher='local-dir:../runs/large', model='local-dir:../runs/base',
+                pretrained=True)
+    folder = make(run_dir, trained_on=trained_on, license='mit')
+    release = release_of(folder)
+    assert release['evaluated_on'] == name
+    assert (release['teacher'], release['started_from']) == ('local-dir:large', 'pretrained weights of local-dir:base')
+    metadata = ModelCard.load(folder / 'README.md').data
+    assert {result.dataset_name for result in metadata.eval_results} == {name}
+    assert '../' not in (folder / 'README.md').read_text().replace(release['command'], '')
+
+
+@pytest.mark.parametrize(('data', 'split', 'name', 'picked'), [
+    ('../data/colours', '', 'Colours, validation', True), ('colours/val', '', 'Colours, val', True),
+    ('/mnt/colours', '--split test', 'Colours, test', False), ('../../imagenet/val', '', 'imagenet, val', False),
+    ('hfds/me/other', '', 'hfds/me/other', False), ('../photos', '', 'photos', False)])
+def test_data_of_an_evaluation_are_named_without_folders_too(run_dir, data, split, name, picked):
+    row = {'checkpoint': '', 'model': f'local-dir:{run_dir}', 'img_size': 32, 'crop_pct': 0.9,
+           'interpolation': json.loads((run_dir / 'config.json').read_text())['pretrained_cfg']['interpolation'],
+           'valid_labels': 'all', 'real_labels': '', 'top1': 50., 'top5': 90., 'loss': 1., 'ece': 2., 'images': 9,
+           'data': data, 'provenance': {'command': f'python scripts/eval_imagenet.py --data-dir {data} {split}'}}
+    (run_dir / 'evaluation.json').write_text(json.dumps(row))
+    settings = export.Settings(run_dir=run_dir, name=NAME, trained_on='Colours')
+    release = export_run.describe_release(settings, json.loads((run_dir / 'config.json').read_text()))
+    assert (release['evaluated_on'], release['picked_best_epoch']) == (name, picked)
+
+
 # ONNX and torch.export
 
 
@@ -456,7 +492,7 @@ def test_onnx_and_torch_export_give_the_golden_logits(run_settings, tmp_path, mo
     for name in ('model.onnx', 'model.pt2'):
         assert not any(place in (folder / name).read_bytes() for place in here)
 
-    verify.list_files(folder)
+    verification.list_files(folder)
     onnx_files.check_no_pickles(folder / 'model.pt2')
     program = torch.export.load(folder / 'model.pt2')
     program.example_inputs = ((IMAGES,), {})
@@ -465,6 +501,6 @@ def test_onnx_and_torch_export_give_the_golden_logits(run_settings, tmp_path, mo
         onnx_files.check_no_pickles(tmp_path / 'pickled.pt2')
     (folder / 'model.onnx').unlink()
     with pytest.raises(SettingsError, match=r'lacks model.onnx'):
-        verify.list_files(folder)
-    card.write_card(folder)
+        verification.list_files(folder)
+    model_card.write_card(folder)
     assert 'model.onnx' not in (folder / 'README.md').read_text()

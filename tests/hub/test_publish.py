@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import model_card
 import publish
+import publish_run
 import pytest
 import timm
 import torch
+import verification
 from huggingface_hub import CommitOperationAdd, ModelCard, constants
 from safetensors.torch import save_file
 from server import OWNER_TOKEN, READER_TOKEN
@@ -59,8 +62,8 @@ def ready(made, tmp_path) -> Path:
 @pytest.fixture
 def settings(client, ready, tmp_path, monkeypatch) -> publish.Settings:
     """A push of that folder, into a package without releases."""
-    monkeypatch.setattr(publish, 'WEIGHTS', tmp_path / 'weights')
-    monkeypatch.setattr(publish, 'verify', checksums)
+    monkeypatch.setattr(publish_run, 'WEIGHTS', tmp_path / 'weights')
+    monkeypatch.setattr(publish_run, 'verify', checksums)
     (tmp_path / 'weights').mkdir()
     (tmp_path / 'weights/releases.json').write_text('{}\n')
     return publish.Settings(folder=ready, repo=REPO, push=True)
@@ -72,7 +75,7 @@ def change(path: Path, content: bytes) -> None:
 
 
 def recorded() -> dict:
-    return publish.read_releases()
+    return publish_run.read_releases()
 
 
 def refused(settings: publish.Settings) -> str:
@@ -129,12 +132,12 @@ def test_push_uploads_once_and_records_what_came_back(hub, client, settings, cap
     said = capsys.readouterr().out
     assert all(word in said for word in ('uploaded 5 files in commit', 'tagged v1', 'golden logits met', 'recorded in'))
 
-    before = (publish.WEIGHTS / 'releases.json').read_bytes()
+    before = (publish_run.WEIGHTS / 'releases.json').read_bytes()
     hub.requests.clear()
     publish.main(settings)
     assert_published(hub, settings.folder)
     assert not asked(hub, 'PUT', '') and not asked(hub, 'POST', '/commit/') and not asked(hub, 'POST', '/tag/')
-    assert (publish.WEIGHTS / 'releases.json').read_bytes() == before
+    assert (publish_run.WEIGHTS / 'releases.json').read_bytes() == before
     assert 'nothing to upload' in capsys.readouterr().out
 
 
@@ -150,7 +153,7 @@ STEPS = ('create_repo', 'upload', 'create_tag', 'check_download', 'record')
 @pytest.mark.parametrize('step', STEPS)
 @pytest.mark.parametrize('moment', ['before', 'after'])
 def test_interrupted_at_any_step_it_ends_in_the_same_state(hub, client, settings, monkeypatch, step, moment):
-    owner = publish.HfApi if step.startswith('create') else publish
+    owner = publish_run.HfApi if step.startswith('create') else publish_run
     done = getattr(owner, step)
 
     def interrupted(*args, **kwargs):
@@ -288,7 +291,7 @@ def test_package_needs_no_network_and_a_push_fills_in_the_rest(hub, settings, of
     offline()
     publish.main(dataclasses.replace(settings, repo='', push=False, package=True))
     offline(False)
-    entry, weights = recorded()[NAME], publish.WEIGHTS / f'{NAME}.safetensors'
+    entry, weights = recorded()[NAME], publish_run.WEIGHTS / f'{NAME}.safetensors'
     assert (entry['repo'], entry['commit'], entry['packaged']) == (None, None, weights.name) and not hub.requests
     assert weights.read_bytes() == (settings.folder / 'model.safetensors').read_bytes()
     publish.main(settings)
@@ -296,7 +299,7 @@ def test_package_needs_no_network_and_a_push_fills_in_the_rest(hub, settings, of
     assert (entry['repo'], entry['packaged']) == (REPO, weights.name)
     assert entry['commit'] == hub.repos[REPO].branches['main']
     publish.main(dataclasses.replace(settings, repo='', push=False, package=True))
-    assert recorded()[NAME] == entry and sorted(path.name for path in publish.WEIGHTS.iterdir()) == sorted(
+    assert recorded()[NAME] == entry and sorted(path.name for path in publish_run.WEIGHTS.iterdir()) == sorted(
         [weights.name, 'releases.json'])
     change(settings.folder / 'model.safetensors', b'other weights')
     assert 'has other weights than' in refused(settings)
@@ -304,7 +307,7 @@ def test_package_needs_no_network_and_a_push_fills_in_the_rest(hub, settings, of
 
 @pytest.mark.parametrize('moment', ['before', 'after'])
 def test_packaging_interrupted_ends_in_the_same_state(settings, monkeypatch, moment):
-    settings, done = dataclasses.replace(settings, repo='', push=False, package=True), publish.write_file
+    settings, done = dataclasses.replace(settings, repo='', push=False, package=True), publish_run.write_file
 
     def interrupted(*args):
         if moment == 'after':
@@ -312,7 +315,7 @@ def test_packaging_interrupted_ends_in_the_same_state(settings, monkeypatch, mom
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish, 'write_file', interrupted)
+        patch.setattr(publish_run, 'write_file', interrupted)
         with pytest.raises(KeyboardInterrupt):
             publish.main(settings)
     assert recorded() == {}
@@ -326,9 +329,41 @@ def test_what_may_not_be_released_is_refused(settings, monkeypatch):
                                ('coatnet_7', 'coatnet_7')):
         change(settings.folder / 'config.json', json.dumps({**config, 'architecture': architecture}).encode())
         assert told in refused(settings)
-    config['release']['repo'] = None
-    change(settings.folder / 'config.json', json.dumps(config).encode())
-    assert f'is not what the example on the card loads, None; export again with --repo {REPO}' in refused(settings)
+
+
+@pytest.mark.parametrize('before', [None, 'other/colours'])
+def test_push_writes_its_repository_into_the_card_of_an_export_that_names_another_or_none(
+        hub, settings, folder, monkeypatch, before, capsys):
+    monkeypatch.setattr(publish_run, 'verify', verification.verify)
+    monkeypatch.setattr(verification, 'check_in_fresh_process', lambda folder: 'left out')
+    monkeypatch.setattr(publish_run, 'check_release', lambda *_: None)  # for its 32 pixels
+    config = json.loads((folder / 'config.json').read_text())
+    config['release']['repo'] = before
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    model_card.write_card(folder)
+    old, settings = checksums(folder), dataclasses.replace(settings, folder=folder, repo='owner/colours')
+
+    publish.main(dataclasses.replace(settings, push=False))
+    said = f'README.md and config.json name {before or "no repository"}: '
+    assert said + '--push would write owner/colours' in capsys.readouterr().out and checksums(folder) == old
+
+    with monkeypatch.context() as patch:  # killed between the two files
+        patch.setattr(publish_run, 'write_json', lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            publish.main(settings)
+    capsys.readouterr()
+    publish.main(settings)
+    assert said + 'owner/colours is written' in capsys.readouterr().out
+    new = checksums(folder)
+    assert {name for name in old if old[name] != new[name]} == {'README.md', 'config.json'} and {*old} == {*new}
+    config['release']['repo'] = 'owner/colours'
+    assert json.loads((folder / 'config.json').read_text()) == config
+    assert "timm.create_model('hf-hub:owner/colours', pretrained=True)" in (folder / 'README.md').read_text()
+    there = hub.repos['owner/colours'].files()
+    assert {name: hashlib.sha256(there[name].content).hexdigest() for name in new} == new
+    publish.main(dataclasses.replace(settings, push=False))
+    said = capsys.readouterr().out
+    assert 'would write' not in said and 'holds these files; --push would upload nothing' in said
 
 
 @pytest.mark.parametrize('change', [
@@ -339,7 +374,7 @@ def test_what_may_not_be_released_is_refused(settings, monkeypatch):
 def test_record_damaged_by_hand_is_a_sentence_and_left_as_it_is(settings, change):
     settings = dataclasses.replace(settings, repo='', push=False, package=True)
     publish.main(settings)
-    path, releases = publish.WEIGHTS / 'releases.json', recorded()
+    path, releases = publish_run.WEIGHTS / 'releases.json', recorded()
     change(releases[NAME])
     for damaged in (json.dumps(releases), '<<<<<<< ours\n', '[]'):
         path.write_text(damaged)
@@ -355,7 +390,7 @@ def test_a_disk_that_takes_nothing_is_a_sentence_and_is_made_up_for(hub, setting
 
     settings = dataclasses.replace(settings, package=True)
     with monkeypatch.context() as patch:
-        patch.setattr(publish, step, full)
+        patch.setattr(publish_run, step, full)
         assert re.match(rf'a file of this machine cannot be written: .*{os.strerror(number)}', refused(settings))
     publish.main(settings)
     assert recorded()[NAME]['commit'] == hub.repos[REPO].tags['v1'] and recorded()[NAME]['packaged']

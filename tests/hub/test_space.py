@@ -16,17 +16,17 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from released import best_release
 from run_folder import write_config
 from safetensors.torch import save_file
 from settings import SettingsError
 from timm.data import create_transform, resolve_input_data_config
 
-from coatnet_zoo.releases import RELEASES
-
 gradio = pytest.importorskip('gradio', reason='gradio comes with the space extra')
 
 import answer  # noqa: E402  imports gradio, or this file is skipped
 import app  # noqa: E402  the same
+import interface  # noqa: E402  the same
 
 ROOT = Path(__file__).parents[2]
 NAMES = ['tench', 'a <b>bold</b> class', 'n02102040', 'kite & co', 'fifth', 'sixth']
@@ -122,19 +122,20 @@ def test_a_release_is_opened_with_its_weights_and_others_are_called_random(monke
     opened = []
     known = answer.open_weights(answer.Settings(images=(), model='coatnet_pico_64'))
     monkeypatch.setattr(answer, 'open_weights', lambda settings: opened.append(settings) or known)
-    assert answer.open_models(('a.tag', 'coatnet_pico_64'), ('a.tag',), CPU)['coatnet_pico_64'].weights == app.RANDOM
+    models = answer.open_models(('a.tag', 'coatnet_pico_64'), ('a.tag',), CPU)
+    assert models['coatnet_pico_64'].weights == interface.RANDOM
     assert [settings.pretrained for settings in opened] == [True, False]
 
 
 def test_words_of_others_are_shown_and_not_run(models):
     panel = answer.Panel('Stage 1', 'Grad-CAM of <img src=x onerror=alert(1)>', '"a" & b', b'')
-    html = app.show_panels(models['coatnet_pico_64'], answer.Answer({}, None, [panel], 1.0), None)
+    html = interface.show_panels(models['coatnet_pico_64'], answer.Answer({}, None, [panel], 1.0), None)
     assert '<img src=x' not in html and 'of &lt;img src=x onerror=alert(1)&gt;' in html and '"a"' not in html
-    assert '<script>' not in app.say(['<script>'], 'note')
+    assert '<script>' not in interface.say(['<script>'], 'note')
 
 
 def test_facts_are_of_the_model_and_of_this_request(models):
-    facts = app.show_facts(models['dynamicconvnet_pico_64'], answer.Answer({}, None, [], 12.34))
+    facts = interface.show_facts(models['dynamicconvnet_pico_64'], answer.Answer({}, None, [], 12.34))
     count = sum(p.numel() for p in models['dynamicconvnet_pico_64'].network.parameters())
     for words in (f'{count / 1e6:.2f} M', '64 x 64 pixels', 'L L D D', '12.3 ms', 'measured on this request'):
         assert words in facts
@@ -145,8 +146,8 @@ def test_old_files_are_deleted_and_new_ones_kept(tmp_path, monkeypatch):
     for file in (old, new):
         file.parent.mkdir()
         file.write_bytes(b'x')
-    os.utime(old, (time.time() - app.KEPT - 5,) * 2)
-    app.delete_old(tmp_path)
+    os.utime(old, (time.time() - interface.KEPT - 5,) * 2)
+    interface.delete_old(tmp_path)
     assert not old.exists() and new.exists()
 
 
@@ -157,8 +158,8 @@ def test_old_files_are_deleted_and_new_ones_kept(tmp_path, monkeypatch):
 def client_server(models, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('GRADIO_TEMP_DIR', str(tmp_path_factory.mktemp('uploads')))
-        page = app.build_page(models)
-        _, url, _ = app.serve(page, prevent_thread_lock=True, quiet=True)
+        page = interface.build_page(models)
+        _, url, _ = interface.serve(page, prevent_thread_lock=True, quiet=True)
         yield url
         page.close(verbose=False)
 
@@ -186,7 +187,7 @@ def test_several_users_wait_in_a_queue_and_get_their_own(connect, models, runs, 
         asked.append(address)
         return connection(self, address)
 
-    monkeypatch.setattr(app, 'answer', watched)
+    monkeypatch.setattr(interface, 'answer', watched)
     monkeypatch.setattr(socket.socket, 'connect', watch)
     pictures = [write_picture(tmp_path / f'{seed}.png', seed) for seed in range(4)]
     titles = [list(models)[number % 2] for number in range(4)]
@@ -210,7 +211,7 @@ def test_bad_files_get_a_sentence_and_no_results(connect, models, tmp_path, capf
 
 
 def test_what_is_too_large_is_refused_while_it_comes(connect, models, tmp_path):
-    (tmp_path / 'large.png').write_bytes(bytes(app.MOST_BYTES + 1))
+    (tmp_path / 'large.png').write_bytes(bytes(interface.MOST_BYTES + 1))
     with pytest.raises(Exception, match=r'413|[Ss]ize'):
         connect(next(iter(models)), tmp_path / 'large.png').result(timeout=60)
 
@@ -327,7 +328,7 @@ def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
     # a good one its prediction, of the model that is picked
     upload.set_input_files(picture)
     page.locator('.panels img').first.wait_for()
-    assert page.get_by_label('Model').input_value() == next(iter(RELEASES))  # what ships comes first
+    assert page.get_by_label('Model').input_value() == best_release()
     page.get_by_label('Model').click()
     page.get_by_role('option', name='dynamicconvnet_pico_64', exact=True).click()
     page.get_by_text('Kernels predicted at positions').first.wait_for()

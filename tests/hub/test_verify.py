@@ -12,7 +12,7 @@ from pathlib import Path
 import export
 import pytest
 import torch
-import verify
+import verification as verify
 from safetensors.torch import load_file, save_file
 from settings import SettingsError
 

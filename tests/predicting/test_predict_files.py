@@ -1,15 +1,25 @@
 """The files scripts/predict.py reads and writes, what it refuses, its command line, and several processes."""
+import csv
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import predict
 import pytest
+import released
+import timm
+import torch
 import tyro
 from overlay_runs import NAMES, write_picture, write_run, zoo
+from PIL import Image
 from script_runs import run_main, run_processes
 from settings import SettingsError
+from timm.data import create_transform, resolve_input_data_config
+
+from coatnet_zoo.releases import RELEASES
 
 
 def test_folders_are_searched_and_bad_pictures_named_while_others_go_on(settings, picture, tmp_path, capsys):
@@ -26,13 +36,63 @@ def test_folders_are_searched_and_bad_pictures_named_while_others_go_on(settings
     assert predict.main(dataclasses.replace(settings, images=images)) == 1
     out, err = capsys.readouterr()
     assert {path.name for path in settings.output.iterdir()} == {
-        'kite-attention.png', 'KITE-attention.png', 'kite-attention-2.png'}
+        'kite-attention.png', 'KITE-attention.png', 'kite-attention-2.png', 'predictions.csv'}
     assert out.count(' -> ') == 3  # the picture that is named twice is read once
     for name, reason in (('empty.png', 'cannot identify'), ('cut.jpg', 'truncated'), ('missing.jpg', 'No such file'),
                          ('bare', 'no images in this folder, but no files at all')):
         assert sum(name in line and reason in line for line in err.splitlines()) == 1, (name, err)
     assert 'notes.txt' not in err + out
     assert before == {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_table_has_a_row_for_each_image_that_was_read(settings, picture, tmp_path, randomize):
+    """In the order of the images, with up to five labels, their descriptions and confidences."""
+    name = write_run(tmp_path / 'run', randomize(zoo()), NAMES)
+    other = write_picture(tmp_path / 'a, "b".png', seed=1)
+    own = dict(model=name, model_kwargs=(), num_classes=None, img_size=None,
+               images=(picture, tmp_path / 'no.png', other))
+    assert predict.main(dataclasses.replace(settings, **own)) == 1
+    with (settings.output / 'predictions.csv').open(newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['file'] for row in rows] == [str(picture), str(other)]
+    assert [*rows[0]] == ['file', *(f'{column}_{rank}' for rank in range(1, 5)
+                                    for column in ('label', 'description', 'confidence'))]
+    model = timm.create_model(name, pretrained=True).eval()
+    transform = create_transform(**resolve_input_data_config(model, {}, use_test_size=True))
+    for row, path in zip(rows, (picture, other), strict=True):
+        with torch.no_grad():
+            shares, best = model(transform(Image.open(path).convert('RGB'))[None])[0].softmax(-1).sort(descending=True)
+        assert [row[f'label_{rank}'] for rank in range(1, 5)] == [NAMES[index] for index in best]
+        assert [float(row[f'confidence_{rank}']) for rank in range(1, 5)] == pytest.approx(shares.tolist(), abs=1e-5)
+        described = {row[f'label_{rank}']: row[f'description_{rank}'] for rank in range(1, 5)}
+        assert described['n01440764'] == 'tench, Tinca tinca' and described['my own class'] == ''
+    (settings.output / 'predictions.csv').unlink()
+    (settings.output / 'predictions.csv').mkdir()
+    with pytest.raises(SettingsError, match=r'--output: .*predictions.csv cannot be written'):
+        predict.main(dataclasses.replace(settings, **own))
+
+
+def test_the_best_release_is_opened_unless_another_is_named(tmp_path, monkeypatch):
+    """Best: of those that ship, of most classes, by its recorded top-1; without importing coatnet_zoo."""
+    def entry(top1: float | None, classes: int = 200, packaged: str | None = 'file') -> dict:
+        return {'packaged': packaged, 'pretrained_cfg': {'num_classes': classes},
+                'release': {'metrics': {'top1': top1}}}
+
+    assert predict.Settings(images=()).model == released.best_release() == max(
+        RELEASES, key=lambda name: RELEASES[name]['release']['metrics']['top1'])
+    package = tmp_path / 'coatnet_zoo'
+    (package / 'weights').mkdir(parents=True)
+    monkeypatch.setattr(released, 'find_spec', lambda name: SimpleNamespace(origin=package / '__init__.py'))
+    with pytest.raises(SettingsError, match='--model must be given where no weights are released'):
+        released.best_release()
+    releases = {'worse': entry(30.), 'digits': entry(99., 10), 'far': entry(80., 1000, None), 'best': entry(40.),
+                'unknown': entry(None)}
+    (package / 'weights' / 'releases.json').write_text(json.dumps(releases))
+    assert released.released_models() == ('best', 'worse', 'unknown', 'digits', 'far')
+    assert predict.Settings(images=()).model == 'best'
+    (package / 'weights' / 'releases.json').write_text('{"best": {}}')
+    with pytest.raises(SettingsError, match=r'releases\.json is damaged .*reinstall coatnet_zoo'):
+        released.best_release()
 
 
 def test_one_complaint_is_enough_for_exit_code_1(settings, picture, tmp_path):
@@ -51,7 +111,7 @@ def test_no_picture_that_is_read_is_ever_written_over(settings, picture):
         assert predict.main(dataclasses.replace(settings, images=(picture, taken), output=output)) == 0
     assert before == (taken.read_bytes(), picture.read_bytes())
     assert {path.name for path in folder.iterdir()} - {'link'} == {
-        'kite.png', 'kite-attention.png', 'kite-attention-2.png', 'kite-attention-attention.png'}
+        'kite.png', 'kite-attention.png', 'kite-attention-2.png', 'kite-attention-attention.png', 'predictions.csv'}
 
 
 def test_a_long_name_ends_no_run(settings, picture, tmp_path, capsys):
@@ -61,7 +121,7 @@ def test_a_long_name_ends_no_run(settings, picture, tmp_path, capsys):
     images = (tmp_path / ('x' * 300 + '.png'), folder)
     assert predict.main(dataclasses.replace(settings, images=images)) == 1
     out, err = capsys.readouterr()
-    assert out.count(' -> ') == 4 and len(list(settings.output.iterdir())) == 4
+    assert out.count(' -> ') == 4 and len(list(settings.output.glob('*.png'))) == 4
     assert 'File name too long' in err
 
 
@@ -153,7 +213,7 @@ def test_two_processes_share_the_pictures(settings, picture, tmp_path, randomize
     assert predict.main(dataclasses.replace(settings, **own)) == 1
     one = capsys.readouterr().out.splitlines()
     pngs = {path.name: path.read_bytes() for path in settings.output.iterdir()}
-    assert len(one) == 16 and len(pngs) == 3
+    assert len(one) == 17 and len(pngs) == 4  # with predictions.csv
 
     for path in settings.output.iterdir():
         path.unlink()

@@ -35,7 +35,7 @@ def test_predictions_of_a_run_folder_are_those_of_the_model(
     words = {'n01440764': 'n01440764  tench, Tinca tinca', 'my own class': 'my own class',
              'n02102040': 'n02102040  English springer, English springer spaniel',
              'n03888257': 'n03888257  parachute, chute'}
-    assert [line.split(' %  ') for line in lines[2:]] == [
+    assert [line.split(' %  ') for line in lines[2:-1]] == [
         [f'  {rank}  {100 * share:5.1f}', words[NAMES[index]]]
         for rank, (share, index) in enumerate(zip(shares.tolist(), best.tolist(), strict=True), 1)]
     assert [panel['draw'] for panel in drawn] == ['draw_picture', 'draw_heat', 'draw_guesses']
@@ -110,7 +110,7 @@ def test_kernels_are_drawn_at_positions_or_one_at_its_place(settings, randomize,
     kernel, heat = drawn[1:3]
     assert kernel['draw'] == 'draw_kernel' and kernel['kernel'].shape == (5, 5)
     assert kernel['position'] == heat['frame'] == (0, 0)
-    assert {path.name for path in settings.output.iterdir()} == {'kite-kernels.png'}
+    assert {path.name for path in settings.output.iterdir()} == {'kite-kernels.png', 'predictions.csv'}
 
 
 def test_a_kernel_lies_on_what_its_taps_see(monkeypatch):
@@ -223,5 +223,7 @@ def test_synsets_are_words_where_pictures_name_classes():
     assert in_words(['n01440764', 'mine']) == ['n01440764', 'mine']
     axes = confusion_figure(torch.arange(3), torch.arange(3), synsets).axes[0]
     assert axes.get_yticklabels()[0].get_text() == axes.get_xticklabels()[0].get_text() == 'tench'
-    wrong = [(0.9, torch.zeros(3, 8, 8), 0, 1)]
-    assert misread_figure(wrong, synsets, (0,) * 3, (1,) * 3).axes[0].get_title() == 'crane n02012849, 90 %\nis tench'
+    wrong = [(0.9, 7, torch.zeros(3, 8, 8), 0, 1)]
+    for file, shown in (('kite.png', 'kite.png'), ('a' * 20 + '$0007.png', r'aaaaaaa…aaaaa\$0007.png')):
+        title = misread_figure(wrong, [file], synsets, (0,) * 3, (1,) * 3).axes[0].get_title()
+        assert title == f'crane n02012849, 90 %\nis tench\n{shown}'

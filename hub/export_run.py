@@ -1,0 +1,346 @@
+"""A released folder from a run: reads the run, rounds and checks its weights, and writes each file."""
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import eval_imagenet
+import timm
+import torch
+from export_settings import Settings
+from files import write_file, write_json
+from imagenet_labels import describe_synsets
+from model_card import write_card
+from onnx_files import onnx_answers, write_onnx_files
+from release_folder import bare_model, largest_gap, own_cfg, split_name, stored_dtypes
+from release_rules import FILES, ONNX_FILES, RELEASE_FIELDS, TOLERANCE
+from run_folder import write_config, write_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from settings import SettingsError, one_line
+from torch import nn
+from torch.nn.functional import interpolate
+
+from coatnet_zoo.releases import RELEASES, sha256_of
+
+RUN_FILES = ('config.json', 'args.json', 'summary.json', 'curves.png', 'model.safetensors')
+SPLITS = ('train', 'val', 'validation', 'test')  # folders that say nothing without their parent's name
+DATA_KEYS = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
+
+
+def read_json(path: Path) -> dict | list:
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f'RUN_DIR: {path} cannot be read: {one_line(error)}; give a run folder of '
+                            f'finetune.py.') from error
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse an output that is anything but an earlier export."""
+    if not output.exists() and not output.is_symlink():
+        return
+    names = {path.name for path in output.iterdir()} if output.is_dir() and not output.is_symlink() else {''}
+    try:
+        ours = 'release' in json.loads((output / 'config.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        ours = False
+    if names and not (ours and names <= {*FILES, *ONNX_FILES}):
+        raise SettingsError(f'--output {output} must not exist, be empty, or be an earlier export, which it is not; '
+                            f'name another folder.')
+
+
+def read_run(settings: Settings) -> dict:
+    """The run's config.json, once the run is complete and of the architecture that --name names."""
+    if missing := [name for name in RUN_FILES if not (settings.run_dir / name).is_file()]:
+        raise SettingsError(f'RUN_DIR {settings.run_dir} must be a finished run of finetune.py, but lacks '
+                            f'{", ".join(missing)}; give one, or finish it with --resume auto.')
+    config = read_json(settings.run_dir / 'config.json')
+    architecture, _ = split_name(settings.name)
+    if architecture != config['architecture']:
+        raise SettingsError(f'--name {settings.name} must name the architecture of RUN_DIR {settings.run_dir}, which '
+                            f'is {config["architecture"]}; give {config["architecture"]}.TAG.')
+    if len(set(config.get('label_names') or ())) != config['num_classes']:
+        raise SettingsError(f'RUN_DIR {settings.run_dir}: config.json must name each of its {config["num_classes"]} '
+                            f'classes once under label_names; fine-tune with a data set that names them.')
+    return config
+
+
+def open_weights(settings: Settings, config: dict) -> nn.Module:
+    """The registered model with the run's weights, strictly loaded and finite."""
+    path = settings.run_dir / 'model.safetensors'
+    changed = {name: value for name, value in config.get('model_args', {}).items()
+               if name not in ('in_chans', 'img_size', 'num_classes', 'global_pool')}
+    model = bare_model(config)
+    try:
+        state = load_file(path)
+        model.load_state_dict(state)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise SettingsError(f'RUN_DIR: {path} is not a checkpoint of {config["architecture"]} with {changed or "no"} '
+                            f'changes: {one_line(error)[:300]}; register what the run trained under a name of its '
+                            f'own.') from error
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise SettingsError(f'RUN_DIR: {path} must be finite throughout, but {", ".join(broken[:5])} is not; train '
+                            f'again with a lower --lr.')
+    return model
+
+
+def golden_images(config: dict) -> torch.Tensor:
+    """Two smooth pictures and two of noise (4, C, H, W), normalised: the same at every export."""
+    cfg = config['pretrained_cfg']
+    channels, *size = cfg['input_size']
+    generator = torch.Generator().manual_seed(0)
+    smooth = interpolate(torch.rand(2, channels, 5, 5, generator=generator), size, mode='bicubic').clamp(0, 1)
+    pictures = torch.cat([smooth, torch.rand(2, channels, *size, generator=generator)])
+    mean, std = (torch.tensor(cfg[name]).view(-1, 1, 1) for name in ('mean', 'std'))
+    return (pictures - mean) / std
+
+
+def check_architecture(model: nn.Module, run_dir: Path, config: dict) -> None:
+    """Refuse a run whose model computes something else than the registered one with the same weights."""
+    images = golden_images(config)
+    with torch.no_grad():
+        gap = largest_gap(model(images), timm.create_model(f'local-dir:{run_dir}', pretrained=True).eval()(images))
+    if gap > TOLERANCE:
+        raise SettingsError(f'RUN_DIR {run_dir} trained another model than {config["architecture"]}: with '
+                            f'{config["model_args"]} its logits differ by {gap:.1e} of the largest; register that '
+                            f'under a name of its own.')
+
+
+def rounded(model: nn.Module, dtype: str) -> dict[str, torch.Tensor]:
+    """The state dict as it is stored; refuses values that 16 bits cannot hold."""
+    dtypes = stored_dtypes(model, dtype)
+    state = {name: value.to(dtypes[name]) for name, value in model.state_dict().items()}
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise SettingsError(f'--dtype {dtype} cannot hold the values of {", ".join(broken[:5])}; use bfloat16.')
+    return state
+
+
+def without_folders(text: str) -> str:
+    """Paths that begin with /, ~, ./ or ../ cut to their last name: a card is public, folders of a machine are not."""
+    return re.sub(r'(^|[\s=\'":])(~|\.{0,2}/)([^\s\'"]*/)?(?=[^\s/])', r'\1', text)
+
+
+def same_data(evaluated: str, trained: str) -> bool:
+    """Whether two names are likely of the same data, as a whole or by its validation folder, wherever it lies."""
+    return Path(os.path.abspath(trained)).name in Path(os.path.abspath(evaluated)).parts[-2:]
+
+
+def data_name(data: str, settings: Settings, args: dict, split: str) -> str:
+    """A name of data for a card: that of the training data and its split, or that of a folder without its parents.
+
+    Args:
+        data: --dataset or --data-dir of what read them.
+        settings: --trained-on is the name of the training data.
+        args: Of the run.
+        split: Which part of the training data was read, if `data` does not end in it.
+    """
+    trained = args['dataset'] or args['data_dir']
+    named, folder = Path(os.path.abspath(trained)).name, Path(os.path.abspath(data))
+    if same_data(data, trained):
+        known = settings.trained_on or args['dataset'].partition('/')[2] or named
+        return f'{known}, {split if folder.name == named else folder.name}'
+    if re.match('(hfi?ds|tfds|torch|wds)/', data):
+        return data
+    return f'{folder.parent.name}, {folder.name}' if folder.name in SPLITS else folder.name
+
+
+def held_out_figures(settings: Settings, args: dict, summary: dict, config: dict) -> tuple[dict, str, bool]:
+    """(metrics, what they were measured on, whether this also picked the best epoch) as the run's files tell."""
+    path, trained = settings.run_dir / 'evaluation.json', args['dataset'] or args['data_dir']
+    if not path.exists():
+        metrics = {name: summary[name] for name in ('top1', 'top5', 'loss')}
+        return metrics, data_name(trained, settings, args, args['val_split']), True
+    rows, run_name = read_json(path), settings.run_dir.resolve().name
+    rows = [row for row in (rows if isinstance(rows, list) else [rows])
+            if not row['checkpoint'] and Path(row['model'].removeprefix('local-dir:')).name == run_name]
+    if len(rows) != 1:
+        raise SettingsError(f'RUN_DIR: {path} must have one row for local-dir:{settings.run_dir}, but has '
+                            f'{len(rows)}; evaluate again with --results-file {path}, or remove it.')
+    row, cfg = rows[0], config['pretrained_cfg']
+    other = [f'{name} {row[name]}' for name, value in (
+        ('img_size', cfg['input_size'][-1]), ('crop_pct', cfg['crop_pct']), ('interpolation', cfg['interpolation']),
+        ('valid_labels', 'all'), ('real_labels', '')) if row[name] != value]
+    if other:
+        raise SettingsError(f'RUN_DIR: {path} must be of the model as it is released, but has {", ".join(other)}; '
+                            f'evaluate again without these flags, or remove it.')
+    metrics = {name: row[name] for name in ('top1', 'top5', 'loss', 'ece', 'images')}
+    split = re.search(r'--split[ =](\S+)', row['provenance']['command'])
+    name = data_name(row['data'], settings, args, split[1] if split else 'validation')
+    return metrics, name, same_data(row['data'], trained) and not split
+
+
+def earlier_run(args: dict) -> dict | None:
+    """The summary beside the checkpoint that the run started from, if a run of finetune.py left it there."""
+    path = Path(args['initial_checkpoint']).with_name('summary.json') if args['initial_checkpoint'] else None
+    return read_json(path) if path and path.is_file() else None
+
+
+def starting_point(args: dict) -> str:
+    if earlier := earlier_run(args):
+        return (f'the weights that `{without_folders(earlier["command"])}` left: {earlier["epochs"]} epochs, '
+                f'{earlier["train_seconds"] / 3600:.2f} hours, seed {earlier["seed"]}, commit {earlier["commit"]}')
+    if args['initial_checkpoint']:
+        return f'weights of {Path(args["initial_checkpoint"]).name}'
+    return f'pretrained weights of {without_folders(args["model"])}' if args['pretrained'] else 'random weights'
+
+
+def license_of_start(args: dict) -> dict[str, str]:
+    """Licence of the released weights that a run started from, at first or second hand; apache-2.0 from random weights.
+
+    Raises SettingsError where nothing tells what the weights it started from were.
+    """
+    model, checkpoint = args.get('model', ''), args.get('initial_checkpoint') or ''
+    if not checkpoint and not args.get('pretrained'):
+        return {'license': 'apache-2.0'}
+    if checkpoint or model.startswith('local-dir:'):
+        file = Path(checkpoint or Path(model.removeprefix('local-dir:'), 'model.safetensors'))
+        if (earlier := file.with_name('args.json')).is_file():
+            return license_of_start(read_json(earlier))
+        digest = sha256_of(file) if file.is_file() else None
+        name = next((known for known, entry in RELEASES.items() if entry['sha256'] == digest), None)
+    else:
+        file = model
+        name = next((known for known, entry in RELEASES.items() if model in (
+            known, known.partition('.')[0], f'hf-hub:{entry["repo"]}')), None)
+    if name is None:
+        raise SettingsError(f'--license must be named: the run started from {file}, which is neither of a run folder '
+                            f'nor a release of this package, so that its licence is not known.')
+    release = RELEASES[name]['release']
+    return {'license': RELEASES[name]['pretrained_cfg']['license'],
+            'license_name': release['license_name'], 'license_link': release['license_link']}
+
+
+def describe_release(settings: Settings, config: dict) -> dict:
+    """What config.json says under 'release'; None is what the run's files and the settings do not tell."""
+    args, summary = (read_json(settings.run_dir / name) for name in ('args.json', 'summary.json'))
+    try:
+        seconds = summary['train_seconds'] + (earlier_run(args) or {'train_seconds': 0})['train_seconds']
+        found, evaluated_on, picked = held_out_figures(settings, args, summary, config)
+        metrics = {name: None for name in ('top1', 'top5', 'loss', 'ece', 'images', 'top1_change')} | found
+        hub_id = re.fullmatch(r'hfi?ds/([\w.-]+/[\w.-]+)', args['dataset'])
+        release = {
+            'metrics': {name: value if value is None else round(value, 4) for name, value in metrics.items()},
+            'evaluated_on': settings.evaluated_on or evaluated_on, 'picked_best_epoch': picked,
+            'trained_on': settings.trained_on or args['dataset'].partition('/')[2] or None,
+            'dataset_id': settings.dataset_id or (hub_id[1] if hub_id else None), 'data_license': settings.data_license,
+            'recipe': args['recipe'] or None, 'command': without_folders(summary['command']),
+            'hardware': f'{summary["processes"]} x ' * (summary['processes'] > 1) + summary['hardware'],
+            'hours': round(seconds / 3600, 4), 'seed': summary['seed'], 'commit': summary['commit'],
+            'epochs': summary['epochs'], 'best_epoch': summary['best_epoch'], 'started_from': starting_point(args),
+            'teacher': without_folders(args['teacher']) or None, 'date': summary['date'], 'torch': summary['torch'],
+            'timm': summary['timm'], 'dtype': settings.dtype, 'repo': settings.repo,
+            'source': settings.source, 'license_name': settings.license_name, 'license_link': settings.license_link}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(f'RUN_DIR {settings.run_dir}: args.json, summary.json or evaluation.json is not as '
+                            f'finetune.py and eval_imagenet.py write it: {type(error).__name__} {error}.') from error
+    if unfit := [name for name, value in release['metrics'].items() if value is not None and not math.isfinite(value)]:
+        raise SettingsError(f'RUN_DIR {settings.run_dir}: figures must be finite, but {", ".join(unfit)} is not.')
+    return {name: release[name] for name in RELEASE_FIELDS}
+
+
+def write_release_config(folder: Path, settings: Settings, model: nn.Module, config: dict, release: dict) -> None:
+    """Write config.json: timm's, of this model alone, without the model_args that break transformers' TimmWrapper."""
+    architecture, tag = split_name(settings.name)
+    path = folder / 'config.json'
+    write_config(path, model, config['label_names'], {key: config['pretrained_cfg'][key] for key in DATA_KEYS})
+    written = json.loads(path.read_text(encoding='utf-8'))
+    # num_classes stands at the top already, and TimmWrapper passes it on from there
+    written['model_args'] = {key: written['model_args'][key] for key in ('img_size', 'in_chans')}
+    paper = {'paper_ids': paper_ids} if (paper_ids := own_cfg(architecture).get('paper_ids')) else {}
+    words = describe_synsets(config['label_names'])
+    if len(words) == config['num_classes']:
+        written['label_descriptions'] = words
+    written['pretrained_cfg'] |= {'tag': tag, 'license': settings.license, **paper}
+    write_json(path, written | {'release': release})
+
+
+def write_golden(folder: Path, config: dict) -> None:
+    """Write images and the logits of a fresh model that timm loads from the folder."""
+    images = golden_images(config)
+    with torch.no_grad():
+        logits = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(images)
+    write_weights(folder / 'golden.safetensors', {'input': images, 'logits': logits})
+
+
+def measure_rounding(settings: Settings, folder: Path, release: dict) -> None:
+    """Evaluate the run and the rounded weights on the same pictures; the figures of the release become the latter's."""
+    before, after = eval_imagenet.main(eval_imagenet.Settings(
+        data_dir=settings.data_dir, model=(f'local-dir:{settings.run_dir}', f'local-dir:{folder}'),
+        workers=settings.workers, valid_labels='all'))
+    args = read_json(settings.run_dir / 'args.json')
+    release['metrics'] = {name: after[name] for name in ('top1', 'top5', 'loss', 'ece', 'images')} | {
+        'top1_change': round(after['top1'] - before['top1'], 4)}
+    release['evaluated_on'] = settings.evaluated_on or data_name(settings.data_dir, settings, args, 'validation')
+    release['picked_best_epoch'] = same_data(settings.data_dir, args['dataset'] or args['data_dir'])
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    write_json(folder / 'config.json', config | {'release': release})
+
+
+def swap(temporary: Path, output: Path) -> None:
+    """Give the finished folder its name, in the place of an earlier one."""
+    old = output.with_name(f'.{output.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    try:
+        temporary.rename(output)
+    except BaseException:
+        if old.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def run(settings: Settings) -> Path:
+    """Export as `settings` say and return the folder."""
+    config = read_run(settings)
+    output = settings.output or Path('output/hub') / settings.name
+    check_replaceable(output)
+    if settings.license is None:
+        settings = replace(settings, **license_of_start(read_json(settings.run_dir / 'args.json')))
+    release = describe_release(settings, config)
+    model = open_weights(settings, config)
+    check_architecture(model, settings.run_dir, config)
+    state = rounded(model, settings.dtype)
+    print(f'weights: {len(state)} tensors of {settings.run_dir}, all finite, those of {config["architecture"]}')
+
+    temporary = output.with_name(f'.{output.name}.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write_weights(temporary / 'model.safetensors', state)
+        size = (temporary / 'model.safetensors').stat().st_size
+        print(f'model.safetensors: {size / 1e6:.1f} MB, {settings.dtype}')
+        write_release_config(temporary, settings, model, config, release)
+        print(f'config.json: tag {settings.name.partition(".")[2]}, licence {settings.license}, '
+              f'{config["num_classes"]} classes, input {" x ".join(map(str, config["pretrained_cfg"]["input_size"]))}')
+        write_golden(temporary, config)
+        print('golden.safetensors: 4 images and their logits, of the file as timm loads it')
+        if settings.data_dir:
+            measure_rounding(settings, temporary, release)
+            print(f'{settings.dtype}: top-1 changes by {release["metrics"]["top1_change"]:+.3f} points')
+        write_file(temporary / 'curves.png', lambda path: shutil.copyfile(settings.run_dir / 'curves.png', path))
+        if settings.with_onnx:
+            golden = load_file(temporary / 'golden.safetensors')
+            model = timm.create_model(f'local-dir:{temporary}', pretrained=True).eval()
+            write_onnx_files(temporary, model, golden['input'])
+            gaps = {reader: largest_gap(logits, golden['logits'])
+                    for reader, logits in onnx_answers(temporary, golden['input']).items()}
+            if max(gaps.values()) > TOLERANCE:
+                raise SettingsError(f'--with-onnx: the logits differ from the golden ones by {gaps} of the largest, '
+                                    f'{TOLERANCE:g} allowed; leave it out.')
+            print('model.onnx, model.pt2: golden logits to '
+                  + ', '.join(f'{gap:.1e} ({reader})' for reader, gap in gaps.items()))
+        write_card(temporary)
+        print(f'README.md: top-1 {release["metrics"]["top1"]} % on {release["evaluated_on"]}')
+        swap(temporary, output)
+    except OSError as error:
+        raise SettingsError(f'--output {output} cannot be written: {one_line(error)}; choose another.') from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f'{output}: check it with python hub/verify.py {output}')
+    return output

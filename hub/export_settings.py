@@ -1,0 +1,71 @@
+"""Settings of export.py, and the checks of single values, which need neither torch nor timm."""
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_settings import default_workers
+from release_rules import DTYPES, check_license, check_tag
+from settings import SettingsError, flag, tyro
+
+__all__ = ['Settings', 'check_values']
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What is released, and where to."""
+
+    run_dir: tyro.conf.Positional[Path]  # Run folder of finetune.py.
+    name: str  # NAME.TAG: a name of the zoo, and a tag for data and recipe, such as coatnet_pico_64.tin200.
+    output: Path | None = None  # Folder to make (output/hub/NAME.TAG if not given).
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsSettings:
+    """How the weights are stored."""
+
+    dtype: str = 'float32'  # float16 or bfloat16 round the weights of convolutions and linear layers.
+    data_dir: str = ''  # Held-out images, as in eval_imagenet.py, to measure what --dtype costs.
+    workers: int = field(default_factory=default_workers)  # Processes that read them.
+    with_onnx: bool = False  # Also write model.onnx and model.pt2.
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardSettings:
+    """What the run does not tell of itself."""
+
+    license: str | None = None  # Identifier of the Hub (if not given: of the weights it started from, else apache-2.0).
+    license_name: str | None = None  # Its name, for --license other.
+    license_link: str | None = None  # Its address, for --license other.
+    trained_on: str | None = None  # Name of the training data (that of --dataset in the run if not given).
+    data_license: str | None = None  # Licence or terms of the training data.
+    dataset_id: str | None = None  # The training data's OWNER/NAME on the Hub (that of hfds/ in the run if not given).
+    evaluated_on: str | None = None  # Name of the pictures that the figures are of (their folder if not given).
+    repo: str | None = None  # OWNER/NAME that the card's example loads (publish.py writes it if not given).
+    source: str | None = None  # Where pip gets coatnet_zoo for the card's example: a git address, or a name on PyPI.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(CardSettings, WeightsSettings, RunSettings):
+    """Everything that export.py can be told."""
+
+
+def check_values(settings: Settings) -> None:
+    """Refuse single values that cannot work, before anything is read."""
+    if settings.dtype not in DTYPES:
+        raise SettingsError(f'--dtype must be one of {", ".join(DTYPES)}, got {settings.dtype!r}.')
+    if settings.data_dir and settings.dtype == 'float32':
+        raise SettingsError('--data-dir measures what --dtype costs, which is float32 here; give --dtype, or put '
+                            'figures into the card by eval_imagenet.py --results-file RUN_DIR/evaluation.json.')
+    check_tag(settings.name)
+    check_license(settings.license or 'apache-2.0', settings.license_name, settings.license_link)
+    for name in ('trained_on', 'data_license', 'evaluated_on', 'license_name', 'license_link', 'source'):
+        value = getattr(settings, name)
+        if value is not None and not (value.strip() and value.isprintable()):  # it stands in a table of the card
+            raise SettingsError(f'{flag(name)} must be one line of text, got {value!r}; give that, or leave it out.')
+    if settings.source and not re.fullmatch(r"[^\s'\"]+", settings.source):
+        raise SettingsError(f'--source must be what pip installs coatnet_zoo from, without blanks and quotes, got '
+                            f'{settings.source!r}.')
+    for name in ('repo', 'dataset_id'):
+        value = getattr(settings, name)
+        if value is not None and not re.fullmatch(r'[\w.-]+/[\w.-]+', value):
+            raise SettingsError(f'{flag(name)} must be OWNER/NAME on the Hub, got {value!r}.')

@@ -1,0 +1,128 @@
+"""Finished runs side by side: what they share, what differs, their curves and the report of both."""
+import csv
+import json
+from pathlib import Path
+
+import timm
+from files import write_figure, write_json
+from matplotlib.figure import Figure
+from provenance import provenance
+from settings import SettingsError, one_line
+
+import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
+
+__all__ = ['name_runs', 'run']
+
+# What may differ between runs that are compared: who they are, not how they were trained.
+OWN = {'model', 'model_kwargs', 'output', 'experiment', 'resume', 'workers', 'tracker', 'recovery_interval', 'device'}
+COLOURS = '#2563eb', '#d97706', '#059669', '#7c3aed', '#6b7280'
+
+
+def name_runs(folders: tuple[Path, ...]) -> list[str]:
+    """The shortest ends of the folders' paths that are all different."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise SettingsError(f'RUNS must be different folders, got {" ".join(map(str, folders))}; leave out what is '
+                            f'named twice.')
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*part[-length:])) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def different_settings(runs: dict[str, dict]) -> dict[str, list]:
+    """The settings that should be shared and are not, each with its value in every run (None where it is missing)."""
+    every = [run['args'] for run in runs.values()]
+    shared = {name: None for args in every for name in args if name not in OWN}
+    values = {name: [args.get(name) for args in every] for name in shared}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def read_run(folder: Path) -> dict:
+    """Summary, settings, metrics and number of parameters of a run folder."""
+    try:
+        parts = {name: json.loads((folder / f'{name}.json').read_text()) for name in ('summary', 'args')}
+        with (folder / 'metrics.csv').open(newline='', encoding='utf-8') as file:
+            metrics = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    except FileNotFoundError as error:
+        raise SettingsError(f'{folder} must be the folder of a finished run of finetune.py, but has no '
+                            f'{Path(error.filename).name}; give another, or let it finish.') from error
+    except (ValueError, TypeError, OSError) as error:
+        raise SettingsError(f'{folder} must be the folder of a finished run of finetune.py, but cannot be read: '
+                            f'{one_line(error)}; give another.') from error
+    if not metrics or 'hardware' not in parts['summary']:
+        raise SettingsError(f'{folder} must have an epoch in metrics.csv and hardware in summary.json, which older '
+                            f'versions of finetune.py left out; train it again.')
+    return parts | {'metrics': metrics, 'parameters': parameters(folder)}
+
+
+def parameters(folder: Path) -> int:
+    """Parameters of the model that was trained."""
+    try:
+        model = timm.create_model(f'local-dir:{folder}')
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise SettingsError(f'{folder}: its config.json does not give the model that was trained: {one_line(error)}; '
+                            f'give another folder.') from error
+    return sum(p.numel() for p in model.parameters())
+
+
+def draw(runs: dict[str, dict]) -> Figure:
+    """Held-out accuracy and loss over epochs."""
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    accuracy, loss = figure.subplots(1, 2)
+    for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
+        epochs = [row['epoch'] for row in run['metrics']]
+        accuracy.plot(epochs, [row['eval_top1'] for row in run['metrics']], '.-', color=colour, label=name)
+        loss.plot(epochs, [row['eval_loss'] for row in run['metrics']], '.-', color=colour)
+        loss.plot(epochs, [row['train_loss'] for row in run['metrics']], ':', color=colour)
+    accuracy.set(xlabel='epoch', ylabel='held out, top-1 (%)', title='Accuracy')
+    loss.set(xlabel='epoch', ylabel='cross-entropy (nats)', title='Loss held out; dotted, in training (augmented)')
+    accuracy.legend(frameon=False)
+    for axes in (accuracy, loss):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(axis='y', color='#e5e7eb')
+        axes.set_axisbelow(True)
+    return figure
+
+
+def run(folders: tuple[str, ...], results_file: str = '', allow_different: bool = False) -> dict:
+    """Print the table, write the files, and return what they hold.
+
+    Args:
+        folders: Run folders, at most as many as there are COLOURS.
+        results_file: JSON to write, and a plot beside it.
+        allow_different: Compare runs that share no recipe too.
+    """
+    folders = tuple(map(Path, folders))
+    runs = {name: read_run(folder) for name, folder in zip(name_runs(folders), folders, strict=True)}
+    different = different_settings(runs)
+    lines = [f'{name}: {" | ".join(map(str, values))}' for name, values in different.items()]
+    if different and not allow_different:
+        raise SettingsError(f'RUNS must share their recipe, but of {" | ".join(runs)} differ {", ".join(lines)}; '
+                            f'train them alike, or add --allow-different.')
+    if different:
+        print(f'NOT of one recipe: {" | ".join(runs)}', *lines, sep='\n  ')
+    width = max(28, *map(len, runs))
+    for name, run in runs.items():
+        last, summary = run['metrics'][-1], run['summary']
+        print(f'{name:{width}} top-1 after the last epoch {last["eval_top1"]:6.2f} %   best {summary["top1"]:6.2f} %')
+    hardware = sorted({run['summary']['hardware'] for run in runs.values()})
+    origin = provenance('cpu') | {'hardware': ' and '.join(hardware)}
+    first = next(iter(runs.values()))['args']
+    shared = {key: value for key, value in first.items() if key not in OWN and key not in different}
+    report = {'recipe': shared, **({'different': different} if different else {}), 'runs': {
+        name: {'model_kwargs': run['args']['model_kwargs'], 'summary': run['summary'], 'metrics': run['metrics'],
+               'parameters': run['parameters']}
+        for name, run in runs.items()}, **origin}
+    if results_file:
+        path = Path(results_file)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_figure(path.with_suffix('.png'), draw(runs))
+            write_json(path, report)
+        except OSError as error:
+            raise SettingsError(f'--results-file {path} cannot be written: {one_line(error)}; '
+                                f'choose another.') from error
+    return report

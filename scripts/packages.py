@@ -1,0 +1,31 @@
+"""Which extra of the package brings what the scripts import."""
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+__all__ = ['EXTRAS', 'explain_missing']
+
+# extra of pyproject.toml: top-level modules; the first one brings the package and its dependencies too
+EXTRAS = {
+    'scripts': ('tyro', 'accelerate', 'matplotlib', 'PIL', 'tqdm', 'coatnet_zoo', 'huggingface_hub', 'numpy',
+                'safetensors', 'timm', 'torch', 'torchvision'),
+    'data': ('datasets', 'pyarrow', 'webdataset'),
+    'demo': ('skimage', 'sklearn'),
+    'space': ('gradio',),
+    'transformers': ('transformers',),
+    'test': ('onnx_ir', 'onnxruntime', 'onnxscript', 'tensorboard'),
+}
+
+
+def explain_missing(error: ModuleNotFoundError) -> int:
+    """Say on stderr which extra brings a module that is not installed, and return the exit code 2.
+
+    Raises the error itself for any other module: that is a fault of the code.
+    """
+    module = (error.name or '').partition('.')[0]
+    extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
+    if extra is None or find_spec(module):
+        raise error
+    print(f"{Path(sys.argv[0]).name}: the module {module} is not installed; in a checkout of coatnet_zoo: pip install "
+          f"'.[{extra}]'", file=sys.stderr)
+    return 2
