@@ -11,8 +11,12 @@ EXTRAS ?= test,space,transformers
 SPACE ?= output/space
 RUN ?=
 ROOMS = console explain files image_files image_folder imagenet_labels model_settings open_model overlay packages plots prediction prediction_settings processes released settings weights_file
+# tests that compare results of models and operators
+COMPUTING = $(addprefix tests/,test_closeness.py models blocks ops/test_definition.py ops/test_contract.py hub/test_export.py \
+    hub/test_verify.py evaluating/test_eval_numbers.py extracting/test_extract_values.py predicting/test_explain.py \
+    finetuning/test_finetune_run.py)
 
-.PHONY: demo test conformance test-lowest lint space space-folder clean
+.PHONY: demo test test-plain-cpu conformance test-lowest lint space space-folder clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -21,6 +25,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+# The tests that compute, with the plainest kernels that torch has (no AVX in its own loops, no AVX-512 or AMX in oneDNN):
+# results must not depend on the CPU. Both settings only take instructions away, so they run on any machine.
+test-plain-cpu: $(VENV)/.test
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest $(COMPUTING) -k 'not recorded_top1'
 
 # timm's own model tests over every name of this package; ARGS='--max-params 45e6' leaves out the large ones
 conformance: $(VENV)/.test

@@ -3,7 +3,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_function
 from torch import nn
 
 ACTIVATIONS = {'gelu_tanh': 'tanh', 'gelu': 'none'}
@@ -45,7 +44,7 @@ class InplaceGELU(nn.Module):
         return f'approximate={self.approximate!r}'
 
 
-@register_notrace_function
+@torch.fx.wrap
 def inplace_gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
     """GELU of `x` (any shape, floating point), in the memory of `x` if no gradient or graph needs the input.
 

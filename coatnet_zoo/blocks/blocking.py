@@ -36,5 +36,5 @@ class CacheBlocked(nn.Module):
     @torch.jit.unused
     def is_free(self, x: torch.Tensor) -> bool:
         """Neither a graph nor a gradient is being recorded, and the caches are a CPU's."""
-        captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        captured = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
         return not captured and not torch.is_grad_enabled() and x.device.type == 'cpu' and len(x) > 1

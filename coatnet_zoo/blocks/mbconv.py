@@ -29,6 +29,15 @@ def downsample(stride: int) -> nn.Module:
     return nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
 
 
+@torch.fx.wrap
+def inplace_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """`x * gate`, in the memory of `x` if no gradient or graph needs it: whoever traces gets one graph for both."""
+    captured = False
+    if not torch.jit.is_scripting():
+        captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return x * gate if captured or x.requires_grad else x.mul_(gate)
+
+
 class MBConv(nn.Module):
     """Inverted bottleneck (B, dim, H, W) -> (B, dim_out, ceil(H / stride), ceil(W / stride)).
 
@@ -89,7 +98,7 @@ class MBConv(nn.Module):
         x = self.act1(self.norm1(self.expand(self.pre_norm(x))))
         x = self.act2(self.norm2(self.depthwise(x)))
         gate = self.se(x.mean((2, 3), keepdim=True))
-        x = x.mul_(gate) if self.folded and not x.requires_grad else x * gate  # folded, x is nobody else's
+        x = inplace_mul(x, gate) if self.folded else x * gate  # folded, x is nobody else's
         return shortcut + self.drop_path(self.project(x))
 
     def fuse(self) -> nn.Module:

@@ -2,7 +2,6 @@
 from collections.abc import Callable
 
 import torch
-from timm.models import register_notrace_function
 from torch import nn
 
 from .activation import GELU
@@ -31,7 +30,7 @@ def check_size(height: int, width: int, total_stride: int, divisible: bool) -> N
             f'got {height} x {width}; the next smaller size that works is {down[0]} x {down[1]}.')
 
 
-@register_notrace_function
+@torch.fx.wrap  # a single node for every tracer of torch.fx, not for timm's alone
 def check_image(x: torch.Tensor, in_chans: int, height: int, width: int, stride: int, rule: str) -> torch.Tensor:
     """Return `x` if the model can take it, else raise a ValueError (a jit.Error once scripted) that says what it takes.
 

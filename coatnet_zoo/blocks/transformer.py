@@ -23,6 +23,16 @@ from .mbconv import downsample
 __all__ = ['RelativeAttention2d', 'RelativeBias', 'TransformerBlock', 'resize_bias_table']
 
 
+def refuse_legacy_onnx() -> None:
+    """Raise RuntimeError in an ONNX export by tracing, which cannot follow the sizes of a resized bias table."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            'the legacy ONNX exporter (dynamo=False) cannot export a model with dynamic_img_size=True, whose relative '
+            'bias is resized at every call. Pass dynamo=True to torch.onnx.export, or create the model '
+            'with dynamic_img_size=False.')
+
+
+@torch.fx.wrap
 def resize_bias_table(table: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
     """A bias table (heads, ., .) made (heads, 2H - 1, 2W - 1) for a map (H, W), bilinearly as in the official code."""
     size = [2 * feat_size[0] - 1, 2 * feat_size[1] - 1]
@@ -57,7 +67,11 @@ class RelativeBias(nn.Module):
         """Bias (1, heads, N, N) with N = height * width, queries in rows, keys in columns, row-major positions."""
         table = self.table
         if self.dynamic:
+            if not torch.jit.is_scripting():
+                refuse_legacy_onnx()
             table = resize_bias_table(table, (height, width))
+        else:
+            height, width = self.feat_size  # the same numbers, constant for whoever traces shapes (legacy ONNX export)
         # windows[:, a, b, u, v] = table[:, H-1+a-u, W-1+b-v]: no index tensor to keep, move or go stale
         windows = table.flip(1, 2).unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)
         return windows.reshape(1, table.shape[0], height * width, height * width)

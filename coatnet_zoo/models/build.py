@@ -87,6 +87,12 @@ def _check_keywords(variant: str, cfg: BackboneCfg, kwargs: dict[str, Any]) -> N
         raise ValueError(
             f'output_stride is not supported, got {kwargs["output_stride"]!r}: the strides of {variant} are '
             f'{list(cfg.reductions)} by its word. Take an earlier level through out_indices instead.')
+    levels, wanted = len(cfg.reductions), kwargs.get('out_indices')
+    if isinstance(wanted, (list, tuple)) and not all(-levels <= level < levels for level in wanted):
+        hint = ' segmentation_models_pytorch asks for these with its encoder_depth of 5: pass encoder_depth=4.'
+        raise ValueError(
+            f'out_indices must be from 0 to {levels - 1}, the levels of {variant} with strides {list(cfg.reductions)}, '
+            f'got {tuple(wanted)}.{hint if tuple(wanted) == tuple(range(levels + 1)) else ""}')
     known = (*_MODEL_ARGS, *_CFG_FIELDS, *_BUILDER_ARGS)
     for key in kwargs:
         if key not in known:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import extract_features
 import pytest
-from feature_runs import read_bytes, read_index, run
+from closeness import assert_same_up_to_rounding
+from feature_runs import read_index, read_rows, run, shards_of
 from PIL import Image
 from script_runs import run_main, run_processes, write_pictures
 from settings import SettingsError
@@ -115,7 +116,11 @@ def test_two_processes_write_the_files_of_one(settings, tmp_path):
     assert two.returncode == 0, two.stderr
     run(settings, data_dir=str(data), knn=True, knn_k=5, max_bad_images=0.1, output=str(tmp_path / '1'))
     for split in ('train', 'validation'):
-        assert read_bytes(tmp_path / '1' / split) == read_bytes(tmp_path / '2' / split) != {}
+        (one, paths), (other, others) = (read_rows(tmp_path / name / split) for name in '12')
+        assert paths == others and one['label'].equal(other['label'])
+        assert_same_up_to_rounding(other['embedding'], one['embedding'])  # two processes choose their own kernels
+        files = [[path.name for path in shards_of(tmp_path / name / split)] for name in '12']
+        assert files[0] == files[1] != []
         first, second = (read_index(tmp_path / name / split) for name in '12')
         del first['provenance'], second['provenance']
         assert first == second and first['complete']

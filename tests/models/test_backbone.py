@@ -259,6 +259,19 @@ def test_features_by_getter_and_hook_agree():
     assert pyramid.feature_info.reduction() == [2, 4, 8, 16, 32]
 
 
+def test_levels_that_do_not_exist_are_refused_with_what_segmentation_models_needs():
+    """smp's timm encoder takes strides from 1 up as VGG's, and asks for levels 0 to encoder_depth, which is 5."""
+    pyramid = timm.create_model('coatnet_pico_64.untrained', img_size=32, features_only=True, device='meta')
+    assert pyramid.feature_info.reduction() == [1, 2, 4, 8, 16]
+    with pytest.raises(ValueError, match=r'from 0 to 4, .* strides \[1, 2, 4, 8, 16\], got .* 5\).*encoder_depth=4'):
+        timm.create_model('coatnet_pico_64.untrained', features_only=True, out_indices=tuple(range(6)))
+    with pytest.raises(ValueError, match=r'from 0 to 4, .* got \(-6,\)\.$'):
+        timm.create_model('coatnet_pico_64.untrained', features_only=True, out_indices=[-6])
+    encoder = timm.create_model(
+        'coatnet_pico_64.untrained', img_size=32, features_only=True, out_indices=tuple(range(4 + 1))).eval()
+    assert [level.shape[-1] for level in encoder(torch.randn(1, 3, 32, 32))] == [32, 16, 8, 4, 2]
+
+
 def test_default_pyramid_trains_with_checkpointing():
     grads = []
     for enable in (False, True):

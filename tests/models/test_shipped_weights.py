@@ -10,9 +10,9 @@ import eval_imagenet
 import pytest
 import timm
 import torch
+from closeness import assert_same_up_to_rounding
 from freeze_release import RELEASES as FROZEN
 from freeze_release import tensors_of
-from release_folder import TOLERANCE
 from safetensors.torch import load_file
 from timm.models import get_arch_pretrained_cfgs
 
@@ -56,7 +56,7 @@ def test_names_types_and_shapes_are_frozen(name):
 def test_logits_are_golden(name):
     golden = load_file(FROZEN / f'{name}.golden.safetensors')
     found = logits_of(timm.create_model(name, pretrained=True), golden['input'])
-    assert (found - golden['logits']).abs().max() <= TOLERANCE * golden['logits'].abs().max()
+    assert_same_up_to_rounding(found, golden['logits'])
     assert golden['logits'].std(0).min() > 0.01  # other pictures, other logits
 
 
@@ -69,19 +69,20 @@ def test_they_adapt_to_other_classes_channels_and_sizes(name, image):
         dict(num_classes=7), dict(in_chans=1)))
     with torch.no_grad():
         expected = whole.eval().forward_features(image)
-        assert torch.equal(few.eval().forward_features(image), expected)
+        assert_same_up_to_rounding(few.eval().forward_features(image), expected)
         one = image.mean(1, keepdim=True)  # a grey picture is one whose three channels are alike
         torch.testing.assert_close(grey.eval()(one), whole(one.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-3)
     assert logits_of(few, image).shape == (2, 7)
     pyramid = timm.create_model(name, pretrained=True, features_only=True)
-    assert torch.equal(pyramid.eval()(image)[-1], whole.forward_intermediates(image, intermediates_only=True)[-1])
+    assert_same_up_to_rounding(
+        pyramid.eval()(image)[-1], whole.forward_intermediates(image, intermediates_only=True)[-1])
     features, maps = (  # unpooled, where the linear layers of the head are 1x1 convolutions
         logits_of(timm.create_model(name, pretrained=True, global_pool='', **changed), image)
         for changed in (dict(num_classes=0), {}))
     with torch.no_grad():
         torch.testing.assert_close(maps, whole.head.fc(features.movedim(1, -1)).movedim(-1, 1), rtol=1e-4, atol=1e-4)
         whole.reset_classifier(0, '')
-        assert torch.equal(features, whole(image))
+        assert_same_up_to_rounding(features, whole(image))
     larger = timm.create_model(name, pretrained=True, img_size=96)
     assert logits_of(larger, torch.zeros(1, 3, 96, 96)).shape == (1, 200)
 
@@ -152,4 +153,6 @@ def test_recorded_top1_is_found_again(name, pictures):
         data_dir=str(pictures), model=(name,), pretrained=True, device='cpu', workers=1))[0]
     recorded = releases.RELEASES[name]['release']['metrics']
     assert row['images'] == recorded['images'] == 10_000
+    # 5 pictures: other kernels move logits by some 1e-6 of the largest, so that two classes change places in a picture
+    # or two, where they are that close; wrong weights cost points
     assert abs(row['top1'] - recorded['top1']) <= 0.05
