@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
@@ -17,18 +16,18 @@ from files import write_csv, write_figure, write_json
 from folder_dataset import SPLIT_FOLDERS
 from imagenet_labels import LabelMap, corruption_folders, map_labels, mean_corruption_error, to_real_labels
 from model_settings import ModelSettings
-from open_model import check_checkpoint, check_model_name, open_model
+from open_model import check_model_name, image_mode, open_model
 from pictures import BadPictures, EpochSampler, Pictures, StreamedPictures, batches, open_pictures, picture_name
 from plots import reliability_figure
 from processes import start
 from provenance import provenance
-from safetensors import SafetensorError
 from settings import SettingsError, one_line
 from timm.data import create_transform, infer_imagenet_subset
-from timm.models import load_state_dict, safe_model_name
+from timm.models import safe_model_name
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from weights_file import read_weights
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,8 @@ def check_class_map(settings: Settings, dataset: Dataset, accelerator: Accelerat
 def open_weights(settings: Settings, wanted: ModelSettings, checkpoint: str) -> tuple[nn.Module, dict]:
     """Create one model in eval mode with its data settings, and load its checkpoint if it has one."""
     model, data_config = open_model(
-        wanted, use_train_size=settings.use_train_size, num_classes=settings.num_classes)
+        wanted, checkpoint, use_train_size=settings.use_train_size, use_ema=settings.use_ema,
+        num_classes=settings.num_classes)
     if not model.num_classes:
         raise SettingsError(f'--model {wanted.model} has no classes to score; give a model with a classifier, or '
                             f'--num-classes and a --checkpoint.')
@@ -93,18 +93,9 @@ def open_weights(settings: Settings, wanted: ModelSettings, checkpoint: str) -> 
     if wanted.pretrained and of_weights != model.num_classes:
         raise SettingsError(f'--num-classes {model.num_classes} gives --model {wanted.model} a new, random classifier: '
                             f'its weights have {of_weights}; leave the flag out, or give a --checkpoint.')
-    if checkpoint:
-        try:
-            state = load_state_dict(checkpoint, use_ema=settings.use_ema)
-            plain = load_state_dict(checkpoint, use_ema=False) if settings.use_ema else {}
-            model.load_state_dict(state)
-        except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, EOFError, UnpicklingError,
-                SafetensorError) as error:
-            check_checkpoint(checkpoint)
-            raise SettingsError(f'--checkpoint {checkpoint} does not fit --model {wanted.model}: '
-                                f'{one_line(error)[:400]}; give --num-classes, --img-size and --model-kwargs as in '
-                                f'training.') from error
-        if plain.keys() == state.keys() and all(torch.equal(plain[key], state[key]) for key in state):
+    if settings.use_ema:
+        plain, averaged = (read_weights(checkpoint, use_ema=use_ema) for use_ema in (False, True))
+        if plain.keys() == averaged.keys() and all(torch.equal(plain[key], averaged[key]) for key in plain):
             raise SettingsError(f'--use-ema: --checkpoint {checkpoint} has no averaged weights; leave it out.')
     return model, data_config
 
@@ -118,8 +109,7 @@ def evaluate_part(settings: Settings, part: Part, model: nn.Module, data_config:
         raise SettingsError(f'--interpolation, --crop-mode or another setting of the pictures: '
                             f'{one_line(error)}.') from error
     sampler, streamed = EpochSampler(len(part.dataset)), is_stream(settings)
-    mode = 'RGB' if data_config['input_size'][0] == 3 else 'L'
-    pictures = (StreamedPictures if streamed else Pictures)(part.dataset, transform, mode=mode)
+    pictures = (StreamedPictures if streamed else Pictures)(part.dataset, transform, mode=image_mode(data_config))
     batch_size = settings.batch_size * (1 if streamed else accelerator.num_processes)
     loader = batches(pictures, sampler, batch_size, settings.workers, pin_memory=accelerator.device.type == 'cuda')
     loader = loader if streamed else accelerator.prepare(loader)

@@ -11,15 +11,21 @@ from timm.data import resolve_input_data_config
 from timm.models import (
     get_arch_pretrained_cfgs,
     is_model_pretrained,
-    load_state_dict,
     parse_model_name,
     resolve_model_input_args,
 )
 from torch import nn
+from weights_file import load_weights, to_flags
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 
-__all__ = ['check_checkpoint', 'check_model_name', 'means_weights', 'open_model']
+__all__ = ['check_model_name', 'image_mode', 'means_weights', 'open_model']
+
+MODES = {1: 'L', 3: 'RGB'}  # of images, by the channels of a model
+
+# What timm, the zoo, torch and safetensors raise for a model that cannot be had.
+ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, AttributeError, ZeroDivisionError,
+          EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 def check_model_name(model: str) -> None:
@@ -41,18 +47,19 @@ def means_weights(model: str) -> bool:
     return model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or ('.' in model and is_model_pretrained(model))
 
 
-def check_checkpoint(checkpoint: str, checkpoint_flag: str = '--checkpoint') -> None:
-    """Refuse a file that holds no weights which timm can read."""
-    try:
-        load_state_dict(checkpoint)
-    except Exception as error:  # torch.load raises whatever the bytes of another file make of it
-        raise SettingsError(f'{checkpoint_flag} {checkpoint} holds no weights that torch or safetensors can read; give '
-                            f'another file or leave it.') from error
+def image_mode(data_config: dict) -> str:
+    """Mode in which a model's images are read: 'RGB' or 'L'."""
+    return MODES[data_config['input_size'][0]]
+
+
+def cannot_be_built(settings: ModelSettings, sizes: str, error: Exception) -> SettingsError:
+    size = '' if settings.img_size is None else f' with --img-size {settings.img_size}'
+    return SettingsError(f'--model {settings.model}{size}{sizes} cannot be built: {to_flags(one_line(error))[:400]}')
 
 
 def open_model(
         settings: ModelSettings, checkpoint: str = '', checkpoint_flag: str = '--checkpoint',
-        use_train_size: bool = False, try_sizes: tuple[int, ...] = (), **arguments: object,
+        use_train_size: bool = False, try_sizes: tuple[int, ...] = (), use_ema: bool = True, **arguments: object,
 ) -> tuple[nn.Module, dict]:
     """Create the model in eval mode, with its data settings as `timm.data.resolve_data_config` gives them.
 
@@ -62,6 +69,7 @@ def open_model(
         checkpoint_flag: The option that named it, for messages.
         use_train_size: Take the size and crop of training, not those that the weights are tested at.
         try_sizes: Other sizes in pixels that pictures will have.
+        use_ema: Take averaged weights where the checkpoint has some.
         arguments: Of `timm.create_model`; None leaves one out.
 
     Raises SettingsError for what timm cannot build or the model cannot take.
@@ -78,19 +86,20 @@ def open_model(
         # timm's rule: img_size goes to models built for one size, others just get pictures of that size
         img_size = resolve_model_input_args(settings.model, {'img_size': settings.img_size}).get('img_size')
         model = timm.create_model(
-            settings.model, pretrained=settings.pretrained, checkpoint_path=checkpoint, in_chans=settings.in_chans,
-            img_size=img_size, **arguments, **dict(map(parse_argument, settings.model_kwargs))).eval()
+            settings.model, pretrained=settings.pretrained, in_chans=settings.in_chans, img_size=img_size, **arguments,
+            **dict(map(parse_argument, settings.model_kwargs))).eval()
         data_config = resolve_input_data_config(model, changed, use_test_size=not use_train_size)
+        channels = data_config['input_size'][0]
         with torch.no_grad():
             model(torch.zeros(1, *data_config['input_size']))
             for size in try_sizes:
-                model(torch.zeros(1, settings.in_chans, size, size))
-    except (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, AttributeError, ZeroDivisionError,
-            EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        if checkpoint:
-            check_checkpoint(checkpoint, checkpoint_flag)
-        size = '' if settings.img_size is None else f' with --img-size {settings.img_size}'
-        size += f' and pictures of {try_sizes} pixels' if try_sizes else ''
-        size += f' and {checkpoint_flag} {checkpoint}' if checkpoint else ''
-        raise SettingsError(f'--model {settings.model}{size} cannot be built: {one_line(error)[:400]}') from error
+                model(torch.zeros(1, channels, size, size))
+    except ERRORS as error:
+        sizes = f' and pictures of {try_sizes} pixels' if try_sizes else ''
+        raise cannot_be_built(settings, sizes, error) from error
+    if channels not in MODES:
+        raise SettingsError(f'--model {settings.model} takes images of {channels} channels, and these scripts read RGB '
+                            f'(3) or grey (1); give --in-chans.')
+    if checkpoint:
+        load_weights(model, settings.model, checkpoint, checkpoint_flag, use_ema)
     return model, data_config

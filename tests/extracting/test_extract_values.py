@@ -96,7 +96,7 @@ def test_checkpoint_is_loaded_strictly(settings, pictures, tmp_path):
     columns, _ = read_rows(run(settings, **changes))
     values = expected_rows(pictures / 'train', model)[0]
     torch.testing.assert_close(columns['embedding'], values, rtol=1e-4, atol=1e-5)
-    with pytest.raises(SettingsError, match=r'cannot be built'):
+    with pytest.raises(SettingsError, match=r'does not fit .*: it has 3 classes and the model 4.*--num-classes 3'):
         run(settings, **changes | {'num_classes': 4, 'output': settings.output + '2'})
     pyramid = run(settings, features='pyramid', out_indices=(4,), output=settings.output + '3', **changes)
     maps = read_rows(pyramid)[0]['level_4']  # the same weights, whose maps have this mean
