@@ -10,7 +10,7 @@ from benchmark_models import build, check_machine, measure_window
 from benchmark_settings import LoaderSettings, ModelPairSettings, check_benchmark
 from files import write_json
 from loaders import open_data, training_transform
-from open_model import open_model
+from open_model import image_mode, open_model
 from pictures import EpochSampler, Pictures, batches
 from provenance import provenance
 from recipes import settings_of
@@ -42,7 +42,8 @@ def main(settings: LoaderSettings) -> dict:
             data_dir=settings.data_dir, model=settings.model, batch_size=settings.batch_size, decode_once=False))
     train_set, _, class_names = open_data(recipe)
     _, data_config = open_model(recipe, use_train_size=True, num_classes=len(class_names))
-    pictures = Pictures(train_set, training_transform(recipe, data_config), substitute=True)
+    pictures = Pictures(
+        train_set, training_transform(recipe, data_config), mode=image_mode(data_config), substitute=True)
     sampler = EpochSampler(len(pictures), shuffle=True)
     timing = ModelPairSettings(
         model='', against='', batch_size=settings.batch_size, img_size=data_config['input_size'][-1],

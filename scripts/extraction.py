@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from extraction_settings import Settings
 from features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
 from files import write_json
-from open_model import means_weights, open_model
+from open_model import image_mode, means_weights, open_model
 from pictures import BadPictures, Pictures, open_pictures, targets_of
 from processes import start
 from provenance import provenance
@@ -196,7 +196,7 @@ def write_shards(settings: Settings, accelerator: Accelerator, extractor: nn.Mod
                  shards: dict[Path, range], bad: BadPictures) -> None:
     """Write these shards, one after the other."""
     pictures = Pictures(split.dataset, create_transform(**data_config), settings.seed,
-                        'RGB' if settings.in_chans == 3 else 'L')
+                        image_mode(data_config))
     keys = ([(0, number) for number in batch] for batch in batches_of(shards, settings.batch_size))
     loaded = iter(DataLoader(pictures, batch_sampler=keys, num_workers=settings.workers,
                              pin_memory=accelerator.device.type == 'cuda'))

@@ -4,6 +4,7 @@ from accelerate import Accelerator
 from data_settings import is_stream
 from decoded import Augmentation, DecodedPictures, Normalize, decoded_batches
 from image_folder import look_alikes
+from open_model import image_mode
 from pictures import EpochSampler, Pictures, StreamedPictures, batches, open_pictures, targets_of
 from settings import SettingsError, one_line
 from timm.data import create_transform
@@ -68,7 +69,7 @@ def _loaders(settings: Settings, train_set: Dataset, val_set: Dataset, data_conf
         transforms = training_transform(settings, data_config), create_transform(**data_config)
     except (ValueError, KeyError, AssertionError) as error:
         raise SettingsError(f'--aa, --interpolation or another setting of the pictures: {one_line(error)}.') from error
-    mode = 'RGB' if settings.in_chans == 3 else 'L'
+    mode = image_mode(data_config)
     shared = dict(workers=settings.workers, pin_memory=accelerator.device.type == 'cuda')
     val_batch = settings.validation_batch_size or settings.batch_size
     if is_stream(settings):  # timm's streams share their pictures out themselves

@@ -18,7 +18,7 @@ class ModelSettings:
     pretrained: bool = False  # Load the model's pretrained weights.
     num_classes: int | None = None  # Number of classes (the data's or the model's own if not given).
     img_size: int | None = None  # Height and width in pixels (the model's own if not given).
-    in_chans: int = 3  # Read pictures as RGB (3) or grey (1).
+    in_chans: int | None = None  # Read images as RGB (3) or grey (1) (the model's own if not given).
     model_kwargs: tuple[str, ...] = ()  # More arguments of the model, as key=value.
     mean: tuple[float, ...] = ()  # Mean of each channel, in 0..1 (the model's own if not given).
     std: tuple[float, ...] = ()  # Standard deviation of each channel (the model's own if not given).
@@ -43,7 +43,7 @@ def check_model_settings(settings: ModelSettings) -> None:
         if getattr(settings, name) not in ('', *known):  # timm takes an unknown crop mode for center
             raise SettingsError(f'{flag(name)} must be {", ".join(known[:-1])} or {known[-1]}, got '
                                 f'{getattr(settings, name)!r}.')
-    if settings.in_chans not in (1, 3):
+    if settings.in_chans not in (None, 1, 3):
         raise SettingsError(f'--in-chans must be 3 (pictures read as RGB) or 1 (as grey), got {settings.in_chans}.')
     if wrong := [item for item in settings.model_kwargs if '=' not in item]:
         raise SettingsError(f'--model-kwargs must be key=value, got {wrong[0]!r}.')

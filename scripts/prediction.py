@@ -24,7 +24,7 @@ from files import write_figure
 from image_files import UNREADABLE, printable, to_mode
 from image_folder import find_images
 from imagenet_labels import describe_synsets
-from open_model import means_weights, open_model
+from open_model import image_mode, means_weights, open_model
 from overlay import draw_guesses, draw_heat, draw_kernel, draw_kernels, draw_picture, panels
 from PIL import Image
 from plots import to_picture
@@ -215,7 +215,7 @@ def run(settings: Settings) -> int:
         predict_picture, settings=settings, model=model.to(accelerator.device), target=target, data_config=data_config,
         labels=read_labels(model), device=accelerator.device,
         headline=settings.model if RANDOM not in weights else f'{settings.model}  ·  {RANDOM}')
-    transform, mode, unreadable = create_transform(**data_config), 'RGB' if settings.in_chans == 3 else 'L', []
+    transform, mode, unreadable = create_transform(**data_config), image_mode(data_config), []
     with accelerator.split_between_processes(list(zip(pictures, overlays, strict=True))) as part:
         for path, overlay in part:
             try:

@@ -11,7 +11,7 @@ from evaluation import predict
 from files import write_figure, write_json
 from matplotlib.figure import Figure
 from model_settings import ModelSettings
-from open_model import open_model
+from open_model import image_mode, open_model
 from pictures import BadPictures, EpochSampler, Pictures, batches, open_pictures
 from PIL import Image, ImageFilter
 from plots import LIGHT
@@ -67,7 +67,8 @@ def top1(settings: Settings, name: str, size: int | None, damage: str) -> float:
     model, data_config = open_model(ModelSettings(model=name, pretrained=True, img_size=size), use_train_size=True)
     dataset, _ = open_pictures(DataSettings(data_dir=settings.data_dir), settings.val_split)
     transform = create_transform(**data_config)
-    pictures = Pictures(dataset, Compose([DAMAGE[damage], transform]) if damage else transform)
+    transform = Compose([DAMAGE[damage], transform]) if damage else transform
+    pictures = Pictures(dataset, transform, mode=image_mode(data_config))
     loader = batches(pictures, EpochSampler(len(pictures)), settings.batch_size, settings.workers)
     bad = BadPictures(dataset, settings.max_bad_images)
     found = predict(model.to(accelerator.device), accelerator.prepare(loader), accelerator, on_batch=bad.add)

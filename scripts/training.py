@@ -84,15 +84,21 @@ def build_optimizer(settings: Settings, model: nn.Module, batch_size: int) -> to
 def open_teacher(settings: Settings, class_names: list[str], data_config: dict) -> nn.Module:
     """The model of --teacher, once it is clear that it knows the classes and takes the pictures."""
     try:
-        teacher, _ = open_model(ModelSettings(model=settings.teacher, pretrained=True, in_chans=settings.in_chans))
+        teacher, own = open_model(ModelSettings(model=settings.teacher, pretrained=True, in_chans=settings.in_chans))
+        channels = data_config['input_size'][0]
+        if own['input_size'][0] != channels:
+            raise SettingsError(f'it takes {own["input_size"][0]} channels, --model {settings.model} takes {channels}; '
+                                f'--in-chans gives both the same')
         with torch.no_grad():
             teacher(torch.zeros(1, *data_config['input_size']))
             for size in settings.train_img_sizes:
-                teacher(torch.zeros(1, settings.in_chans, size, size))
+                teacher(torch.zeros(1, channels, size, size))
     except (SettingsError, RuntimeError, AssertionError) as error:
         sizes = f'{data_config["input_size"]} {settings.train_img_sizes or ""}'.strip()
         raise SettingsError(f'--teacher {settings.teacher} cannot look at pictures of {sizes}: '
                             f'{one_line(error)}') from error
+    # timm's task normalises with these, and they must have a value for each channel that the teacher has now
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, 'mean': own['mean'], 'std': own['std']}
     if teacher.num_classes != len(class_names):
         raise SettingsError(f'--teacher {settings.teacher} has {teacher.num_classes} classes, the data have '
                             f'{len(class_names)}; fine-tune it on them first.')

@@ -76,7 +76,7 @@ def train(settings: Settings, architecture: str, data_dir: Path, count: int, upd
     epochs = -(-updates // max(1, count // settings.batch_size))
     ours = model_entrypoint(architecture).__module__.startswith(f'{coatnet_zoo.__name__}.')
     summary = finetune.main(finetune.Settings(
-        data_dir=str(data_dir), model=settings.model if pretrained else architecture, pretrained=pretrained,
+        data_dir=str(data_dir), model=settings.model, pretrained=pretrained,
         img_size=settings.img_size, epochs=epochs, val_interval=epochs, batch_size=min(settings.batch_size, count),
         lr=settings.lr, warmup_epochs=epochs / 10, scale=settings.scale, hflip=settings.hflip, color_jitter=0.0,
         amp=settings.amp, model_kwargs=('conv_norm_momentum=0.1',) if ours else (), device=settings.device,
