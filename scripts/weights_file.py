@@ -59,7 +59,10 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
 def read_weights(file: str, option: str = '--checkpoint', use_ema: bool = True) -> dict[str, torch.Tensor]:
     """The state dict in a file, without what it is wrapped in."""
     try:
-        found = load_state_dict(file, use_ema=use_ema)
+        try:
+            found = load_state_dict(file, use_ema=use_ema)
+        except AttributeError:  # its 'model' is the name of one, say, and the weights have another key
+            found = dict(torch.load(file, map_location='cpu', weights_only=True))
     except Exception as error:  # torch.load raises whatever the bytes of another file make of it
         text = f'{error} {error.__cause__}'
         pickled = re.findall(r'(?:Unsupported globals: |GLOBAL )([^\s,]+)', text)
@@ -152,8 +155,10 @@ def to_flags(text: str) -> str:
     """An exception's text, with flags of the scripts where it names keywords of Python."""
     text = text.replace('`', '')
     text = re.sub(r"timm\.create_model\('([^']+)', pretrained=True\)", r'--model \1 --pretrained', text)
+    text = re.sub(r'Pass pretrained=False, or weights .*', (
+        'Where the command has these flags, --no-pretrained leaves weights out, and --checkpoint or '
+        '--initial-checkpoint gives others.'), text)
     text = re.sub(r'\bpretrained=(True|False)', lambda found: f'--{"no-" * (found[1] == "False")}pretrained', text)
-    text = re.sub(r'pretrained_cfg_overlay=dict\([^)]*\)', '--checkpoint or --initial-checkpoint', text)
     text = re.sub(r'call set_input_size\(\(.*?\)\) or ', '', text)  # a method, which no flag calls
     text = re.sub(r'\b(\w+)=\((\d+), \2\)', r'\1=\2', text)  # flags take one size for both sides
     text = re.sub(rf'\b({"|".join(FLAGS)})(?= must\b)', lambda found: FLAGS[found[1]], text)

@@ -48,6 +48,7 @@ WRAPPED = {
     'average': lambda state: {**under('module.', state), 'n_averaged': torch.tensor(3)},
     'fsdp': lambda state: {
         key.replace('blocks.0.', 'blocks.0._checkpoint_wrapped_module.'): value for key, value in state.items()},
+    'model_is_a_name': lambda state: {'model': 'coatnet', 'model_state_dict': state, 'epoch': 1},
     'of_unknown_name': lambda state: {'my_net': state, 'epoch': 1},
 }
 
