@@ -84,7 +84,7 @@ def bars(monkeypatch) -> list:
         def __getattr__(self, name):
             return lambda *arguments, **options: None
 
-    monkeypatch.setattr(trainer, 'tqdm', Bar)
+    monkeypatch.setattr(trainer, 'progress_bar', Bar)
     return made
 
 
