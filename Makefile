@@ -10,7 +10,7 @@ EXTRAS ?= test,space,transformers
 # the folder that is pushed as a Space, and a run folder of one's own to show there beside the released weights
 SPACE ?= output/space
 RUN ?=
-ROOMS = explain files image_files image_folder imagenet_labels model_settings open_model overlay plots prediction prediction_settings processes settings
+ROOMS = explain files image_files image_folder imagenet_labels model_settings open_model overlay plots prediction prediction_settings processes settings weights_file
 
 .PHONY: demo test conformance test-lowest lint space space-folder clean
 .DELETE_ON_ERROR:
