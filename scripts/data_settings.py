@@ -21,7 +21,7 @@ class DataSettings:
     class_map: str = ''  # File of class names in label order, for folders and streams.
     input_key: str = ''  # Column of the pictures in hfds/, hfids/ and wds/ (image if not given; in wds/ any image).
     target_key: str = ''  # Column of the labels there (label if not given).
-    workers: int = field(default_factory=default_workers)  # Processes that read images; 0 reads in the main one.
+    workers: int = field(default_factory=default_workers)  # Processes that read pictures; 0 reads in the main one.
 
 
 def is_stream(settings: DataSettings) -> bool:

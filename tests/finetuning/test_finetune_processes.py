@@ -53,6 +53,13 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path):
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
         # 15 held-out pictures: what pads them to 24 is taken off
         assert (second['eval_top1'], second['lr']) == (first['eval_top1'], first['lr'])
+    tables = []
+    for processes in '12':
+        with (tmp_path / processes / 'predictions.csv').open(newline='', encoding='utf-8') as file:
+            tables.append(list(csv.DictReader(file)))
+    confidences = [[float(row.pop('confidence')) for row in table] for table in tables]
+    assert tables[0] == tables[1] and len({row['file'] for row in tables[0]}) == 15
+    assert confidences[0] == pytest.approx(confidences[1], abs=1e-3)
 
 
 def test_decoded_pictures_are_shared_out(tmp_path):

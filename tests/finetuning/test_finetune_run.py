@@ -122,7 +122,7 @@ def test_help_explains_each_setting():
         assert f'--{field.name.replace("_", "-")} ' in result.stdout or f'--no-{field.name}'.replace('_', '-') in (
             result.stdout), field.name
     said = ' '.join(result.stdout.replace('│', ' ').split())  # lines break anywhere
-    for text in ('Label smoothing.', 'Processes that read images', '(default: adamw)', '--amp, --no-amp'):
+    for text in ('Label smoothing.', 'Processes that read pictures', '(default: adamw)', '--amp, --no-amp'):
         assert text in said
 
 
