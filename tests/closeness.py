@@ -6,7 +6,8 @@ file, timm's are copies), memory layouts, batch sizes, processes, thread counts,
 other kernels, which add the same products in another order.
 """
 import torch
-from release_folder import TOLERANCE, largest_gap
+from release_folder import largest_gap
+from release_rules import TOLERANCE
 
 __all__ = ['assert_same_up_to_rounding', 'same_up_to_rounding']
 
