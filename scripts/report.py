@@ -132,6 +132,27 @@ def transfer() -> str:
             + '\n'.join(f'{origin}.' for origin in origins) + '\n\n' + '\n'.join(pictures))
 
 
+def small_data() -> str:
+    """Recipes of finetune.py on few images."""
+    file = RESULTS / 'small_data_cpu.json'
+    if not file.exists():
+        return 'Recipes on few images: not measured.'
+    report = json.loads(file.read_text())
+    rows = []
+    for name, models in report['table'].items():
+        counts = sorted({row['images'] for row in report['rows'] if row['set'] == name})
+        images = str(counts[0]) if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
+        rows += [[name.replace('_', ' '), images, f'`{model}`', *(
+            f'{cell["top1"]:.1f}' + ('' if isinstance(cell['deviation'], str) else f' ± {cell["deviation"]:.1f}')
+            for cell in cells.values())] for model, cells in models.items()]
+    recipes = report['settings']['recipes']
+    return (table(['images of', 'to train on', 'weights', *(f'`{recipe}`' if recipe != 'defaults' else recipe
+                                                           for recipe in recipes)], rows)
+            + f'\n\nTop-1 (%) on other training images after the last epoch, mean and deviation over '
+              f'{len(report["settings"]["seeds"])} seeds, each with images of its own;\n{report["hardware"]}, '
+              f'{report["settings"]["threads"]} thread{"s" * (report["settings"]["threads"] > 1)}.')
+
+
 def robustness() -> str:
     """Other sizes and damaged pictures, without retraining."""
     file = RESULTS / 'robustness_tin200_cpu.json'
@@ -300,7 +321,8 @@ def demo() -> str:
 
 
 SECTIONS = (
-    weights, previews, transfer, robustness, family, speed, scaling, ops, ablation, training, loader, budget, demo)
+    weights, previews, transfer, small_data, robustness, family, speed, scaling, ops, ablation, training, loader, budget,
+    demo)
 
 
 def render(text: str) -> str:

@@ -105,6 +105,21 @@ def test_transfer_shows_each_way_with_its_spread(tmp_path, monkeypatch):
     assert '12.0 (1)' in text and 'transfer_trees_cpu.png' not in text and 'transfer_flowers_cpu.png' in text
 
 
+def test_small_data_shows_each_set_model_and_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'RESULTS', tmp_path)
+    assert report.small_data() == 'Recipes on few images: not measured.'
+    cells = {'defaults': dict(top1=20.04, deviation=1.26, seeds=3),
+             'small_data': dict(top1=80.0, deviation='not measured', seeds=1)}
+    (tmp_path / 'small_data_cpu.json').write_text(json.dumps(dict(
+        table={'five_kinds': {'x.tag': cells}}, hardware='a CPU', settings=dict(
+            recipes=['defaults', 'small_data'], seeds=[0, 1, 2], threads=1),
+        rows=[dict(set='five_kinds', images=images) for images in (60, 58)])))
+    said = report.small_data()
+    assert '| images of | to train on | weights | defaults | `small_data` |' in said
+    assert '| five kinds | 58 to 60 | `x.tag` | 20.0 ± 1.3 | 80.0 |' in said
+    assert '3 seeds' in said and 'a CPU, 1 thread.' in said
+
+
 def test_robustness_shows_each_model(tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'RESULTS', tmp_path)
     assert 'not measured' in report.robustness()
