@@ -42,6 +42,7 @@ def main(settings: Settings) -> dict[str, int]:
         if not 0 < settings.per_class < len(pictures):
             raise SettingsError(f'--per-class must be from 1 to {len(pictures) - 1}, all but one of the pictures in '
                                 f'{folder}, got {settings.per_class}.')
+    for name, pictures in sorted(classes.items()):
         for place, picture in enumerate(pictures):
             split = 'train' if place < len(pictures) - settings.per_class else 'validation'
             link = settings.output / split / name / picture.name

@@ -30,6 +30,7 @@ COMMANDS = {
     'compare_recipes.py': ('--sets digits --seeds 0 --threads 0', '--threads must be from 1'),
     'robustness.py': ('--data-dir x --model x --sizes 0', '--model and --sizes must name at least one each'),
     'compare.py': ('one', 'RUNS must be two to 5 run folders'),
+    'hold_out.py': ('', ''),
     'demo.py': ('', ''),
     'report.py': ('', ''),
     'hub/export.py': ('run --name coatnet_pico_64.tin200 --repo colours', '--repo must be OWNER/NAME'),

@@ -31,11 +31,12 @@ def test_a_class_keeps_a_picture_in_each_split(pictures, tmp_path, per_class):
         main(Settings(pictures, tmp_path / 'split', per_class=per_class))
 
 
-def test_a_class_of_one_picture_is_refused(tmp_path):
-    (tmp_path / 'all' / 'cat').mkdir(parents=True)
-    (tmp_path / 'all' / 'cat' / 'one.jpg').write_text('one')
-    with pytest.raises(SettingsError, match=r'TRAIN_DIR .* at least two pictures of a class, .*cat has 1; add some'):
-        main(Settings(tmp_path / 'all', tmp_path / 'split', per_class=1))
+def test_a_class_of_one_picture_is_refused_before_anything_is_written(pictures, tmp_path):
+    (pictures / 'owl').mkdir()
+    (pictures / 'owl' / 'one.jpg').write_text('one')
+    with pytest.raises(SettingsError, match=r'TRAIN_DIR .* at least two pictures of a class, .*owl has 1; add some'):
+        main(Settings(pictures, tmp_path / 'split', per_class=1))
+    assert not (tmp_path / 'split').exists()
 
 
 def test_no_folder_is_written_over(pictures, tmp_path):
