@@ -147,7 +147,7 @@ def misread_figure(wrong: list[tuple], files: list[str], class_names: list[str],
     rows = max(1, -(-len(wrong) // columns))
     figure = Figure(figsize=(1.9 * columns, 2.5 * rows + 0.5), layout='constrained')
     class_names = in_words(class_names)
-    use_fonts(class_names)
+    use_fonts([*class_names, *files])
     figure.suptitle('Misread with most confidence' if wrong else 'Nothing was misread')
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis('off')

@@ -35,10 +35,11 @@ def few_fonts(monkeypatch):
         yield
 
 
-def draw(names: list[str], path: Path) -> None:
+def draw(names: list[str], path: Path, file: str = '0.png') -> None:
     labels = torch.tensor([0, 1])
     write_figure(path, plots.confusion_figure(labels, labels, names))
-    write_figure(path, plots.misread_figure([(0.9, torch.zeros(3, 8, 8), 0, 1)], names, (0.5,), (0.5,)))
+    write_figure(path, plots.misread_figure(
+        [(0.9, 0, torch.zeros(3, 8, 8), 0, 1)], [file], names, (0.5,), (0.5,)))
 
 
 def test_an_installed_font_is_found_for_names_that_the_usual_one_lacks(tmp_path, capsys):
@@ -53,6 +54,11 @@ def test_an_installed_font_is_found_for_names_that_the_usual_one_lacks(tmp_path,
 def test_characters_that_no_font_has_are_said_once(tmp_path, capsys):
     for names in (['猫', 'dog'], ['犬', '猫']):
         draw(names, tmp_path / 'plot.png')
+    assert capsys.readouterr().err.count('note: no installed font has all characters') == 1
+
+
+def test_names_of_files_have_fonts_too(tmp_path, capsys):
+    draw(['cat', 'dog'], tmp_path / 'plot.png', '猫.png')
     assert capsys.readouterr().err.count('note: no installed font has all characters') == 1
 
 
