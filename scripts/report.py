@@ -321,8 +321,8 @@ def demo() -> str:
 
 
 SECTIONS = (
-    weights, previews, transfer, small_data, robustness, family, speed, scaling, ops, ablation, training, loader, budget,
-    demo)
+    weights, previews, transfer, small_data, robustness, family, speed, scaling, ops, ablation, training, loader,
+    budget, demo)
 
 
 def render(text: str) -> str:
