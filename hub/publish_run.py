@@ -274,7 +274,7 @@ def run(settings: Settings) -> None:
     if settings.push:
         ask_hub(settings.repo, api.whoami)  # a token that cannot work is told before the long work
     release = read_release(settings.folder)
-    shown = release.config['release'].get('repo')
+    shown, stored = release.config['release'].get('repo'), release
     with tempfile.TemporaryDirectory() as scratch:
         if settings.repo and settings.repo != shown:
             print(f'README.md and config.json name {shown or "no repository"}: '
@@ -286,11 +286,18 @@ def run(settings: Settings) -> None:
             except OSError as error:
                 raise SettingsError(f'FOLDER {settings.folder}: README.md or config.json cannot be written with --repo '
                                     f'{settings.repo}: {one_line(error)}; make room and run this again.') from error
-        publish(api, release, settings)
+        publish(api, release, settings, release if settings.push else stored)
 
 
-def publish(api: HfApi, release: Release, settings: Settings) -> None:
-    """Print, package and push a verified release whose card names its repository."""
+def publish(api: HfApi, release: Release, settings: Settings, packaged: Release) -> None:
+    """Print, package and push a verified release.
+
+    Args:
+        api: Client of the Hub.
+        release: Its card names the repository of --repo.
+        settings: Of publish.py.
+        packaged: What --package takes; it names no repository that nothing was pushed to.
+    """
     print(describe(release))
     recorded = read_releases().get(release.name)
     if recorded and recorded['packaged'] and not settings.package and (
@@ -299,7 +306,7 @@ def publish(api: HfApi, release: Release, settings: Settings) -> None:
                             f'add --package to replace them, or release it under another tag.')
     try:
         if settings.package:
-            package(release)
+            package(packaged)
         if settings.push:
             push(api, release, settings)
     except OSError as error:

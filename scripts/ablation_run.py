@@ -39,6 +39,7 @@ def train(settings: Settings, row: str, seed: int) -> dict:
             data_dir=settings.data_dir, model=settings.model, img_size=settings.img_size, epochs=settings.epochs,
             model_kwargs=model_kwargs(settings, row),
             batch_size=settings.batch_size, lr=settings.lr, scale=(0.35, 1.0), color_jitter=0.0, amp=settings.amp,
+            warmup_epochs=min(1.0, settings.epochs),
             device=settings.device, workers=settings.workers, seed=seed, output=settings.output,
             experiment=experiment, resume='auto'))
         if settings.results_file:

@@ -227,7 +227,7 @@ def triton_version() -> str:
 def main(settings: OpsSettings) -> list[dict]:
     """Measure and print row by row, and return the table, a dictionary for each row and backend."""
     check_ops(settings)
-    check_machine(settings.device)
+    check_machine(settings.device, amp=settings.dtype == 'bfloat16')
     if settings.batch_size is None:
         settings = replace(settings, batch_size=2 if settings.device == 'cpu' else 128)
     rows = rows_of(settings)

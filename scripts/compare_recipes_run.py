@@ -3,6 +3,7 @@ import json
 import shutil
 import statistics
 from dataclasses import asdict
+from itertools import chain, count, product
 from pathlib import Path
 
 import finetune
@@ -53,17 +54,19 @@ def summarize(settings: Settings, rows: list[dict]) -> dict:
                 deviation = statistics.stdev(top1) if len(top1) > 1 else 'not measured'
                 cells[recipe] = dict(top1=statistics.mean(top1), deviation=deviation, seeds=len(top1))
     kept = {name: value for name, value in asdict(settings).items() if name not in ('output', 'results_file')}
-    recipes = {recipe: {model: recipe_of(recipe, model) for model in settings.models} for recipe in settings.recipes}
+    recipes: dict = {}
+    made = ((row['recipe'], row['model']) for row in rows)
+    for recipe, model in chain(product(settings.recipes, settings.models), made):
+        recipes.setdefault(recipe, {})[model] = recipe_of(recipe, model)
     return json.loads(json.dumps(dict(
         settings=kept, recipes=recipes, table=table, rows=rows, **provenance(str(choose_device(settings.device))))))
 
 
 def check_same(settings: Settings, earlier: dict) -> None:
     """Refuse to go on with rows that were made by other recipes of the same names."""
-    now = summarize(settings, [])['recipes']
-    for recipe in now.keys() & earlier['recipes'].keys():
-        for model in now[recipe].keys() & earlier['recipes'][recipe].keys():
-            before, after = earlier['recipes'][recipe][model], now[recipe][model]
+    for recipe, models in earlier['recipes'].items():
+        for model, before in models.items():
+            after = json.loads(json.dumps(recipe_of(recipe, model)))
             if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
                 raise SettingsError(f'--results-file {settings.results_file} holds rows of another --recipes {recipe}, '
                                     f'with other {", ".join(changed)}; give another file.')
@@ -73,7 +76,7 @@ def plot(report: dict) -> Figure:
     """Top-1 by set and model: a dot a seed, a bar at the mean of each recipe."""
     sets = report['table']
     figure = Figure(figsize=(3.6 * len(sets), 4), layout='constrained')
-    colours = dict(zip(report['settings']['recipes'], (GREY, BLUE, '#d97706', '#059669'), strict=False))
+    colours = dict(zip(report['recipes'], chain((GREY, BLUE), (f'C{number}' for number in count(1))), strict=False))
     for axes, (name, models) in zip(figure.subplots(1, len(sets), squeeze=False).flat, sets.items(), strict=True):
         for place, (model, cells) in enumerate(models.items()):
             for shift, (recipe, cell) in enumerate(cells.items()):

@@ -14,7 +14,9 @@ import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 __all__ = ['name_runs', 'run']
 
 # What may differ between runs that are compared: who they are, not how they were trained.
-OWN = {'model', 'model_kwargs', 'output', 'experiment', 'resume', 'workers', 'tracker', 'recovery_interval', 'device'}
+OWN = {
+    'model', 'model_kwargs', 'output', 'experiment', 'resume', 'workers', 'tracker', 'recovery_interval', 'device',
+    'amp_if_native', 'last_epoch', 'dataset_download'}
 COLOURS = '#2563eb', '#d97706', '#059669', '#7c3aed', '#6b7280'
 
 

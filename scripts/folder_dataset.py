@@ -1,5 +1,6 @@
 """Folders of images as timm's data sets."""
 import pickle
+import shlex
 from pathlib import Path
 
 from console import printable
@@ -68,11 +69,12 @@ def open_folder(settings: DataSettings, split: str) -> tuple[ImageDataset, list[
 
 def _hold_out(root: Path, split: str) -> str:
     """The command that makes the missing split out of the images there are, '' if there are none."""
-    train = next((root / name for name in SPLIT_FOLDERS['train'] if (root / name).is_dir()), root)
-    if split not in SPLIT_FOLDERS or not any(path.is_dir() for path in train.iterdir()):
+    known = [root / name for names in SPLIT_FOLDERS.values() for name in names if (root / name).is_dir()]
+    train = next((path for path in known if path.name in SPLIT_FOLDERS['train']), root)
+    if split not in SPLIT_FOLDERS or (known and train == root) or not any(path.is_dir() for path in train.iterdir()):
         return ''
-    return (f'; python scripts/hold_out.py {train} NEW_FOLDER --per-class 10 makes NEW_FOLDER with train/ and '
-            f'validation/ of links to the images in {train}, for --data-dir')
+    return (f'; python scripts/hold_out.py {shlex.quote(str(train))} NEW_FOLDER --per-class 10 makes NEW_FOLDER with '
+            f'train/ and validation/ of links to the images in {train}, for --data-dir')
 
 
 def _check_names(class_map: str) -> None:

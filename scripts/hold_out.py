@@ -27,7 +27,10 @@ def main(settings: Settings) -> dict[str, int]:
     if not settings.train_dir.is_dir():
         raise SettingsError(f'TRAIN_DIR {settings.train_dir} is not a folder; give one with a sub-folder for each '
                             f'class.')
-    found = list_images(settings.train_dir, 'TRAIN_DIR')
+    try:
+        found = list_images(settings.train_dir, 'TRAIN_DIR')
+    except OSError as error:
+        raise SettingsError(f'TRAIN_DIR {settings.train_dir} cannot be read: {one_line(error)}.') from error
     classes = {**found.images, **{name: [] for name in found.empty}}
     if not classes or '' in classes:
         raise SettingsError(f'TRAIN_DIR {settings.train_dir} must hold a sub-folder for each class, but has none.')

@@ -74,15 +74,23 @@ def place_of(path: Path) -> tuple[int, int]:
 
 def is_hidden(entry: os.DirEntry) -> bool:
     return (entry.name.startswith('.') or entry.name.lower() in SYSTEM_FILES or
-            (entry.name in SYSTEM_FOLDERS and entry.is_dir()))
+            (entry.name in SYSTEM_FOLDERS and is_folder(entry)))
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether this is a folder or a link to one; a link to itself is neither."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def scan(folder: Path) -> tuple[list[Path], list[Path]]:
     """Files and folders in a folder that are not hidden, in the order of their names."""
     with os.scandir(folder) as entries:
         found = sorted((entry for entry in entries if not is_hidden(entry)), key=lambda entry: entry.name)
-        return ([folder / entry.name for entry in found if not entry.is_dir()],
-                [folder / entry.name for entry in found if entry.is_dir()])
+        return ([folder / entry.name for entry in found if not is_folder(entry)],
+                [folder / entry.name for entry in found if is_folder(entry)])
 
 
 def walk(folder: Path, above: Iterable[tuple[int, int]] = ()) -> Iterator[Path]:

@@ -3,7 +3,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ['EXTRAS', 'explain_missing']
+__all__ = ['EXTRAS', 'explain_missing', 'is_installed']
 
 # extra of pyproject.toml: top-level modules; the first one brings the package and its dependencies too
 EXTRAS = {
@@ -15,6 +15,14 @@ EXTRAS = {
     'transformers': ('transformers',),
     'test': ('onnx_ir', 'onnxruntime', 'onnxscript', 'tensorboard'),
 }
+
+
+def is_installed(module: str) -> bool:
+    """Whether a top-level module can be imported."""
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # it stands in sys.modules as None
+        return False
 
 
 def explain_missing(error: ModuleNotFoundError) -> int:

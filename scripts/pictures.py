@@ -15,6 +15,7 @@ from console import printable
 from data_settings import DataSettings, is_stream
 from folder_dataset import open_folder
 from image_files import UNREADABLE, image_suffixes, to_mode
+from packages import is_installed
 from PIL import Image, UnidentifiedImageError
 from settings import SettingsError, one_line
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
@@ -59,6 +60,10 @@ def open_pictures(
         download=settings.dataset_download, class_map=settings.class_map or None, batch_size=batch_size,
         seed=seed, num_samples=num_samples,
         **({} if settings.dataset.startswith('torch/') else options))
+    package = {'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset'}.get(settings.dataset.partition('/')[0])
+    if package and not is_installed(package):
+        raise SettingsError(f"--dataset {settings.dataset} needs the package {package}; in a checkout of coatnet_zoo: "
+                            f"pip install '.[data]'.")
     try:
         dataset = create(is_training=is_training)
         if settings.dataset.startswith('torch/'):

@@ -1,4 +1,5 @@
 """Devices, precision and processes, through accelerate: the same command for a CPU, a GPU, or many of them."""
+import os
 import platform
 import sys
 
@@ -37,8 +38,9 @@ def has_native_bfloat16() -> bool:
 
 
 def warn(message: str) -> None:
-    """One line to stderr."""
-    print(f'warning: {message}', file=sys.stderr)
+    """One line to stderr, from the first of several processes."""
+    if os.environ.get('RANK', '0') == '0':
+        print(f'warning: {message}', file=sys.stderr)
 
 
 def warn_if_emulated(device: str | torch.device, amp: bool) -> None:

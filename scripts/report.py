@@ -138,14 +138,14 @@ def small_data() -> str:
     if not file.exists():
         return 'Recipes on few images: not measured.'
     report = json.loads(file.read_text())
-    rows = []
+    rows, recipes = [], report['settings']['recipes']
     for name, models in report['table'].items():
         counts = sorted({row['images'] for row in report['rows'] if row['set'] == name})
         images = str(counts[0]) if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
         rows += [[name.replace('_', ' '), images, f'`{model}`', *(
-            f'{cell["top1"]:.1f}' + ('' if isinstance(cell['deviation'], str) else f' ± {cell["deviation"]:.1f}')
-            for cell in cells.values())] for model, cells in models.items()]
-    recipes = report['settings']['recipes']
+            NOT_MEASURED if (cell := cells.get(recipe)) is None else f'{cell["top1"]:.1f}' + (
+                '' if isinstance(cell['deviation'], str) else f' ± {cell["deviation"]:.1f}')
+            for recipe in recipes)] for model, cells in models.items()]
     return (table(['images of', 'to train on', 'weights', *(f'`{recipe}`' if recipe != 'defaults' else recipe
                                                            for recipe in recipes)], rows)
             + f'\n\nTop-1 (%) on other training images after the last epoch, mean and deviation over '

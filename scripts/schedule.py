@@ -33,7 +33,8 @@ def with_schedule(settings: Settings, images: int, processes: int = 1) -> Settin
     return dataclasses.replace(settings, batch_size=batch_size, epochs=epochs, warmup_epochs=warmup_epochs)
 
 
-def advice(images: int, used: int, updates: int, batch_size: int, shared: int = 1) -> Iterator[str]:
+def advice(images: int, used: int, updates: int, batch_size: int, shared: int = 1, step: int = 1,
+           scheduled: bool = False) -> Iterator[str]:
     """What to say of a run that leaves images out, or is short.
 
     Args:
@@ -42,14 +43,18 @@ def advice(images: int, used: int, updates: int, batch_size: int, shared: int = 
         updates: Of the weights in the whole run.
         batch_size: Of a process.
         shared: Processes times steps whose gradients are added up.
+        step: What a batch size must be a multiple of, 2 where images are mixed in pairs.
+        scheduled: Whether `with_schedule` chose batch size and epochs, which no advice should contradict.
     """
     if used < images:
         # the largest of those that leave out fewest, and not much smaller
-        better = min(range(batch_size, batch_size // 2, -1), key=lambda size: images % (size * shared))
+        better = min(range(batch_size, batch_size // 2, -step), key=lambda size: images % (size * shared))
         fewer = images % (better * shared)
+        advised = fewer < images - used and not scheduled
         yield (f'{images - used} of {images} training images are left out of each epoch, other ones each time'
-               + (f'; --batch-size {better} leaves out {fewer or "none"}.' if fewer < images - used else '.'))
+               + (f'; --batch-size {better} leaves out {fewer or "none"}.' if advised else '.'))
     if updates < MIN_UPDATES:
         yield (f'warning: the run makes {updates} updates of the weights, where fine-tuning takes some {MIN_UPDATES}; '
-               f'--recipe small_data chooses batch size and epochs by the number of images, or give a smaller '
-               f'--batch-size or more --epochs.')
+               + ('leave --epochs and --batch-size to the recipe.' if scheduled else
+                  '--recipe small_data chooses batch size and epochs by the number of images, or give a smaller '
+                  '--batch-size or more --epochs.'))

@@ -19,6 +19,7 @@ from evaluation import Predictions, predict
 from files import write_file
 from loaders import training_transform
 from pictures import BadPictures, EpochSampler, check_labels, seed_of
+from processes import warn
 from progress import progress_bar
 from run_folder import rank, write_metrics, write_weights
 from safetensors.torch import load_file
@@ -35,6 +36,9 @@ from training import set_trunk_to_eval
 from training_settings import Settings
 
 __all__ = ['Trainer', 'check_facts', 'read_checkpoint']
+
+# Facts that stand for the images of a split: names, labels and content.
+DIGESTS = {'digest_of_train_images': 'training', 'digest_of_val_images': 'held-out'}
 
 
 @dataclass
@@ -65,6 +69,13 @@ def read_checkpoint(path: Path) -> dict:
 def check_facts(checkpoint: dict, run_dir: Path, facts: dict) -> None:
     """Refuse a checkpoint that was saved under other facts than these."""
     facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file
+    if [name for name in DIGESTS if name not in checkpoint['facts']]:
+        warn('--resume: the run began before data were compared by their content; see to it yourself that --data-dir '
+             'holds the same images.')
+    for name, split in DIGESTS.items():
+        if checkpoint['facts'].get(name, facts[name]) != facts[name]:
+            raise SettingsError(f'--resume {run_dir} needs the {split} images that the run began with, but those in '
+                                f'--data-dir are others; restore them, or start another --experiment.')
     if changed := [f'{name} was {value}, is {facts[name]}' for name, value in checkpoint['facts'].items()
                    if name in facts and facts[name] != value]:
         raise SettingsError(f'--resume {run_dir} needs the settings the run began with, but {"; ".join(changed)}; '
@@ -185,7 +196,9 @@ class Trainer:
         settings, images = self.settings, len(self.train_loader.dataset)
         indexed = self.sampler is not None and not settings.class_balanced  # others draw as they like
         for line in advice(images, self.pictures_per_epoch if indexed else images, self.updates, settings.batch_size,
-                           self.accelerator.num_processes * settings.grad_accum_steps):
+                           self.accelerator.num_processes * settings.grad_accum_steps,
+                           step=2 if settings.mixup or settings.cutmix else 1,
+                           scheduled=settings.recipe == 'small_data'):
             self.say(line)
         bad = self.progress.bad_train, self.progress.bad_val
         self.bad_train, self.bad_val = (

@@ -87,6 +87,9 @@ def test_table_rows_and_plot_and_finished_rows_stay(settings, runs, monkeypatch)
     assert not runs
     compare_recipes.main(dataclasses.replace(settings, seeds=(2,), sets=('digits',)))
     assert len(runs) == 2 and len(json.loads(Path(settings.results_file).read_text())['rows']) == 14
+    compare_recipes.main(dataclasses.replace(settings, seeds=(2,), sets=('digits',), recipes=('linear_probe',)))
+    written = json.loads(Path(settings.results_file).read_text())
+    assert list(written['recipes']) == ['linear_probe', 'defaults', 'small_data'] and len(written['rows']) == 15
     monkeypatch.setitem(recipes.RECIPES, 'small_data', recipes.RECIPES['small_data'] | dict(lr=1.0))
     with pytest.raises(SettingsError, match='rows of another --recipes small_data, with other lr'):
         compare_recipes.main(settings)

@@ -1,5 +1,6 @@
 """scripts/image_folder.py: which files of a folder are images of which class, for every script that reads one."""
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def test_hidden_folders_are_skipped_and_loops_not_followed(data, tmp_path, capsy
     (data / 'train' / 'red' / 'loop').symlink_to('..')
     (data / 'train' / 'red' / 'larger').symlink_to('../..')
     (data / 'train' / 'itself').symlink_to('.')
+    (data / 'train' / 'red' / 'self').symlink_to('self')
     dataset, names = open_pictures(DataSettings(data_dir=str(data)), 'train')
     assert names == ['blue', 'green', 'red'] and len(dataset) == 9
     assert 'links to a folder that holds them (itself)' in capsys.readouterr().err
@@ -72,6 +74,25 @@ def test_hidden_folders_are_skipped_and_loops_not_followed(data, tmp_path, capsy
     assert counts == {'train': 6, 'validation': 3}
     images, errors = find_images([data / 'train'])
     assert len(images) == 9 and not errors
+
+
+@pytest.mark.parametrize('dataset, package', [('wds/', 'webdataset'), ('hfds/a/b', 'datasets')])
+def test_a_missing_package_names_its_extra(data, monkeypatch, dataset, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SettingsError, match=rf"needs the package {package}; .* pip install '\.\[data\]'"):
+        open_pictures(DataSettings(data_dir=str(data), dataset=dataset), 'train')
+
+
+def test_hold_out_is_named_where_there_is_something_to_hold_out(data):
+    shutil.move(data / 'val', data.parent / 'two words')
+    with pytest.raises(SettingsError, match=r'scripts/hold_out\.py .*train NEW_FOLDER'):
+        open_pictures(DataSettings(data_dir=str(data)), 'validation')
+    shutil.move(data / 'train', data / 'val')
+    with pytest.raises(SettingsError, match='has no folder train') as error:
+        open_pictures(DataSettings(data_dir=str(data)), 'train')
+    assert 'scripts/hold_out' not in str(error.value)
+    with pytest.raises(SettingsError, match=r"scripts/hold_out\.py '.*two words' NEW_FOLDER"):
+        open_pictures(DataSettings(data_dir=str(data.parent / 'two words')), 'train')
 
 
 def test_links_to_classes_and_images_are_followed(data, tmp_path):

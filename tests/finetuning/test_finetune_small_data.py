@@ -63,6 +63,10 @@ def test_advice_counts_what_is_left_out_and_the_updates():
     assert list(advice(127, 126, 300, 63)) == [  # nothing near it is better
         '1 of 127 training images are left out of each epoch, other ones each time.']
     assert 'batch-size 5 leaves out none' in next(advice(40, 32, 300, 8, shared=4))
+    assert '--batch-size 10 leaves out 4.' in next(advice(54, 48, 300, 16, step=2))  # 9 leaves out none
+    left_out, short = advice(54, 48, 12, 8, scheduled=True)
+    assert left_out.endswith('other ones each time.')
+    assert short.endswith('leave --epochs and --batch-size to the recipe.')
 
 
 @pytest.fixture

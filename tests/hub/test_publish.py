@@ -346,6 +346,10 @@ def test_push_writes_its_repository_into_the_card_of_an_export_that_names_anothe
     publish.main(dataclasses.replace(settings, push=False))
     said = f'README.md and config.json name {before or "no repository"}: '
     assert said + '--push would write owner/colours' in capsys.readouterr().out and checksums(folder) == old
+    publish.main(dataclasses.replace(settings, push=False, package=True))
+    entry, = recorded().values()
+    assert entry['repo'] is None and entry['release']['repo'] == before  # nothing was pushed there
+    capsys.readouterr()
 
     with monkeypatch.context() as patch:  # killed between the two files
         patch.setattr(publish_run, 'write_json', lambda *_: 1 / 0)
