@@ -11,6 +11,7 @@ import pytest
 import torch
 from benchmark_ops import Ceilings, Row
 from benchmark_settings import ModelPairSettings, OpsSettings, ScalingSettings
+from script_runs import needs_inductor
 from settings import SettingsError
 
 
@@ -54,6 +55,7 @@ def test_every_cell_of_ops_is_written_and_stands_alone(tmp_path, capsys):
     assert 'over that of F.conv2d' not in printed
 
 
+@needs_inductor
 def test_compiled_dynamic_is_held_against_conv2d_in_the_last_line(known_ceilings, capsys):
     cells = benchmark_ops.main(ops_settings(
         op='dynamic', shapes=('28x192',), kernels=(7,), passes=('forward',), backends=('compiled', 'conv2d'),

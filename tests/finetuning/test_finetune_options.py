@@ -10,6 +10,7 @@ import torch
 import training_run
 from runs import assert_same_tensors, read_checkpoint, read_metrics, run
 from safetensors.torch import load_file
+from script_runs import needs_inductor
 from settings import SettingsError
 from timm.utils import random_seed
 
@@ -144,6 +145,7 @@ def test_grad_checkpointing_changes_no_result(settings):
     assert_same_tensors(read_checkpoint(plain)['state_dict'], read_checkpoint(saved)['state_dict'])
 
 
+@needs_inductor
 def test_compiled_model_trains_alike_and_its_weights_load_without_it(settings):
     plain, compiled = (run(settings, experiment=str(on), torchcompile=on, epochs=1, clip_grad=None, opt='sgd')
                        for on in (False, True))

@@ -172,7 +172,7 @@ def test_older_run_is_never_overwritten(settings):
     with pytest.raises(SettingsError, match='already holds a run'):
         run(settings, resume='auto')
     del before[run_dir / 'last' / 'checkpoint.pt']
-    assert {path: path.read_bytes() for path in before} == before and len(before) == 8
+    assert {path: path.read_bytes() for path in before} == before and len(before) == 9
 
 
 def test_loss_that_is_not_finite_stops_with_the_step(settings):
