@@ -8,6 +8,7 @@ import difflib
 import inspect
 import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -159,3 +160,6 @@ def end_with_sentence(script: str, main: Callable[[], object]) -> None:
         sys.exit(2)
     except ModuleNotFoundError as error:
         sys.exit(explain_missing(error))
+    except BrokenPipeError:  # the reader of stdout has gone, as with `| head`; nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

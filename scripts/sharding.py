@@ -1,5 +1,4 @@
 """Training state in whole tensors, where each process holds only a shard of the weights (FSDP)."""
-
 import torch
 from accelerate import Accelerator
 from settings import SettingsError, one_line

@@ -123,3 +123,10 @@ def test_every_import_is_brought_by_the_extra_that_is_named():
     for module in imported & {*distributions} - {'coatnet_zoo', 'numpy', 'onnx_ir', 'pyarrow'}:  # brought by others
         brought = ' '.join([*project['dependencies'], *project['optional-dependencies'][extra_of[module]]]).lower()
         assert any(name.lower().replace('_', '-') in brought for name in distributions[module]), module
+
+
+def test_a_reader_of_help_may_leave_early():
+    done = subprocess.run(
+        f'{sys.executable} {ROOT / "scripts" / "finetune.py"} --help | head -n 1', shell=True, capture_output=True,
+        text=True, cwd=ROOT)
+    assert done.stdout.startswith('usage:') and done.stderr == ''
