@@ -72,14 +72,14 @@ def check_facts(checkpoint: dict, run_dir: Path, facts: dict) -> None:
     if [name for name in DIGESTS if name not in checkpoint['facts']]:
         warn('--resume: the run began before data were compared by their content; see to it yourself that --data-dir '
              'holds the same images.')
+    if changed := [f'{name} was {value}, is {facts[name]}' for name, value in checkpoint['facts'].items()
+                   if name in facts and name not in DIGESTS and facts[name] != value]:
+        raise SettingsError(f'--resume {run_dir} needs the settings the run began with, but {"; ".join(changed)}; '
+                            f'restore them, or start another --experiment.')
     for name, split in DIGESTS.items():
         if checkpoint['facts'].get(name, facts[name]) != facts[name]:
             raise SettingsError(f'--resume {run_dir} needs the {split} images that the run began with, but those in '
                                 f'--data-dir are others; restore them, or start another --experiment.')
-    if changed := [f'{name} was {value}, is {facts[name]}' for name, value in checkpoint['facts'].items()
-                   if name in facts and facts[name] != value]:
-        raise SettingsError(f'--resume {run_dir} needs the settings the run began with, but {"; ".join(changed)}; '
-                            f'restore them, or start another --experiment.')
 
 
 class Trainer:
