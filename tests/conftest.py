@@ -1,9 +1,16 @@
 """Shared by all tests: models with weights that show a mistake."""
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+if capability := os.environ.get('ATEN_CPU_CAPABILITY'):
+    # inductor's cache forgets this setting, and what was compiled under another one gives NaN
+    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(Path(tempfile.gettempdir(), f'inductor-{capability}')))
 
 torch.set_num_threads(1)  # the models here are tiny: waking a second thread takes longer than their work
 
