@@ -19,10 +19,7 @@ EXTRAS = {
 
 def is_installed(module: str) -> bool:
     """Whether a top-level module can be imported."""
-    try:
-        return find_spec(module) is not None
-    except ValueError:  # it stands in sys.modules as None
-        return False
+    return find_spec(module) is not None
 
 
 def explain_missing(error: ModuleNotFoundError) -> int:
