@@ -1,0 +1,1 @@
+"""What the commands of scripts/ share: see docs/architecture.md for the order of the sub-packages."""

@@ -1,0 +1,1 @@
+"""Timings of models, operators and loaders."""

@@ -1,0 +1,1 @@
+"""Studies over many runs: ablation, transfer, robustness, recipes, the demo."""

@@ -1,0 +1,1 @@
+"""Predictions on single images, and what the model looked at."""

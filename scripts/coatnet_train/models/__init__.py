@@ -1,0 +1,1 @@
+"""Any model of timm or the zoo, opened and checked."""

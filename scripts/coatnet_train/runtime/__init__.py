@@ -1,0 +1,1 @@
+"""Command lines, files, devices and provenance; nothing here knows images or models."""

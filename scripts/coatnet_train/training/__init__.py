@@ -1,0 +1,1 @@
+"""Fine-tuning: configuration, recipes, loaders, loss, trainer and run directory."""
