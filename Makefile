@@ -10,7 +10,6 @@ EXTRAS ?= test,space,transformers
 # the folder that is pushed as a Space, and a run folder of one's own to show there beside the released weights
 SPACE ?= output/space
 RUN ?=
-ROOMS = console explain files image_files image_folder imagenet_labels model_settings open_model overlay packages plots prediction prediction_settings processes released settings weights_file
 # tests that compare results of models and operators
 COMPUTING = $(addprefix tests/,test_closeness.py models blocks ops/test_definition.py ops/test_contract.py hub/test_export.py \
     hub/test_verify.py evaluating/test_eval_numbers.py extracting/test_extract_values.py predicting/test_explain.py \
@@ -48,10 +47,9 @@ space: $(VENV)/.space space-folder
 
 space-folder:
 	rm -rf $(SPACE)
-	mkdir -p $(SPACE)/scripts $(SPACE)/models
+	mkdir -p $(SPACE)/models
 	cp $(addprefix hub/space/,app.py answer.py interface.py upload.py style.css README.md requirements.txt) LICENSE $(SPACE)
-	cp $(ROOMS:%=scripts/%.py) $(SPACE)/scripts
-	cp -r coatnet_zoo $(SPACE) && find $(SPACE) -name __pycache__ -prune -exec rm -r {} +
+	cp -r coatnet_zoo scripts/coatnet_train $(SPACE) && find $(SPACE) -name __pycache__ -prune -exec rm -r {} +
 ifneq ($(RUN),)
 	mkdir $(SPACE)/models/$(notdir $(RUN))
 	cp $(RUN)/config.json $(RUN)/model.safetensors $(SPACE)/models/$(notdir $(RUN))

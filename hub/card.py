@@ -4,13 +4,11 @@
 
 writes README.md there anew (export.py does it too). Figures that are not known say "not measured".
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
-
-from settings import SettingsError, end_with_sentence, one_line, parse_flags, tyro
+import scripts_path  # noqa: F401
+from coatnet_train.runtime.cli import SettingsError, end_with_sentence, one_line, parse_flags, tyro
 
 __all__ = ['Settings', 'main']
 

@@ -11,13 +11,11 @@ else from the split that picked the best epoch, which the card then says. What i
 other classes, channels or image size; a run whose model computes anything else (another act, other depths) is refused.
 Then: python hub/verify.py OUTPUT.
 """
-import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
-
+import scripts_path  # noqa: F401
+from coatnet_train.runtime.cli import end_with_sentence, parse_flags
 from export_settings import Settings, check_values
-from settings import end_with_sentence, parse_flags
 
 
 def main(settings: Settings) -> Path:

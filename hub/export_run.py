@@ -7,24 +7,25 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import eval_imagenet
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import interpolate
+
+from coatnet_train.evaluation.config import Settings as EvaluationSettings
+from coatnet_train.evaluation.imagenet import evaluate
+from coatnet_train.evaluation.imagenet_labels import describe_synsets
+from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.files import write_file, write_json
+from coatnet_train.training.run_dir import write_config, write_weights
+from coatnet_zoo.releases import RELEASES, sha256_of
 from export_settings import Settings
-from files import write_file, write_json
-from imagenet_labels import describe_synsets
 from model_card import write_card
 from onnx_files import onnx_answers, write_onnx_files
 from release_folder import bare_model, largest_gap, own_cfg, split_name, stored_dtypes
 from release_rules import FILES, ONNX_FILES, RELEASE_FIELDS, TOLERANCE
-from run_folder import write_config, write_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from settings import SettingsError, one_line
-from torch import nn
-from torch.nn.functional import interpolate
-
-from coatnet_zoo.releases import RELEASES, sha256_of
 
 RUN_FILES = ('config.json', 'args.json', 'summary.json', 'curves.png', 'model.safetensors')
 SPLITS = ('train', 'val', 'validation', 'test')  # folders that say nothing without their parent's name
@@ -268,7 +269,7 @@ def write_golden(folder: Path, config: dict) -> None:
 
 def measure_rounding(settings: Settings, folder: Path, release: dict) -> None:
     """Evaluate the run and the rounded weights on the same pictures; the figures of the release become the latter's."""
-    before, after = eval_imagenet.main(eval_imagenet.Settings(
+    before, after = evaluate(EvaluationSettings(
         data_dir=settings.data_dir, model=(f'local-dir:{settings.run_dir}', f'local-dir:{folder}'),
         workers=settings.workers, valid_labels='all'))
     args = read_json(settings.run_dir / 'args.json')

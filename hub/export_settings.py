@@ -3,9 +3,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_settings import default_workers
+from coatnet_train.data.config import default_workers
+from coatnet_train.runtime.cli import SettingsError, flag, tyro
 from release_rules import DTYPES, check_license, check_tag
-from settings import SettingsError, flag, tyro
 
 __all__ = ['Settings', 'check_values']
 

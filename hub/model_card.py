@@ -3,9 +3,10 @@ import json
 import re
 from pathlib import Path
 
-from files import write_file
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from model_size import model_size
+
+from coatnet_train.models.model_size import model_size
+from coatnet_train.runtime.files import write_file
 from release_rules import ONNX_FILES, TOLERANCE
 
 __all__ = ['card_data', 'name_of', 'write_card']

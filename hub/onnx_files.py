@@ -5,9 +5,10 @@ import zipfile
 from pathlib import Path
 
 import torch
-from files import write_file
-from settings import SettingsError, one_line
 from torch import nn
+
+from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.files import write_file
 
 __all__ = ['check_no_pickles', 'onnx_answers', 'write_onnx_files']
 

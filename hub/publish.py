@@ -15,13 +15,9 @@ it since, the push is refused unless --parent names the commit that you have loo
 writes are left alone. The token is that of HF_TOKEN or of `hf auth login`. --package copies the weights into the
 package, so that they ship with it and need no network.
 """
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
-
+import scripts_path  # noqa: F401
+from coatnet_train.runtime.cli import end_with_sentence, parse_flags
 from publish_settings import Settings, check_values
-from settings import end_with_sentence, parse_flags
 
 
 def main(settings: Settings) -> None:

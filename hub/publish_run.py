@@ -11,21 +11,21 @@ from pathlib import Path
 
 import timm
 import torch
-from files import write_file, write_json
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
-from model_card import write_card
-from publish_settings import Settings
 from safetensors.torch import load_file
-from settings import SettingsError, one_line
-from verification import verify
 
+from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.files import write_file, write_json
 from coatnet_zoo import releases as released
 from coatnet_zoo.releases import check_release, sha256_of
+from model_card import write_card
+from publish_settings import Settings
+from verification import verify
 
 WEIGHTS = Path(__file__).parents[1] / 'coatnet_zoo/weights'
 OPTIONAL = ('model.onnx', 'model.pt2')  # of an earlier export; removed if this one has none

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from settings import SettingsError, one_line, tyro
+
+from coatnet_train.runtime.cli import SettingsError, one_line, tyro
 
 __all__ = ['Settings', 'check_values']
 

@@ -1,12 +1,12 @@
 """The model of a released folder: what export.py stores and verify.py holds it to."""
 import timm
 import torch
-from release_rules import check_tag
-from settings import SettingsError, did_you_mean
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint
 from torch import nn
 
 import coatnet_zoo
+from coatnet_train.runtime.cli import SettingsError, did_you_mean
+from release_rules import check_tag
 
 __all__ = ['bare_model', 'largest_gap', 'own_cfg', 'split_name', 'stored_dtypes']
 

@@ -2,7 +2,7 @@
 import re
 from pathlib import Path
 
-from settings import SettingsError
+from coatnet_train.runtime.cli import SettingsError
 
 __all__ = ['DTYPES', 'FILES', 'ONNX_FILES', 'RELEASE_FIELDS', 'TOLERANCE', 'check_license', 'check_tag', 'list_files']
 

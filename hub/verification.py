@@ -11,13 +11,14 @@ from pathlib import Path
 import timm
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from coatnet_train.runtime.cli import SettingsError, one_line
 from model_card import card_data, name_of
 from onnx_files import check_no_pickles, onnx_answers
-from PIL import Image
 from release_folder import bare_model, largest_gap, split_name, stored_dtypes
 from release_rules import DTYPES, ONNX_FILES, RELEASE_FIELDS, TOLERANCE, check_license, list_files
-from safetensors import SafetensorError, safe_open
-from settings import SettingsError, one_line
 
 __all__ = ['check_answers', 'verify']
 
@@ -158,7 +159,7 @@ def check_answers(folder: Path) -> list[str]:
 
 def check_in_fresh_process(folder: Path) -> str:
     """Run `check_answers` in a process of its own, offline and without a token."""
-    code = ('import sys; from pathlib import Path; from settings import end_with_sentence; from '
+    code = ('import sys; from pathlib import Path; from coatnet_train.runtime.cli import end_with_sentence; from '
             'verification import check_answers; '
             'end_with_sentence("", lambda: print(*check_answers(Path(sys.argv[1])), sep=", "))')
     environment = {name: value for name, value in os.environ.items()

@@ -8,13 +8,11 @@ and pickled data in model.pt2. Then a fresh process loads the folder as users wi
 through transformers, onnxruntime and torch.export where they apply), and compares logits on the golden inputs: the
 difference must be at most 1e-5 of the largest golden logit. Exit code 2 with a sentence if anything is amiss.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / 'scripts'))
-
-from settings import end_with_sentence, parse_flags, tyro
+import scripts_path  # noqa: F401
+from coatnet_train.runtime.cli import end_with_sentence, parse_flags, tyro
 
 __all__ = ['Settings', 'main']
 

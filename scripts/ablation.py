@@ -9,14 +9,14 @@ on from the last finished epoch. After each run the table so far goes to --resul
 folder with the metrics of every run; a row's top-1 is that of its last epoch, never the best one. --speed then times
 all rows side by side, in inference.
 """
-from ablation_settings import Settings, check_values
-from settings import end_with_sentence, parse_flags
+from coatnet_train.experiments.ablation_config import Settings, check_values
+from coatnet_train.runtime.cli import end_with_sentence, parse_flags
 
 
 def main(settings: Settings) -> dict:
     """Train what is missing, report, and return the report."""
     check_values(settings)
-    from ablation_run import run  # here: torch and timm take seconds to import
+    from coatnet_train.experiments.ablation import run  # here: torch and timm take seconds to import
     return run(settings)
 
 

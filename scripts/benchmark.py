@@ -18,7 +18,7 @@ least --window seconds each, and the median window counts, so that a busy machin
 import sys
 from inspect import cleandoc
 
-from benchmark_settings import (
+from coatnet_train.benchmarks.config import (
     LoaderSettings,
     ModelPairSettings,
     OpsSettings,
@@ -27,7 +27,7 @@ from benchmark_settings import (
     check_ops,
     check_scaling,
 )
-from settings import end_with_sentence, parse_flags
+from coatnet_train.runtime.cli import end_with_sentence, parse_flags
 
 TABLES = {'ops': OpsSettings, 'scaling': ScalingSettings, 'loader': LoaderSettings}
 
@@ -40,16 +40,16 @@ def dispatch(arguments: list[str]) -> None:
     settings = parse_flags(kind, description, arguments[bool(table):])
     if table == 'ops':
         check_ops(settings)
-        from benchmark_ops import main
+        from coatnet_train.benchmarks.ops import main
     elif table == 'scaling':
         check_scaling(settings)
-        from benchmark_scaling import main
+        from coatnet_train.benchmarks.scaling import main
     elif table == 'loader':
         check_benchmark(settings, ('batch_size', 'rounds', 'window', 'threads'))
-        from benchmark_loader import main
+        from coatnet_train.benchmarks.loader import main
     else:
         check_benchmark(settings, ('batch_size', 'img_size', 'threads', 'rounds', 'window'))
-        from benchmark_models import main
+        from coatnet_train.benchmarks.models import main
     main(settings)
 
 

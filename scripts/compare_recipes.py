@@ -8,14 +8,14 @@ groups (birds, dogs, ...) of ImageNet, one image a class. Each seed draws its ow
 is held out are other training images: no validation split is looked at. The last epoch counts, not the best one. Rows
 that the results file holds are not made again, so a run that was cut off goes on.
 """
-from compare_recipes_settings import Settings, check_values
-from settings import end_with_sentence, parse_flags
+from coatnet_train.experiments.recipes_config import Settings, check_values
+from coatnet_train.runtime.cli import end_with_sentence, parse_flags
 
 
 def main(settings: Settings) -> dict:
     """Make the rows that are missing, and return the report."""
     check_values(settings)
-    from compare_recipes_run import run  # here: torch and timm take seconds to import
+    from coatnet_train.experiments.recipes import run  # here: torch and timm take seconds to import
     return run(settings)
 
 

@@ -1,8 +1,8 @@
 """Set finished runs of finetune.py side by side: a table, their curves, and a file with both and where they come from.
 
-    python scripts/compare.py output/imagenette_64/coatnet_pico_64 output/imagenette_64/convnextv2_femto \\
+    python scripts/compare_runs.py output/imagenette_64/coatnet_pico_64 output/imagenette_64/convnextv2_femto \\
         --results-file results/imagenette_64_cpu.json
-    python scripts/compare.py output/lr_1e-3 output/lr_5e-4 --allow-different
+    python scripts/compare_runs.py output/lr_1e-3 output/lr_5e-4 --allow-different
 
 Runs are named by as much of their folders as tells them apart. They must share data, recipe and seed, so that only the
 models differ; --allow-different compares others too, and lists the settings in which they differ.
@@ -10,7 +10,7 @@ models differ; --allow-different compares others too, and lists the settings in 
 from dataclasses import dataclass
 from pathlib import Path
 
-from settings import SettingsError, end_with_sentence, parse_flags, tyro
+from coatnet_train.runtime.cli import SettingsError, end_with_sentence, parse_flags, tyro
 
 MOST_RUNS = 5  # curves that one plot can hold
 
@@ -33,9 +33,9 @@ def check_values(settings: Settings) -> None:
 def main(settings: Settings) -> dict:
     """Print the table, write the files, and return what they hold."""
     check_values(settings)
-    from comparison import run  # here: torch and timm take seconds to import
+    from coatnet_train.experiments.compare_runs import run  # here: torch and timm take seconds to import
     return run(settings.runs, settings.results_file, settings.allow_different)
 
 
 if __name__ == '__main__':
-    end_with_sentence('compare.py', lambda: main(parse_flags(Settings, __doc__)))
+    end_with_sentence('compare_runs.py', lambda: main(parse_flags(Settings, __doc__)))

@@ -9,7 +9,7 @@ pretrained model reads fewer than 97 % of the held-out digits right, or is anoth
 """
 import sys
 
-from settings import end_with_sentence, tyro
+from coatnet_train.runtime.cli import end_with_sentence, tyro
 
 
 def main(results_file: str = '') -> int:
@@ -18,7 +18,7 @@ def main(results_file: str = '') -> int:
     Args:
         results_file: JSON to write, with hardware and versions.
     """
-    from demo_run import run  # here: torch and timm take seconds to import
+    from coatnet_train.experiments.demo import run  # here: torch and timm take seconds to import
     return run(results_file)
 
 

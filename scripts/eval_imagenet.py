@@ -10,15 +10,15 @@ The folder has val/ (or validation/, test/), or is itself one of classes: synset
 numbers for -V2, a model's own names after fine-tuning, CORRUPTION/SEVERITY/ with synsets for -C. Several names or
 checkpoints give one table. Numbers are those of timm's validate.py: top-1, top-5 (%), loss (nats); ECE (%) has 15 bins.
 """
-from evaluation_settings import Settings, check_values
-from settings import end_with_sentence, parse_flags
+from coatnet_train.evaluation.config import Settings, check_values
+from coatnet_train.runtime.cli import end_with_sentence, parse_flags
 
 
 def main(settings: Settings) -> list[dict]:
     """Evaluate as `settings` say and return the rows of the table."""
     check_values(settings)
-    from evaluate import run  # here: torch and timm take seconds to import
-    return run(settings)
+    from coatnet_train.evaluation.imagenet import evaluate  # here: torch and timm take seconds to import
+    return evaluate(settings)
 
 
 if __name__ == '__main__':

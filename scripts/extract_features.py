@@ -19,15 +19,15 @@ paths are a JSON list in the metadata. Pictures that cannot be read have no row,
 was stopped, begun again with the same settings, writes the shards that are missing. Several processes share the shards
 out, so that the files are those of one process.
 """
-from extraction_settings import Settings, check_values
-from settings import end_with_sentence, parse_flags
+from coatnet_train.evaluation.extraction_config import Settings, check_values
+from coatnet_train.runtime.cli import end_with_sentence, parse_flags
 
 
 def main(settings: Settings) -> dict:
     """Extract as `settings` say; the main process returns the summary that is also written to summary.json."""
     check_values(settings)
-    from extraction import run  # here: torch and timm take seconds to import
-    return run(settings)
+    from coatnet_train.evaluation.extraction import extract_features  # here: torch and timm take seconds to import
+    return extract_features(settings)
 
 
 if __name__ == '__main__':

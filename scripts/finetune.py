@@ -17,9 +17,9 @@ on from there), 1 for a loss that is not finite.
 import argparse
 import sys
 
-from recipes import RECIPES, settings_of
-from settings import Preempted, SettingsError, end_with_sentence, one_line, parse_flags
-from training_settings import Settings, check_values
+from coatnet_train.runtime.cli import Preempted, SettingsError, end_with_sentence, one_line, parse_flags
+from coatnet_train.training.config import Settings, check_values
+from coatnet_train.training.recipes import RECIPES, settings_of
 
 PREEMPTED = 75  # exit code: stopped by SIGTERM, everything saved
 
@@ -27,8 +27,8 @@ PREEMPTED = 75  # exit code: stopped by SIGTERM, everything saved
 def main(settings: Settings) -> dict:
     """Fine-tune as `settings` say, and return the summary that is also written to summary.json."""
     check_values(settings)
-    from training_run import run  # here: torch and timm take seconds to import
-    return run(settings)
+    from coatnet_train.training.run import finetune  # here: torch and timm take seconds to import
+    return finetune(settings)
 
 
 def read_settings(arguments: list[str] | None = None) -> Settings:

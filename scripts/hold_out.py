@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from image_folder import list_images
-from settings import SettingsError, end_with_sentence, one_line, parse_flags, tyro
+from coatnet_train.data.image_folder import list_images
+from coatnet_train.runtime.cli import SettingsError, end_with_sentence, one_line, parse_flags, tyro
 
 
 @dataclass(frozen=True)

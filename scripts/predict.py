@@ -13,15 +13,15 @@ exit code is then 1, or 2 if none could be read.
 """
 import sys
 
-from prediction_settings import Settings, check_values
-from settings import end_with_sentence, parse_flags
+from coatnet_train.explain.config import Settings, check_values
+from coatnet_train.runtime.cli import end_with_sentence, parse_flags
 
 
 def main(settings: Settings) -> int:
     """Predict and explain every image; returns the exit code."""
     check_values(settings)
-    from prediction import run  # here: torch and timm take seconds to import
-    return run(settings)
+    from coatnet_train.explain.prediction import predict_images  # here: torch and timm take seconds to import
+    return predict_images(settings)
 
 
 if __name__ == '__main__':

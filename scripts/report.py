@@ -11,8 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from files import write_file, write_json
-from settings import end_with_sentence, tyro
+from coatnet_train.runtime.cli import end_with_sentence, tyro
+from coatnet_train.runtime.files import write_file, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'results'
@@ -29,11 +29,11 @@ ALIKE = ('coatnet_pico_64', 'lightconvnet_pico_64', 'dynamicconvnet_pico_64', 'c
 def count_models() -> dict:
     """Parameters and multiply-adds of every name of the zoo, at its own image size, on the meta device."""
     import timm  # these take seconds, and only --count needs them
-    from model_size import model_size
-    from provenance import provenance
     from timm.models import model_entrypoint
 
     import coatnet_zoo
+    from coatnet_train.models.model_size import model_size
+    from coatnet_train.runtime.provenance import provenance
 
     counts = {}
     for name in timm.list_models():

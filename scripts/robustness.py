@@ -7,14 +7,14 @@ Sizes resize the whole picture; crop and colours stay those of the weights. The 
 stored, before it is resized: JPEG at quality 30, Gaussian blur of radius 1 pixel, Gaussian noise of deviation 0.1 (of
 1), the same noise for a picture each time. Models that the results file holds are not measured again.
 """
-from robustness_settings import Settings, check_values
-from settings import end_with_sentence, parse_flags
+from coatnet_train.experiments.robustness_config import Settings, check_values
+from coatnet_train.runtime.cli import end_with_sentence, parse_flags
 
 
 def main(settings: Settings) -> dict:
     """Measure every row, and return the report."""
     check_values(settings)
-    from robustness_run import run  # here: torch and timm take seconds to import
+    from coatnet_train.experiments.robustness import run  # here: torch and timm take seconds to import
     return run(settings)
 
 

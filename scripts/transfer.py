@@ -8,14 +8,14 @@ and fine-tuning and random start take the same number of updates under the same 
 pictures. Nothing is chosen on the validation split: what counts is the last epoch. Rows that the results file holds are
 not made again; one that was made under other settings is refused.
 """
-from settings import end_with_sentence, parse_flags
-from transfer_settings import Settings, check_values
+from coatnet_train.experiments.transfer_config import Settings, check_values
+from coatnet_train.runtime.cli import end_with_sentence, parse_flags
 
 
 def main(settings: Settings) -> dict:
     """Make the rows that are missing, and return the report."""
     check_values(settings)
-    from transfer_run import run  # here: torch and timm take seconds to import
+    from coatnet_train.experiments.transfer import run  # here: torch and timm take seconds to import
     return run(settings)
 
 

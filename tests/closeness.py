@@ -6,6 +6,7 @@ file, timm's are copies), memory layouts, batch sizes, processes, thread counts,
 other kernels, which add the same products in another order.
 """
 import torch
+
 from release_folder import largest_gap
 from release_rules import TOLERANCE
 

@@ -3,18 +3,19 @@ import csv
 import json
 from pathlib import Path
 
-import ablation
-import ablation_run
-import ablation_settings
-import finetune
 import pytest
 import timm
-from settings import SettingsError, parse_argument
+
+import ablation
+import finetune
+from coatnet_train.experiments import ablation as ablation_run
+from coatnet_train.experiments import ablation_config as ablation_settings
+from coatnet_train.runtime.cli import SettingsError, parse_argument
 
 
 @pytest.fixture
 def runs(monkeypatch) -> list[finetune.Settings]:
-    """finetune.main as a stub that leaves the files of a run; top-1 falls in the last epoch and depends on the seed."""
+    """Training as a stub that leaves the files of a run; top-1 falls in the last epoch and depends on the seed."""
     seen = []
 
     def train(settings: finetune.Settings) -> None:
@@ -28,7 +29,7 @@ def runs(monkeypatch) -> list[finetune.Settings]:
             writer.writerows(rows)
         (folder / 'summary.json').write_text('{}')
 
-    monkeypatch.setattr(finetune, 'main', train)
+    monkeypatch.setattr(ablation_run, 'finetune', train)
     return seen
 
 

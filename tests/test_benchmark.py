@@ -1,11 +1,12 @@
 """scripts/benchmark.py: what it measures, writes and refuses."""
 
-import benchmark_loader
-import benchmark_models
 import pytest
-from benchmark_settings import LoaderSettings, ModelPairSettings
 from PIL import Image
-from settings import SettingsError
+
+from coatnet_train.benchmarks import loader as benchmark_loader
+from coatnet_train.benchmarks import models as benchmark_models
+from coatnet_train.benchmarks.config import LoaderSettings, ModelPairSettings
+from coatnet_train.runtime.cli import SettingsError
 
 
 def settings(**changes) -> ModelPairSettings:

@@ -3,16 +3,17 @@ import csv
 import json
 from types import SimpleNamespace
 
-import benchmark
-import benchmark_models
-import benchmark_ops
-import benchmark_scaling
 import pytest
 import torch
-from benchmark_ops import Ceilings, Row
-from benchmark_settings import ModelPairSettings, OpsSettings, ScalingSettings
 from script_runs import needs_inductor
-from settings import SettingsError
+
+import benchmark
+from coatnet_train.benchmarks import models as benchmark_models
+from coatnet_train.benchmarks import ops as benchmark_ops
+from coatnet_train.benchmarks import scaling as benchmark_scaling
+from coatnet_train.benchmarks.config import ModelPairSettings, OpsSettings, ScalingSettings
+from coatnet_train.benchmarks.ops import Ceilings, Row
+from coatnet_train.runtime.cli import SettingsError
 
 
 def ops_settings(**changes) -> OpsSettings:

@@ -6,9 +6,10 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-import packages
 import pytest
 from script_runs import ROOT
+
+from coatnet_train.runtime import packages
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,7 +30,7 @@ COMMANDS = {
     'transfer.py': ('--data-dir x --model x --shares 2', '--shares must be above 0'),
     'compare_recipes.py': ('--sets digits --seeds 0 --threads 0', '--threads must be from 1'),
     'robustness.py': ('--data-dir x --model x --sizes 0', '--model and --sizes must name at least one each'),
-    'compare.py': ('one', 'RUNS must be two to 5 run folders'),
+    'compare_runs.py': ('one', 'RUNS must be two to 5 run folders'),
     'hold_out.py': ('', ''),
     'demo.py': ('', ''),
     'report.py': ('', ''),
@@ -109,12 +110,12 @@ def test_what_is_imported_late_is_explained_too():
 
 def test_every_import_is_brought_by_the_extra_that_is_named():
     """All imports of scripts/ and hub/, also those inside functions, against pyproject.toml."""
-    files = [*(ROOT / 'scripts').glob('*.py'), *(ROOT / 'hub').rglob('*.py')]
+    files = [*(ROOT / 'scripts').rglob('*.py'), *(ROOT / 'hub').rglob('*.py')]
     imported = set()
     for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
         imported |= {name.name.partition('.')[0] for name in node.names} if isinstance(node, ast.Import) else set()
         imported |= {node.module.partition('.')[0]} if isinstance(node, ast.ImportFrom) else set()
-    imported -= {*sys.stdlib_module_names, *(file.stem for file in files)}
+    imported -= {*sys.stdlib_module_names, 'coatnet_train', *(path.stem for path in (ROOT / 'hub').rglob('*.py'))}
     extra_of = {module: extra for extra, modules in packages.EXTRAS.items() for module in modules}
     assert imported <= {*extra_of} and {'tyro', 'gradio', 'sklearn', 'coatnet_zoo'} <= imported
 

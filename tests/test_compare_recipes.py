@@ -3,16 +3,17 @@ import dataclasses
 import json
 from pathlib import Path
 
-import compare_recipes
-import compare_recipes_run
-import finetune
 import pytest
-import recipes
-import small_sets
-from compare_recipes_settings import Settings
 from PIL import Image
-from settings import SettingsError
 from timm.data import ImageNetInfo
+
+import compare_recipes
+import finetune
+from coatnet_train.experiments import recipes as compare_recipes_run
+from coatnet_train.experiments import small_sets
+from coatnet_train.experiments.recipes_config import Settings
+from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.training import recipes
 
 
 def write_classes(folder: Path, names: list[str], count: int) -> Path:
@@ -46,7 +47,7 @@ def runs(monkeypatch) -> list[finetune.Settings]:
         (run_dir / 'args.json').write_text(json.dumps(dict(batch_size=settings.batch_size, epochs=settings.epochs)))
         return dict(top1=60.0 + settings.seed + 10 * (settings.batch_size is None), loss=1.0, train_seconds=2.0)
 
-    monkeypatch.setattr(finetune, 'main', train)
+    monkeypatch.setattr(compare_recipes_run, 'finetune', train)
     return made
 
 

@@ -3,16 +3,17 @@ import dataclasses
 import json
 from pathlib import Path
 
-import demo
-import demo_run
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
 from PIL import Image
-from released import best_release
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
+
+import demo
+from coatnet_train.experiments import demo as demo_run
+from coatnet_train.models.released import best_release
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -121,7 +122,7 @@ def test_demo_fails_on_low_accuracy_and_starts_afresh(tmp_path, monkeypatch, cap
     for name, rows in report['top1'].items():
         assert len(rows) == 1 and f'{name:20}{rows[0]:7.2f}   below 90 %' in said
 
-    train = demo_run.finetune.main
-    monkeypatch.setattr(demo_run.finetune, 'main', lambda settings: {**train(settings), 'top1': 12.5})
+    train = demo_run.finetune
+    monkeypatch.setattr(demo_run, 'finetune', lambda settings: {**train(settings), 'top1': 12.5})
     assert demo.main() == 1
     assert 'training reported 12.50 %' in capsys.readouterr().out

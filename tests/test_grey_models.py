@@ -3,26 +3,27 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
+import timm
+import torch
+from extracting.feature_runs import read_rows
+from finetuning.runs import read_metrics, write_shards
+from PIL import Image
+from script_runs import CLASSES, write_pictures
+from timm.data import create_transform, resolve_data_config
+
 import answer
 import eval_imagenet
 import export
 import extract_features
 import finetune
 import predict
-import prediction
-import pytest
 import robustness
-import timm
-import torch
 import transfer
-from extracting.feature_runs import read_rows
-from finetuning.runs import read_metrics, write_shards
-from model_settings import ModelSettings
-from open_model import open_model
-from PIL import Image
-from script_runs import CLASSES, write_pictures
-from settings import SettingsError
-from timm.data import create_transform, resolve_data_config
+from coatnet_train.explain import prediction
+from coatnet_train.models.config import ModelSettings
+from coatnet_train.models.open_model import open_model
+from coatnet_train.runtime.cli import SettingsError
 
 CPU = torch.device('cpu')
 

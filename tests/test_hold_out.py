@@ -2,8 +2,9 @@
 from pathlib import Path
 
 import pytest
+
+from coatnet_train.runtime.cli import SettingsError
 from hold_out import Settings, main
-from settings import SettingsError
 
 
 @pytest.fixture

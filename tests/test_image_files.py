@@ -1,4 +1,4 @@
-"""scripts/image_files.py: one conversion for images of every source, and file names that are no UTF-8."""
+"""coatnet_train/data/image_files.py: one conversion for images of every source, and file names that are no UTF-8."""
 import io
 import json
 import logging
@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import upload
-from console import printable
-from data_settings import DataSettings, is_stream
-from image_files import to_mode
-from pictures import BadPictures, Pictures, StreamedPictures, open_pictures
 from PIL import Image
-from settings import SettingsError
 from torchvision.transforms.functional import pil_to_tensor
+
+import upload
+from coatnet_train.data.config import DataSettings, is_stream
+from coatnet_train.data.dataset import BadPictures, Pictures, StreamedPictures, open_pictures
+from coatnet_train.data.image_files import to_mode
+from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.console import printable
 
 SOURCES = ('folder', 'torch', 'hfds', 'hfids', 'wds')
 RAMP = np.linspace(0, 65535, 40 * 30).round().astype(np.uint16).reshape(30, 40)  # mean 0.5

@@ -1,21 +1,22 @@
-"""scripts/image_folder.py: which files of a folder are images of which class, for every script that reads one."""
+"""coatnet_train/data/image_folder.py: which files of a folder are images of which class, for every script."""
 import shutil
 import sys
 import unicodedata
 from pathlib import Path
 
-import hold_out
 import pytest
-from data_settings import DataSettings
-from folder_dataset import FolderReader
-from image_folder import find_images, list_images
-from loaders import open_data
-from pictures import open_pictures, read_picture, targets_of
 from PIL import Image, features
 from script_runs import write_pictures
-from settings import SettingsError
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from training_settings import Settings
+
+import hold_out
+from coatnet_train.data.config import DataSettings
+from coatnet_train.data.dataset import open_pictures, read_picture, targets_of
+from coatnet_train.data.folder_dataset import FolderReader
+from coatnet_train.data.image_folder import find_images, list_images
+from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.training.config import Settings
+from coatnet_train.training.loaders import open_data
 
 
 def add(path: Path, colour: str = 'red') -> Path:

@@ -1,4 +1,4 @@
-"""Fonts of scripts/plots.py, and names that are no UTF-8 in what runs write."""
+"""Fonts of coatnet_train/plotting/plots.py, and names that are no UTF-8 in what runs write."""
 import csv
 import io
 import json
@@ -7,19 +7,20 @@ import sys
 import warnings
 from pathlib import Path
 
-import console
-import eval_imagenet
-import extract_features
-import finetune
 import matplotlib
-import plots
 import pytest
 import torch
-from files import write_csv, write_figure
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from script_runs import write_pictures
-from settings import SettingsError, end_with_sentence
+
+import eval_imagenet
+import extract_features
+import finetune
+from coatnet_train.plotting import plots
+from coatnet_train.runtime import console
+from coatnet_train.runtime.cli import SettingsError, end_with_sentence
+from coatnet_train.runtime.files import write_csv, write_figure
 
 SHIPPED = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
 

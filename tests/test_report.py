@@ -4,8 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import report
 import timm
+
+import report
 
 ROOT = Path(__file__).parents[1]
 

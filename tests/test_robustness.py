@@ -4,16 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
-import finetune
 import numpy as np
 import pytest
-import robustness
-import robustness_run
 import timm
 import torch
 from PIL import Image
 from script_runs import CLASSES, write_pictures
-from settings import SettingsError
+
+import finetune
+import robustness
+from coatnet_train.experiments import robustness as robustness_run
+from coatnet_train.runtime.cli import SettingsError
 
 
 @pytest.fixture(scope='module')

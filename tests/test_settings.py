@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from data_settings import DataSettings, default_workers
-from progress import progress_bar
 from script_runs import ROOT
-from settings import SettingsError, check_output
+
+from coatnet_train.data.config import DataSettings, default_workers
+from coatnet_train.runtime.cli import SettingsError, check_output
+from coatnet_train.runtime.progress import progress_bar
 
 
 @pytest.mark.parametrize(('cores', 'processes', 'workers'), [(1, 1, 1), (2, 1, 2), (64, 1, 4), (8, 4, 2), (2, 8, 1)])
@@ -35,7 +36,7 @@ def test_bars_are_drawn_on_terminals_alone(capsys):
 
 
 def test_there_is_no_other_bar():
-    others = [path.name for path in (ROOT / 'scripts').glob('*.py') if 'tqdm(' in path.read_text()]
+    others = [path.name for path in (ROOT / 'scripts').rglob('*.py') if 'tqdm(' in path.read_text()]
     assert others == ['progress.py']
 
 

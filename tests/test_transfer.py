@@ -3,13 +3,14 @@ import dataclasses
 import json
 from pathlib import Path
 
-import finetune
 import numpy as np
 import pytest
-import transfer
-import transfer_run
 from script_runs import write_pictures
-from settings import SettingsError
+
+import finetune
+import transfer
+from coatnet_train.experiments import transfer as transfer_run
+from coatnet_train.runtime.cli import SettingsError
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +54,7 @@ def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
     def never(*arguments):
         raise AssertionError
 
-    monkeypatch.setattr(finetune, 'main', never)
+    monkeypatch.setattr(transfer_run, 'finetune', never)
     monkeypatch.setattr(transfer_run, 'read_features', never)
     assert transfer.main(settings)['rows'] == report['rows'] == json.loads(
         Path(settings.results_file).read_text())['rows']

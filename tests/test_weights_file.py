@@ -4,11 +4,12 @@ import pathlib
 import pytest
 import timm
 import torch
-from model_settings import ModelSettings
-from open_model import open_model
 from safetensors.torch import save_file
-from settings import SettingsError
-from weights_file import to_flags
+
+from coatnet_train.models.config import ModelSettings
+from coatnet_train.models.open_model import open_model
+from coatnet_train.models.weights_file import to_flags
+from coatnet_train.runtime.cli import SettingsError
 
 NAME = 'coatnet_pico_64'
 SMALL = ('depths=(1,1,1,1)', 'embed_dim=(16,16,32,64)')

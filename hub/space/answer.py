@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from explain import Target, choose_target
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
-from plots import to_picture
-from prediction import Label, look, open_weights, read_labels
-from prediction_settings import Settings
-from settings import SettingsError
 from timm.data import create_transform
 from torch import nn
 
+from coatnet_train.explain.config import Settings
+from coatnet_train.explain.maps import Target, choose_target
+from coatnet_train.explain.prediction import Label, look, open_weights, read_labels
+from coatnet_train.plotting.plots import to_picture
+from coatnet_train.runtime.cli import SettingsError
 from coatnet_zoo.models.backbone import Backbone
 
 __all__ = ['Answer', 'Model', 'Panel', 'answer', 'open_models', 'share_of']

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-# in a Space they lie beside this file
-sys.path.extend(str(Path(__file__).resolve().parent / folder) for folder in ('scripts', '../../scripts'))
+# a checkout has coatnet_train in scripts/, a Space beside this file
+sys.path.append(str(Path(__file__).resolve().parent / '../../scripts'))
 
-from released import released_models
-from settings import SettingsError, end_with_sentence, parse_flags
+from coatnet_train.models.released import released_models
+from coatnet_train.runtime.cli import SettingsError, end_with_sentence, parse_flags
 
 HERE = Path(__file__).resolve().parent
 
@@ -46,7 +46,7 @@ def main(settings: Settings) -> None:
     names = choose_models(settings)
     from interface import build_page, serve  # isort: skip  # here: gradio, torch and timm take seconds to import
     from answer import open_models
-    from processes import choose_device
+    from coatnet_train.runtime.accelerator import choose_device
 
     device = choose_device(settings.device)
     models = open_models(names, released_models(), device)

@@ -10,9 +10,10 @@ os.environ['HF_HUB_DISABLE_TELEMETRY'] = '1'
 
 import gradio as gr
 import torch
+
 from answer import Answer, Model, answer, share_of
-from prediction import RANDOM
-from settings import SettingsError
+from coatnet_train.explain.prediction import RANDOM
+from coatnet_train.runtime.cli import SettingsError
 from upload import MOST_BYTES, MOST_PIXELS, read_upload
 
 STYLE = Path(__file__).with_name('style.css')

@@ -1,9 +1,10 @@
 """A stranger's file as a picture to predict: measured before it is decoded, and what is wrong with it is a sentence."""
 from pathlib import Path
 
-from image_files import UNREADABLE, to_mode
 from PIL import Image, ImageOps
-from settings import SettingsError, one_line
+
+from coatnet_train.data.image_files import UNREADABLE, to_mode
+from coatnet_train.runtime.cli import SettingsError, one_line
 
 __all__ = ['FORMATS', 'MOST_BYTES', 'MOST_PIXELS', 'MOST_SIDE', 'read_upload']
 

@@ -2,10 +2,11 @@
 import csv
 from pathlib import Path
 
-import eval_imagenet
 import pytest
 from imagenet_runs import SYNSETS, random_model, run, write_pictures
 from safetensors.torch import save_file
+
+import eval_imagenet
 
 
 @pytest.fixture(scope='module')

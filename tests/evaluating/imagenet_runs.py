@@ -2,7 +2,6 @@
 import dataclasses
 from pathlib import Path
 
-import eval_imagenet
 import numpy as np
 import pytest
 import timm
@@ -11,6 +10,8 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_input_data_config
 from timm.models import save_for_hf
 from timm.utils import AverageMeter, accuracy
+
+import eval_imagenet
 
 SYNSETS = ImageNetInfo('imagenet-1k').label_names()
 

@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 from imagenet_runs import SYNSETS, assert_scores, random_model, run, timm_logits, write_fine_tune, write_pictures
-from settings import SettingsError
+
+from coatnet_train.runtime.cli import SettingsError
 
 
 def test_some_synsets_are_mapped_to_the_1k_indices_and_said_so(settings, ten, weights, classes_of, capsys):

@@ -3,20 +3,21 @@ import csv
 import dataclasses
 import json
 
-import eval_imagenet
-import evaluate
 import numpy as np
 import pytest
 import timm
 import torch
-from evaluation import predict
 from imagenet_runs import SYNSETS, random_model, run, write_pictures
 from PIL import Image
-from processes import start
 from safetensors.torch import save_file
 from script_runs import run_main, run_processes
-from settings import SettingsError
 from torch.utils.data import DataLoader
+
+import eval_imagenet
+from coatnet_train.evaluation import imagenet as evaluate
+from coatnet_train.evaluation.evaluator import predict
+from coatnet_train.runtime.accelerator import start
+from coatnet_train.runtime.cli import SettingsError
 
 TIMM_COLUMNS = [
     'model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation']

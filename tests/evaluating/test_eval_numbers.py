@@ -6,8 +6,6 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-import evaluate
-import imagenet_labels
 import numpy as np
 import pytest
 import timm
@@ -15,9 +13,12 @@ import torch
 from imagenet_runs import SYNSETS, assert_scores, random_model, run, timm_logits, write_pictures
 from PIL import Image
 from safetensors.torch import save_file
-from settings import SettingsError
 from timm.data import RealLabelsImagenet
 from timm.models import save_for_hf
+
+from coatnet_train.evaluation import imagenet as evaluate
+from coatnet_train.evaluation import imagenet_labels
+from coatnet_train.runtime.cli import SettingsError
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / 'shared'

@@ -1,9 +1,10 @@
 """Pictures whose colour tells the class, and settings for features of a tiny network."""
 from pathlib import Path
 
-import extract_features
 import pytest
 from script_runs import write_pictures
+
+import extract_features
 
 
 @pytest.fixture(scope='module')

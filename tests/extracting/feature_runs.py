@@ -3,7 +3,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import extract_features
 import numpy as np
 import timm
 import torch
@@ -12,6 +11,8 @@ from safetensors import safe_open
 from script_runs import CLASSES
 from timm.data import create_transform, resolve_data_config
 from timm.utils import random_seed
+
+import extract_features
 
 
 def run(settings: extract_features.Settings, **changes) -> Path:

@@ -4,13 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-import extract_features
 import pytest
 from closeness import assert_same_up_to_rounding
 from feature_runs import read_index, read_rows, run, shards_of
 from PIL import Image
 from script_runs import run_main, run_processes, write_pictures
-from settings import SettingsError
+
+import extract_features
+from coatnet_train.runtime.cli import SettingsError
 
 
 @pytest.mark.parametrize(('changes', 'parts'), [

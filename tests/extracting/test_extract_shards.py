@@ -7,20 +7,21 @@ import shutil
 import tarfile
 from pathlib import Path
 
-import data_digest
-import extraction
-import files
 import numpy as np
 import pytest
 import torch
-from data_settings import DataSettings
 from feature_runs import expected_rows, read_bytes, read_index, read_rows, run, seeded_model, shards_of
-from features import PooledFeatures
-from pictures import open_pictures
 from PIL import Image
 from script_runs import CLASSES, write_pictures
-from settings import SettingsError
-from shards import read_column
+
+from coatnet_train.data import digest as data_digest
+from coatnet_train.data.config import DataSettings
+from coatnet_train.data.dataset import open_pictures
+from coatnet_train.evaluation import extraction
+from coatnet_train.evaluation.feature_shards import read_column
+from coatnet_train.evaluation.features import PooledFeatures
+from coatnet_train.runtime import files
+from coatnet_train.runtime.cli import SettingsError
 
 
 def test_safetensors_shards_hold_the_features_of_each_picture(settings, pictures):

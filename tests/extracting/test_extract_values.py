@@ -8,12 +8,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from feature_runs import brute_force_knn, expected_rows, read_index, read_rows, run, seeded_model
-from features import PROBE_STRENGTHS, PooledFeatures, PyramidFeatures, knn_top1, linear_probe
 from safetensors.torch import save_file
 from script_runs import CLASSES
-from settings import SettingsError
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
+from coatnet_train.evaluation.features import PROBE_STRENGTHS, PooledFeatures, PyramidFeatures, knn_top1, linear_probe
+from coatnet_train.runtime.cli import SettingsError
 
 
 def norm_of(model: torch.nn.Module, values: torch.Tensor) -> torch.Tensor:

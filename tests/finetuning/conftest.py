@@ -1,9 +1,10 @@
 """Pictures whose colour tells the class, and settings for a run of some seconds on them."""
 from pathlib import Path
 
-import finetune
 import pytest
 from script_runs import write_pictures
+
+import finetune
 
 
 @pytest.fixture(scope='session')

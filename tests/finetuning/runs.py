@@ -9,11 +9,12 @@ import sys
 import tarfile
 from pathlib import Path
 
-import finetune
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from script_runs import ROOT
+
+import finetune
 
 
 def write_shards(folder: Path, count: int = 24, held_out: int = 1) -> Path:

@@ -3,27 +3,36 @@ import dataclasses
 import json
 import math
 
-import eval_imagenet
 import numpy as np
 import pytest
 import torch
-from data_settings import DataSettings
-from decoded import Augmentation, DecodedPictures, Normalize, adjust_colors, cut, decoded_batches, draw_crops
 from hypothesis import given
 from hypothesis import strategies as st
-from loaders import create_loaders, open_data, training_transform
-from pictures import EpochSampler, Pictures, batches, open_pictures
 from PIL import Image
-from processes import start
 from runs import assert_same_run, read_metrics, run, write_shards
 from script_runs import write_pictures
-from settings import SettingsError
 from timm.data import create_transform
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as reference
-from trainer import Preempted, Trainer
+
+import eval_imagenet
+from coatnet_train.data.config import DataSettings
+from coatnet_train.data.dataset import EpochSampler, Pictures, batches, open_pictures
+from coatnet_train.data.device_cache import (
+    Augmentation,
+    DecodedPictures,
+    Normalize,
+    adjust_colors,
+    cut,
+    decoded_batches,
+    draw_crops,
+)
+from coatnet_train.runtime.accelerator import start
+from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.training.loaders import create_loaders, open_data, training_transform
+from coatnet_train.training.trainer import Preempted, Trainer
 
 MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816)
 AUGMENTED = dict(decode_once=True, mixup=0.2, cutmix=1.0, reprob=0.5, color_jitter=0.4, train_img_sizes=(16, 32))

@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_settings import DataSettings
-from pictures import EpochSampler, Pictures, open_pictures, read_picture, targets_of
 from PIL import Image
 from runs import assert_same_run, read_checkpoint, read_metrics, run, write_shards
 from script_runs import CLASSES, write_pictures
-from settings import SettingsError
 from torchvision.transforms.functional import pil_to_tensor
+
+from coatnet_train.data.config import DataSettings
+from coatnet_train.data.dataset import EpochSampler, Pictures, open_pictures, read_picture, targets_of
+from coatnet_train.runtime.cli import SettingsError
 
 
 def spoil(path: Path) -> Path:

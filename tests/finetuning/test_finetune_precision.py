@@ -3,16 +3,17 @@ import dataclasses
 import json
 from pathlib import Path
 
-import finetune
-import processes
 import pytest
 import torch
-from benchmark_models import check_machine
-from benchmark_settings import LoaderSettings
-from finetune import read_settings
 from runs import Killed, read_checkpoint
-from settings import SettingsError
-from trainer import Trainer
+
+import finetune
+from coatnet_train.benchmarks.config import LoaderSettings
+from coatnet_train.benchmarks.models import check_machine
+from coatnet_train.runtime import accelerator as processes
+from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.training.trainer import Trainer
+from finetune import read_settings
 
 EMULATED = 'this CPU has no bfloat16 instructions'
 

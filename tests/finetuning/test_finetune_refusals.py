@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from runs import run
 from script_runs import write_pictures
-from settings import SettingsError
+
+from coatnet_train.runtime.cli import SettingsError
 
 
 @pytest.mark.parametrize(('changes', 'parts'), [

@@ -10,11 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import files
-import finetune
 import pytest
 import torch
-import trainer
 from PIL import Image
 from runs import (
     assert_everything_loads,
@@ -25,8 +22,12 @@ from runs import (
     run,
 )
 from script_runs import ROOT, write_pictures
-from settings import Preempted, SettingsError
 from timm.task import ClassificationTask
+
+import finetune
+from coatnet_train.runtime import files
+from coatnet_train.runtime.cli import Preempted, SettingsError
+from coatnet_train.training import trainer
 
 
 class Killed(BaseException):

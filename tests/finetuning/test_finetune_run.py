@@ -4,21 +4,22 @@ import dataclasses
 import json
 from pathlib import Path
 
-import finetune
-import plots
 import pytest
-import recipes
 import timm
 import torch
-import training_run
 from closeness import assert_same_up_to_rounding
 from PIL import Image
 from runs import assert_everything_loads, read_checkpoint, read_metrics, run, run_command
 from safetensors import safe_open
 from safetensors.torch import load_file
 from script_runs import CLASSES
-from settings import SettingsError
 from timm.data import create_dataset, create_transform, resolve_data_config
+
+import finetune
+from coatnet_train.plotting import plots
+from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.training import recipes
+from coatnet_train.training import run as training_run
 
 
 def test_run_leaves_a_loadable_model_with_its_own_classes_and_data_settings(settings):

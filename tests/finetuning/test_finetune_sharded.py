@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_settings import DataSettings
-from evaluation import predict
-from model_settings import ModelSettings
-from open_model import open_model
-from pictures import EpochSampler, Pictures, batches, open_pictures
-from processes import start
 from runs import assert_same_tensors, read_checkpoint, read_metrics
 from safetensors.torch import load_file
 from script_runs import ROOT, write_pictures
 from timm.data import create_transform
+
+from coatnet_train.data.config import DataSettings
+from coatnet_train.data.dataset import EpochSampler, Pictures, batches, open_pictures
+from coatnet_train.evaluation.evaluator import predict
+from coatnet_train.models.config import ModelSettings
+from coatnet_train.models.open_model import open_model
+from coatnet_train.runtime.accelerator import start
 
 LIGHT = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',

@@ -3,16 +3,17 @@ import csv
 import json
 from pathlib import Path
 
-import finetune
 import pytest
 import timm
 import torch
-import trainer
-from finetune import read_settings
 from runs import run
 from safetensors.torch import load_file
-from schedule import MIN_UPDATES, advice, with_schedule
-from settings import SettingsError
+
+import finetune
+from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.training import trainer
+from coatnet_train.training.schedule import MIN_UPDATES, advice, with_schedule
+from finetune import read_settings
 
 SMALL = ['--recipe', 'small_data', '--data-dir', 'images', '--model', 'test_resnet']
 

@@ -3,10 +3,11 @@ import random
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import evaluation
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from coatnet_train.evaluation import evaluator as evaluation
 
 
 class Numbers(Dataset):

@@ -3,14 +3,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import export
-import finetune
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from names import NAME
 from script_runs import write_pictures
 from server import OWNER_TOKEN, HubServer
+
+import export
+import finetune
 
 
 @pytest.fixture(scope='session')

@@ -4,14 +4,15 @@ import re
 import shutil
 from pathlib import Path
 
-import card
 import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from names import NAME
 from PIL import Image
-from settings import SettingsError
+
+import card
+from coatnet_train.runtime.cli import SettingsError
 
 
 def rewrite(folder: Path, cfg: dict | None = None, metrics: dict | None = None, **release) -> str:

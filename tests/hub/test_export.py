@@ -5,25 +5,25 @@ import json
 import shutil
 from pathlib import Path
 
-import eval_imagenet
-import export
-import export_run
-import finetune
-import model_card
-import onnx_files
 import pytest
 import timm
 import torch
-import verification
 from closeness import assert_same_up_to_rounding, same_up_to_rounding
 from huggingface_hub import ModelCard
 from names import NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from script_runs import CLASSES
-from settings import SettingsError
 from timm.data import resolve_data_config
 
+import eval_imagenet
+import export
+import export_run
+import finetune
+import model_card
+import onnx_files
+import verification
+from coatnet_train.runtime.cli import SettingsError
 from coatnet_zoo.models import coatnet
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))

@@ -9,17 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import model_card
-import publish
-import publish_run
 import pytest
 import timm
 import torch
-import verification
 from huggingface_hub import CommitOperationAdd, ModelCard, constants
 from safetensors.torch import save_file
 from server import OWNER_TOKEN, READER_TOKEN
-from settings import SettingsError
+
+import model_card
+import publish
+import publish_run
+import verification
+from coatnet_train.runtime.cli import SettingsError
 
 NAME = 'coatnet_pico_64.digits'
 REPO = f'owner/{NAME}'

@@ -16,11 +16,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from released import best_release
-from run_folder import write_config
 from safetensors.torch import save_file
-from settings import SettingsError
 from timm.data import create_transform, resolve_input_data_config
+
+from coatnet_train.models.released import best_release
+from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.training.run_dir import write_config
 
 gradio = pytest.importorskip('gradio', reason='gradio comes with the space extra')
 

@@ -9,12 +9,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import export
 import pytest
 import torch
-import verification as verify
 from safetensors.torch import load_file, save_file
-from settings import SettingsError
+
+import export
+import verification as verify
+from coatnet_train.runtime.cli import SettingsError
 
 ROOT = Path(__file__).parents[2]
 FILES = ('README.md', 'config.json', 'curves.png', 'golden.safetensors', 'model.safetensors')

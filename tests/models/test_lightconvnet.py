@@ -4,10 +4,10 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_size import model_size
 from timm.utils import reparameterize_model
 from torch import nn
 
+from coatnet_train.models.model_size import model_size
 from coatnet_zoo.blocks import LightConv2d
 from coatnet_zoo.models.lightconvnet import model_cfgs
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import eval_imagenet
 import pytest
 import timm
 import torch
@@ -16,6 +15,7 @@ from freeze_release import tensors_of
 from safetensors.torch import load_file
 from timm.models import get_arch_pretrained_cfgs
 
+import eval_imagenet
 from coatnet_zoo import releases
 
 ROOT = Path(__file__).parents[2]

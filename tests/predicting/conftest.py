@@ -1,9 +1,10 @@
 """One picture and settings to predict it with a small model."""
 from pathlib import Path
 
-import predict
 import pytest
 from overlay_runs import SMALL_FLAGS, write_picture
+
+import predict
 
 
 @pytest.fixture

@@ -4,16 +4,17 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import overlay
-import prediction
 import pytest
 import timm
 import torch
 from PIL import Image
-from run_folder import write_config
 from safetensors.torch import save_file
 from timm.data import resolve_input_data_config
 from torch import nn
+
+from coatnet_train.explain import prediction
+from coatnet_train.plotting import overlay
+from coatnet_train.training.run_dir import write_config
 
 SMALL = dict(img_size=32, depths=(1, 1, 1, 1), embed_dim=(16, 16, 32, 64), num_classes=4)
 SMALL_FLAGS = ('depths=(1,1,1,1)', 'embed_dim=(16,16,32,64)')

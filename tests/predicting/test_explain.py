@@ -1,12 +1,12 @@
-"""That the maps of scripts/explain.py are what the model really used, and which of them is chosen."""
-import explain
+"""That the maps of coatnet_train/explain/maps.py are what the model really used, and which of them is chosen."""
 import pytest
 import timm
 import torch
 from overlay_runs import Colours, zoo
-from settings import SettingsError
 from torch import nn
 
+from coatnet_train.explain import maps as explain
+from coatnet_train.runtime.cli import SettingsError
 from coatnet_zoo.ops.dynamicconv2d.naive import naive
 
 

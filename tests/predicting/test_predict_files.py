@@ -7,18 +7,18 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import predict
 import pytest
-import released
 import timm
 import torch
 import tyro
 from overlay_runs import NAMES, write_picture, write_run, zoo
 from PIL import Image
 from script_runs import run_main, run_processes
-from settings import SettingsError
 from timm.data import create_transform, resolve_input_data_config
 
+import predict
+from coatnet_train.models import released
+from coatnet_train.runtime.cli import SettingsError
 from coatnet_zoo.releases import RELEASES
 
 

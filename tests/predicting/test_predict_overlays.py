@@ -1,20 +1,21 @@
 """What scripts/predict.py says and draws of a picture."""
 import dataclasses
 
-import explain
 import matplotlib.image
 import numpy as np
-import overlay
-import predict
-import prediction
 import pytest
 import timm
 import torch
 from overlay_runs import NAMES, SMALL_FLAGS, Colours, shown_panels, write_picture, write_run, zoo
 from PIL import Image
-from plots import confusion_figure, in_words, misread_figure
-from settings import SettingsError
 from timm.data import create_transform, resolve_input_data_config
+
+import predict
+from coatnet_train.explain import maps as explain
+from coatnet_train.explain import prediction
+from coatnet_train.plotting import overlay
+from coatnet_train.plotting.plots import confusion_figure, in_words, misread_figure
+from coatnet_train.runtime.cli import SettingsError
 
 
 def test_predictions_of_a_run_folder_are_those_of_the_model(

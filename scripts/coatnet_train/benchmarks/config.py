@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from settings import SettingsError, flag
+from coatnet_train.runtime.cli import SettingsError, flag
 
 __all__ = [
     'Backend', 'LoaderSettings', 'ModelPairSettings', 'OpsSettings', 'Pass', 'ScalingSettings', 'check_benchmark',
@@ -113,7 +113,7 @@ class LoaderSettings:
 
     data_dir: str  # Folder with train/ and val/.
     model: str = 'coatnet_pico_64'  # What trains.
-    recipe: str = 'imagenette_64'  # Whose augmentation and size, see scripts/recipes.py.
+    recipe: str = 'imagenette_64'  # Whose augmentation and size, see coatnet_train/training/recipes.py.
     workers: tuple[int, ...] = (0, 1, 2)  # Processes that read.
     batch_size: int = 64  # Pictures a step.
     rounds: int = 3  # Windows of each; the median counts.

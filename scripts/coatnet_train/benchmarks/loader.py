@@ -6,17 +6,18 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from benchmark_models import build, check_machine, measure_window
-from benchmark_settings import LoaderSettings, ModelPairSettings, check_benchmark
-from files import write_json
-from loaders import open_data, training_transform
-from open_model import image_mode, open_model
-from pictures import EpochSampler, Pictures, batches
-from progress import progress_bar
-from provenance import provenance
-from recipes import settings_of
 from torch.utils.data import DataLoader
-from training_settings import Settings
+
+from coatnet_train.benchmarks.config import LoaderSettings, ModelPairSettings, check_benchmark
+from coatnet_train.benchmarks.models import build, check_machine, measure_window
+from coatnet_train.data.dataset import EpochSampler, Pictures, batches
+from coatnet_train.models.open_model import image_mode, open_model
+from coatnet_train.runtime.files import write_json
+from coatnet_train.runtime.progress import progress_bar
+from coatnet_train.runtime.provenance import provenance
+from coatnet_train.training.config import Settings
+from coatnet_train.training.loaders import open_data, training_transform
+from coatnet_train.training.recipes import settings_of
 
 
 def read(loader: DataLoader, sampler: EpochSampler, window: float) -> float:

@@ -9,16 +9,16 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark_settings import ModelPairSettings, check_benchmark
-from files import write_json
-from processes import warn_if_emulated
-from progress import progress_bar
-from provenance import provenance
-from settings import SettingsError, parse_argument
 from timm.models import resolve_model_input_args
 from timm.utils import reparameterize_model
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
+from coatnet_train.benchmarks.config import ModelPairSettings, check_benchmark
+from coatnet_train.runtime.accelerator import warn_if_emulated
+from coatnet_train.runtime.cli import SettingsError, parse_argument
+from coatnet_train.runtime.files import write_json
+from coatnet_train.runtime.progress import progress_bar
+from coatnet_train.runtime.provenance import provenance
 
 
 def build(settings: ModelPairSettings, name: str, kwargs: tuple[str, ...], mode: str) -> Callable[[], None]:

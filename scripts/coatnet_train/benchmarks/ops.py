@@ -14,13 +14,13 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from benchmark_models import check_machine, synchronize
-from benchmark_settings import HEAD_DIM, MAX_DYNAMIC_KERNEL, Backend, OpsSettings, Pass, check_ops
-from files import write_file
-from progress import progress_bar
-from provenance import provenance
 from tqdm import tqdm
 
+from coatnet_train.benchmarks.config import HEAD_DIM, MAX_DYNAMIC_KERNEL, Backend, OpsSettings, Pass, check_ops
+from coatnet_train.benchmarks.models import check_machine, synchronize
+from coatnet_train.runtime.files import write_file
+from coatnet_train.runtime.progress import progress_bar
+from coatnet_train.runtime.provenance import provenance
 from coatnet_zoo.ops import dynamicconv2d, lightconv2d
 
 NOT_MEASURED = 'not measured'

@@ -7,14 +7,15 @@ from math import log
 from pathlib import Path
 
 import torch
-from benchmark_models import build, check_machine, measure_window
-from benchmark_settings import ModelPairSettings, ScalingSettings, check_scaling
-from files import write_file, write_json
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from progress import progress_bar
-from provenance import provenance
-from settings import SettingsError
+
+from coatnet_train.benchmarks.config import ModelPairSettings, ScalingSettings, check_scaling
+from coatnet_train.benchmarks.models import build, check_machine, measure_window
+from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.files import write_file, write_json
+from coatnet_train.runtime.progress import progress_bar
+from coatnet_train.runtime.provenance import provenance
 
 
 def measure(settings: ScalingSettings) -> dict[str, dict[int, float]]:

@@ -11,16 +11,17 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from console import printable
-from data_settings import DataSettings, is_stream
-from folder_dataset import open_folder
-from image_files import UNREADABLE, image_suffixes, to_mode
-from packages import is_installed
 from PIL import Image, UnidentifiedImageError
-from settings import SettingsError, one_line
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.utils import random_seed
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from coatnet_train.data.config import DataSettings, is_stream
+from coatnet_train.data.folder_dataset import open_folder
+from coatnet_train.data.image_files import UNREADABLE, image_suffixes, to_mode
+from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.console import printable
+from coatnet_train.runtime.packages import is_installed
 
 __all__ = [
     'BadPictures', 'EpochSampler', 'Pictures', 'StreamedPictures', 'batches', 'check_labels', 'open_pictures',

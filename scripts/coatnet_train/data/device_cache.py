@@ -9,14 +9,15 @@ import math
 from collections.abc import Callable
 
 import torch
-from pictures import EpochSampler, Pictures, batches, check_labels, seed_of
-from progress import progress_bar
-from settings import SettingsError
 from timm.data.random_erasing import RandomErasing
 from timm.utils import random_seed
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.transforms.functional import normalize
+
+from coatnet_train.data.dataset import EpochSampler, Pictures, batches, check_labels, seed_of
+from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.progress import progress_bar
 
 __all__ = ['Augmentation', 'DecodedPictures', 'Normalize', 'adjust_colors', 'cut', 'decoded_batches', 'draw_crops']
 

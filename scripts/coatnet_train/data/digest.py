@@ -10,9 +10,10 @@ from typing import BinaryIO
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from pictures import targets_of
 from timm.data import ImageDataset, IterableImageDataset
 from torch.utils.data import Dataset
+
+from coatnet_train.data.dataset import targets_of
 
 __all__ = ['data_digest']
 

@@ -3,13 +3,14 @@ import pickle
 import shlex
 from pathlib import Path
 
-from console import printable
-from data_settings import DataSettings
-from image_folder import list_images, natural_key
-from settings import SettingsError, one_line
 from timm.data import ImageDataset
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+from coatnet_train.data.config import DataSettings
+from coatnet_train.data.image_folder import list_images, natural_key
+from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.console import printable
 
 __all__ = ['SPLIT_FOLDERS', 'FolderReader', 'open_folder']
 

@@ -6,7 +6,8 @@ from functools import cache
 
 import numpy as np
 from PIL import Image
-from settings import SettingsError
+
+from coatnet_train.runtime.cli import SettingsError
 
 __all__ = ['UNREADABLE', 'image_suffixes', 'is_image_name', 'to_mode']
 

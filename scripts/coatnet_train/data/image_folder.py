@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from console import note, printable
-from image_files import is_image_name
-from settings import SettingsError, one_line
+from coatnet_train.data.image_files import is_image_name
+from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.console import note, printable
 
 __all__ = ['ImageFolder', 'find_images', 'list_images', 'look_alikes', 'natural_key']
 

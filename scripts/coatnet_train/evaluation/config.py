@@ -2,9 +2,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_settings import DataSettings
-from model_settings import ModelSettings, check_model_settings
-from settings import SettingsError, check_range
+from coatnet_train.data.config import DataSettings
+from coatnet_train.models.config import ModelSettings, check_model_settings
+from coatnet_train.runtime.cli import SettingsError, check_range
 
 __all__ = ['Settings', 'check_values']
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from pictures import check_labels
-from settings import SettingsError
 from timm.task import ClassificationEvaluator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+
+from coatnet_train.data.dataset import check_labels
+from coatnet_train.runtime.cli import SettingsError
 
 __all__ = ['Misclassified', 'Predictions', 'expected_calibration_error', 'predict', 'reliability']
 

@@ -8,24 +8,25 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from console import check_utf8, printable
-from data_digest import data_digest
-from extraction_settings import Settings
-from features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
-from files import write_json
-from open_model import image_mode, means_weights, open_model
-from pictures import BadPictures, Pictures, open_pictures, targets_of
-from processes import start
-from progress import progress_bar
-from provenance import provenance
-from settings import SettingsError, check_output, one_line
-from shards import read_column, write_shard
 from timm.data import ImageDataset, create_transform
 from timm.models import safe_model_name
 from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from coatnet_train.data.dataset import BadPictures, Pictures, open_pictures, targets_of
+from coatnet_train.data.digest import data_digest
+from coatnet_train.evaluation.extraction_config import Settings, check_values
+from coatnet_train.evaluation.feature_shards import read_column, write_shard
+from coatnet_train.evaluation.features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
+from coatnet_train.models.open_model import image_mode, means_weights, open_model
+from coatnet_train.runtime.accelerator import start
+from coatnet_train.runtime.cli import SettingsError, check_output, one_line
+from coatnet_train.runtime.console import check_utf8, printable
+from coatnet_train.runtime.files import write_json
+from coatnet_train.runtime.progress import progress_bar
+from coatnet_train.runtime.provenance import provenance
 
 # Data
 
@@ -224,8 +225,9 @@ def read_split(settings: Settings, split: Split) -> tuple[torch.Tensor, torch.Te
             torch.cat([read_column(path, 'label') for path in paths]))
 
 
-def run(settings: Settings) -> dict:
+def extract_features(settings: Settings) -> dict:
     """Extract as `settings` say; the main process returns the summary that is also written to summary.json."""
+    check_values(settings)
     stored = means_weights(settings.model) and not settings.checkpoint
     settings = replace(settings, pretrained=settings.pretrained or stored)
     check_utf8(settings.output, '--output')

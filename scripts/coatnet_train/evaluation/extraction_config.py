@@ -1,9 +1,9 @@
 """Settings of extract_features.py, and the checks of single values, which need neither torch nor timm."""
 from dataclasses import dataclass
 
-from data_settings import DataSettings, is_stream
-from model_settings import ModelSettings
-from settings import SettingsError, check_range, flag
+from coatnet_train.data.config import DataSettings, is_stream
+from coatnet_train.models.config import ModelSettings
+from coatnet_train.runtime.cli import SettingsError, check_range, flag
 
 __all__ = ['Settings', 'check_values']
 

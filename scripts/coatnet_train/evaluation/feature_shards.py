@@ -3,9 +3,10 @@ import json
 from pathlib import Path
 
 import torch
-from files import write_file
 from safetensors import safe_open
 from safetensors.torch import save
+
+from coatnet_train.runtime.files import write_file
 
 __all__ = ['read_column', 'write_shard']
 

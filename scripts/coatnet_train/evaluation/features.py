@@ -5,8 +5,9 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
-from settings import SettingsError, one_line
 from torch import nn
+
+from coatnet_train.runtime.cli import SettingsError, one_line
 
 __all__ = ['PooledFeatures', 'PyramidFeatures', 'knn_top1', 'linear_probe']
 

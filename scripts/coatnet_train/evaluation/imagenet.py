@@ -9,25 +9,40 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from data_settings import is_stream
-from evaluation import Predictions, expected_calibration_error, predict, reliability
-from evaluation_settings import Settings
-from files import write_csv, write_figure, write_json
-from folder_dataset import SPLIT_FOLDERS
-from imagenet_labels import LabelMap, corruption_folders, map_labels, mean_corruption_error, to_real_labels
-from model_settings import ModelSettings
-from open_model import check_model_name, image_mode, open_model
-from pictures import BadPictures, EpochSampler, Pictures, StreamedPictures, batches, open_pictures, picture_name
-from plots import reliability_figure
-from processes import start
-from progress import progress_bar
-from provenance import provenance
-from settings import SettingsError, one_line
 from timm.data import create_transform, infer_imagenet_subset
 from timm.models import safe_model_name
 from torch import nn
 from torch.utils.data import Dataset
-from weights_file import read_weights
+
+from coatnet_train.data.config import is_stream
+from coatnet_train.data.dataset import (
+    BadPictures,
+    EpochSampler,
+    Pictures,
+    StreamedPictures,
+    batches,
+    open_pictures,
+    picture_name,
+)
+from coatnet_train.data.folder_dataset import SPLIT_FOLDERS
+from coatnet_train.evaluation.config import Settings, check_values
+from coatnet_train.evaluation.evaluator import Predictions, expected_calibration_error, predict, reliability
+from coatnet_train.evaluation.imagenet_labels import (
+    LabelMap,
+    corruption_folders,
+    map_labels,
+    mean_corruption_error,
+    to_real_labels,
+)
+from coatnet_train.models.config import ModelSettings
+from coatnet_train.models.open_model import check_model_name, image_mode, open_model
+from coatnet_train.models.weights_file import read_weights
+from coatnet_train.plotting.plots import reliability_figure
+from coatnet_train.runtime.accelerator import start
+from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.files import write_csv, write_figure, write_json
+from coatnet_train.runtime.progress import progress_bar
+from coatnet_train.runtime.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -282,8 +297,9 @@ def write_row(settings: Settings, rows: list[dict], predictions: Predictions, la
                             f'choose another.') from error
 
 
-def run(settings: Settings) -> list[dict]:
+def evaluate(settings: Settings) -> list[dict]:
     """Evaluate as `settings` say and return the rows of the table."""
+    check_values(settings)
     runs = list(rows_of(settings))
     for wanted, _ in runs:
         check_model_name(wanted.model)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from settings import SettingsError
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import nn
 
+from coatnet_train.runtime.cli import SettingsError
+
 if TYPE_CHECKING:
-    from evaluation import Predictions
+    from coatnet_train.evaluation.evaluator import Predictions
 
 __all__ = [
     'ALEXNET_ERROR', 'LabelMap', 'corruption_folders', 'describe_synsets', 'map_labels', 'mean_corruption_error',

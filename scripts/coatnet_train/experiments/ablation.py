@@ -7,17 +7,19 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import benchmark_models
-import finetune
 import torch
-from ablation_settings import GRIDS, Settings
-from benchmark_settings import ModelPairSettings
-from files import write_file, write_json
 from matplotlib.figure import Figure
-from model_size import model_size
-from processes import choose_device
-from provenance import provenance
-from settings import check_output, parse_argument
+
+from coatnet_train.benchmarks import models as benchmark_models
+from coatnet_train.benchmarks.config import ModelPairSettings
+from coatnet_train.experiments.ablation_config import GRIDS, Settings
+from coatnet_train.models.model_size import model_size
+from coatnet_train.runtime.accelerator import choose_device
+from coatnet_train.runtime.cli import check_output, parse_argument
+from coatnet_train.runtime.files import write_file, write_json
+from coatnet_train.runtime.provenance import provenance
+from coatnet_train.training.config import Settings as FinetuneSettings
+from coatnet_train.training.run import finetune
 
 
 def model_kwargs(settings: Settings, row: str) -> tuple[str, ...]:
@@ -35,7 +37,7 @@ def train(settings: Settings, row: str, seed: int) -> dict:
         metrics = Path(settings.results_file).with_suffix('') / f'{experiment}.csv'
     check_output(run_dir)
     if not (metrics if settings.results_file else run_dir / 'summary.json').exists():
-        finetune.main(finetune.Settings(
+        finetune(FinetuneSettings(
             data_dir=settings.data_dir, model=settings.model, img_size=settings.img_size, epochs=settings.epochs,
             model_kwargs=model_kwargs(settings, row),
             batch_size=settings.batch_size, lr=settings.lr, scale=(0.35, 1.0), color_jitter=0.0, amp=settings.amp,

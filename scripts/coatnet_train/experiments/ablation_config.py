@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from settings import SettingsError
+from coatnet_train.runtime.cli import SettingsError
 
 __all__ = ['GRIDS', 'WORDS', 'Settings', 'check_values']
 

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import timm
-from files import write_figure, write_json
 from matplotlib.figure import Figure
-from provenance import provenance
-from settings import SettingsError, one_line
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
+from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.files import write_figure, write_json
+from coatnet_train.runtime.provenance import provenance
 
 __all__ = ['name_runs', 'run']
 

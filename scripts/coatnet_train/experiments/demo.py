@@ -7,21 +7,24 @@ from pathlib import Path
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch: spinning threads are ten times slower on busy cores
 
-import finetune
 import numpy as np
-import predict
 import timm
 import torch
-from files import write_json
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
-from plots import BLUE, GREY, LIGHT
-from provenance import provenance
 from skimage import data as photographs
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch.utils.data import DataLoader
+
+from coatnet_train.explain.config import Settings as PredictionSettings
+from coatnet_train.explain.prediction import predict_images
+from coatnet_train.plotting.plots import BLUE, GREY, LIGHT
+from coatnet_train.runtime.files import write_json
+from coatnet_train.runtime.provenance import provenance
+from coatnet_train.training.config import Settings as FinetuneSettings
+from coatnet_train.training.run import finetune
 
 DEMO_DIR = Path('output/demo')
 IMG_SIZE = 32
@@ -30,7 +33,7 @@ MOST = 90.0  # percent that the two trainings race to
 # what learns the digits: of those that ship the quickest to train on a CPU, and half a point below the best, which
 # looks at the photographs
 PRETRAINED = 'lightconvnet_pico_64.tin200_preview'
-RECIPE = finetune.Settings(
+RECIPE = FinetuneSettings(
     data_dir=str(DEMO_DIR / 'digits'), model=PRETRAINED, pretrained=True, img_size=IMG_SIZE,
     model_kwargs=('conv_norm_momentum=0.1',),  # the official 0.01 is made for runs of many thousand steps
     epochs=6, batch_size=64, lr=1.2e-3, warmup_epochs=1, scale=(0.8, 1.0), hflip=0.0, color_jitter=0.0, workers=0,
@@ -45,7 +48,7 @@ def look_at_photographs() -> list[Path]:
     images = tuple(folder / f'{name}.png' for name in ('coffee', 'cat'))
     for path in images:
         Image.fromarray(getattr(photographs, path.stem)()).save(path)
-    predict.main(predict.Settings(images=images, pretrained=True, output=folder / 'overlays', device='cpu'))
+    predict_images(PredictionSettings(images=images, pretrained=True, output=folder / 'overlays', device='cpu'))
     return [next((folder / 'overlays').glob(f'{path.stem}-*.png')) for path in images]
 
 
@@ -115,9 +118,9 @@ def draw_digits(figure: SubFigure, probabilities: torch.Tensor, labels: np.ndarr
                        color='#dc2626' if is_wrong else '#374151')
 
 
-def train(settings: finetune.Settings) -> tuple[dict, list[dict]]:
+def train(settings: FinetuneSettings) -> tuple[dict, list[dict]]:
     """Fine-tune; returns the summary, and a row for each epoch."""
-    summary = finetune.main(settings)
+    summary = finetune(settings)
     checkpoint = Path(settings.output) / settings.experiment / 'last' / 'checkpoint.pt'
     return summary, torch.load(checkpoint, weights_only=True)['progress']['history']
 

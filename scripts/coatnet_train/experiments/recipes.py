@@ -6,17 +6,19 @@ from dataclasses import asdict
 from itertools import chain, count, product
 from pathlib import Path
 
-import finetune
 import torch
-from compare_recipes_settings import DEFAULTS, Settings
-from files import write_figure, write_json
 from matplotlib.figure import Figure
-from plots import BLUE, GREY, LIGHT
-from processes import choose_device
-from provenance import provenance
-from recipes import settings_of
-from settings import SettingsError, earlier_results
-from small_sets import MAKERS
+
+from coatnet_train.experiments.recipes_config import DEFAULTS, Settings
+from coatnet_train.experiments.small_sets import MAKERS
+from coatnet_train.plotting.plots import BLUE, GREY, LIGHT
+from coatnet_train.runtime.accelerator import choose_device
+from coatnet_train.runtime.cli import SettingsError, earlier_results
+from coatnet_train.runtime.files import write_figure, write_json
+from coatnet_train.runtime.provenance import provenance
+from coatnet_train.training.config import Settings as FinetuneSettings
+from coatnet_train.training.recipes import settings_of
+from coatnet_train.training.run import finetune
 
 __all__ = ['run']
 
@@ -30,7 +32,7 @@ def train(settings: Settings, data: Path, name: str, model: str, recipe: str, se
     """A row: what a run scores after its last epoch, with the settings that follow from the images."""
     experiment = f'{name}-{seed}-{model.split(".")[0]}-{recipe}'
     shutil.rmtree(Path(settings.output) / experiment, ignore_errors=True)
-    summary = finetune.main(finetune.Settings(**{
+    summary = finetune(FinetuneSettings(**{
         **recipe_of(recipe, model), 'data_dir': str(data), 'model': model, 'pretrained': True,
         'img_size': MAKERS[name][1], 'val_interval': 2**31, 'device': settings.device, 'workers': settings.workers,
         'seed': seed, 'output': settings.output, 'experiment': experiment}))

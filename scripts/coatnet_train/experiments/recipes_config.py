@@ -2,8 +2,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes import RECIPES
-from settings import SettingsError, check_range, flag
+from coatnet_train.runtime.cli import SettingsError, check_range, flag
+from coatnet_train.training.recipes import RECIPES
 
 __all__ = ['DEFAULTS', 'SETS', 'Settings', 'check_values']
 
@@ -17,7 +17,7 @@ class Settings:
     samples: str = ''  # Training images of ImageNet: a sub-folder a class, of which one image each is taken.
     sets: tuple[str, ...] = SETS[:3]  # Of these and imagenette_2000.
     models: tuple[str, ...] = ('lightconvnet_pico_64.tin200_preview', 'coatnet_pico_64.tin200_preview')
-    recipes: tuple[str, ...] = (DEFAULTS, 'small_data')  # defaults, or of scripts/recipes.py.
+    recipes: tuple[str, ...] = (DEFAULTS, 'small_data')  # defaults, or of coatnet_train/training/recipes.py.
     seeds: tuple[int, ...] = (0, 1, 2)  # Each draws images, and fixes a run.
     device: str = 'cpu'  # cpu or cuda.
     workers: int = 0  # Processes that read images.

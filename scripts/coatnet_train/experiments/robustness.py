@@ -6,21 +6,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from data_settings import DataSettings
-from evaluation import predict
-from files import write_figure, write_json
 from matplotlib.figure import Figure
-from model_settings import ModelSettings
-from open_model import image_mode, open_model
-from pictures import BadPictures, EpochSampler, Pictures, batches, open_pictures
 from PIL import Image, ImageFilter
-from plots import LIGHT
-from processes import start
-from provenance import provenance
-from robustness_settings import Settings
-from settings import SettingsError, earlier_results, flag
 from timm.data import create_transform
 from torchvision.transforms import Compose
+
+from coatnet_train.data.config import DataSettings
+from coatnet_train.data.dataset import BadPictures, EpochSampler, Pictures, batches, open_pictures
+from coatnet_train.evaluation.evaluator import predict
+from coatnet_train.experiments.robustness_config import Settings
+from coatnet_train.models.config import ModelSettings
+from coatnet_train.models.open_model import image_mode, open_model
+from coatnet_train.plotting.plots import LIGHT
+from coatnet_train.runtime.accelerator import start
+from coatnet_train.runtime.cli import SettingsError, earlier_results, flag
+from coatnet_train.runtime.files import write_figure, write_json
+from coatnet_train.runtime.provenance import provenance
 
 __all__ = ['DAMAGE', 'run']
 

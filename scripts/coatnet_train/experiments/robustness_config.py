@@ -1,7 +1,7 @@
 """Settings of robustness.py, and the checks of single values, which need neither torch nor timm."""
 from dataclasses import dataclass
 
-from settings import SettingsError, check_range, flag
+from coatnet_train.runtime.cli import SettingsError, check_range, flag
 
 __all__ = ['Settings', 'check_values']
 

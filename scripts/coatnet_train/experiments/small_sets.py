@@ -3,10 +3,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-from compare_recipes_settings import Settings
 from PIL import Image
-from settings import SettingsError
 from timm.data import ImageNetInfo
+
+from coatnet_train.experiments.recipes_config import Settings
+from coatnet_train.runtime.cli import SettingsError
 
 __all__ = ['MAKERS', 'images_in']
 

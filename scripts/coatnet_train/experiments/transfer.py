@@ -6,25 +6,26 @@ import statistics
 from dataclasses import asdict
 from pathlib import Path
 
-import extract_features
-import extraction
-import finetune
 import numpy as np
 import torch
-from data_settings import DataSettings
-from features import linear_probe
-from files import write_figure, write_json
 from matplotlib.figure import Figure
-from model_settings import ModelSettings
-from open_model import open_model
-from pictures import open_pictures, targets_of
-from processes import choose_device
-from provenance import provenance
-from settings import SettingsError, earlier_results, flag
 from timm.models import model_entrypoint, safe_model_name
-from transfer_settings import WAYS, Settings
 
 import coatnet_zoo
+from coatnet_train.data.config import DataSettings
+from coatnet_train.data.dataset import open_pictures, targets_of
+from coatnet_train.evaluation import extraction
+from coatnet_train.evaluation.extraction_config import Settings as ExtractionSettings
+from coatnet_train.evaluation.features import linear_probe
+from coatnet_train.experiments.transfer_config import WAYS, Settings
+from coatnet_train.models.config import ModelSettings
+from coatnet_train.models.open_model import open_model
+from coatnet_train.runtime.accelerator import choose_device
+from coatnet_train.runtime.cli import SettingsError, earlier_results, flag
+from coatnet_train.runtime.files import write_figure, write_json
+from coatnet_train.runtime.provenance import provenance
+from coatnet_train.training.config import Settings as FinetuneSettings
+from coatnet_train.training.run import finetune
 
 
 def check_same(settings: Settings, earlier: dict) -> None:
@@ -75,7 +76,7 @@ def train(settings: Settings, architecture: str, data_dir: Path, count: int, upd
     """Top-1 (%) after the last epoch of a run, which goes on where an earlier call was stopped."""
     epochs = -(-updates // max(1, count // settings.batch_size))
     ours = model_entrypoint(architecture).__module__.startswith(f'{coatnet_zoo.__name__}.')
-    summary = finetune.main(finetune.Settings(
+    summary = finetune(FinetuneSettings(
         data_dir=str(data_dir), model=settings.model, pretrained=pretrained,
         img_size=settings.img_size, epochs=epochs, val_interval=epochs, batch_size=min(settings.batch_size, count),
         lr=settings.lr, warmup_epochs=epochs / 10, scale=settings.scale, hflip=settings.hflip, color_jitter=0.0,
@@ -87,13 +88,13 @@ def train(settings: Settings, architecture: str, data_dir: Path, count: int, upd
 
 def read_features(settings: Settings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Features (N, C) and labels (N,) of both splits, before the classifier; extracted once."""
-    options = extract_features.Settings(
+    options = ExtractionSettings(
         data_dir=settings.data_dir, model=settings.model, pretrained=True, img_size=settings.img_size, amp=settings.amp,
         device=settings.device, workers=settings.workers, output=str(root_of(settings) / 'features'))
     found = {}
     for split in ('train', 'validation'):
-        options = extract_features.Settings(**{**vars(options), 'split': split})
-        extract_features.main(options)
+        options = ExtractionSettings(**{**vars(options), 'split': split})
+        extraction.extract_features(options)
         tensors = extraction.read_split(options, extraction.open_split(options, split))
         found[split] = tuple(tensor.numpy() for tensor in tensors)
     return found

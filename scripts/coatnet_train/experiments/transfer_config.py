@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from settings import SettingsError, flag, one_line
+from coatnet_train.runtime.cli import SettingsError, flag, one_line
 
 __all__ = ['WAYS', 'Settings', 'check_values']
 

@@ -2,9 +2,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model_settings import ModelSettings, check_model_settings
-from released import best_release
-from settings import SettingsError, tyro
+from coatnet_train.models.config import ModelSettings, check_model_settings
+from coatnet_train.models.released import best_release
+from coatnet_train.runtime.cli import SettingsError, tyro
 
 __all__ = ['Settings', 'check_values']
 

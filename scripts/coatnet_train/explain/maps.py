@@ -6,9 +6,9 @@ class enters them. Grad-CAM is of one class.
 from dataclasses import dataclass
 
 import torch
-from settings import SettingsError
 from torch import nn
 
+from coatnet_train.runtime.cli import SettingsError
 from coatnet_zoo.blocks.dynamicconv import DynamicConv2d
 from coatnet_zoo.blocks.transformer import RelativeAttention2d
 from coatnet_zoo.models.backbone import Backbone

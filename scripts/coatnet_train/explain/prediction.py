@@ -9,8 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from console import printable
-from explain import (
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
+from timm.models import is_model_pretrained
+from torch import nn
+
+from coatnet_train.data.image_files import UNREADABLE, to_mode
+from coatnet_train.data.image_folder import find_images
+from coatnet_train.evaluation.imagenet_labels import describe_synsets
+from coatnet_train.explain.config import Settings, check_values
+from coatnet_train.explain.maps import (
     Target,
     attention_weights,
     choose_target,
@@ -21,20 +29,13 @@ from explain import (
     share_on_padding,
     tap_distances,
 )
-from files import write_csv, write_figure
-from image_files import UNREADABLE, to_mode
-from image_folder import find_images
-from imagenet_labels import describe_synsets
-from open_model import image_mode, means_weights, open_model
-from overlay import draw_guesses, draw_heat, draw_kernel, draw_kernels, draw_picture, panels
-from PIL import Image
-from plots import to_picture, use_fonts
-from prediction_settings import Settings
-from processes import start
-from settings import SettingsError, one_line
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
-from timm.models import is_model_pretrained
-from torch import nn
+from coatnet_train.models.open_model import image_mode, means_weights, open_model
+from coatnet_train.plotting.overlay import draw_guesses, draw_heat, draw_kernel, draw_kernels, draw_picture, panels
+from coatnet_train.plotting.plots import to_picture, use_fonts
+from coatnet_train.runtime.accelerator import start
+from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.console import printable
+from coatnet_train.runtime.files import write_csv, write_figure
 
 RANDOM = 'RANDOM WEIGHTS: the guesses mean nothing'
 SHOWN = {
@@ -191,8 +192,9 @@ def predict_picture(
     return '\n'.join(lines), row
 
 
-def run(settings: Settings) -> int:
+def predict_images(settings: Settings) -> int:
     """Predict and explain every image; returns the exit code."""
+    check_values(settings)
     accelerator = start(settings.device)
     model, data_config, weights = open_weights(settings)
     target = choose_target(model, settings.model, settings.explain, settings.stage)

@@ -2,7 +2,7 @@
 import math
 from dataclasses import dataclass
 
-from settings import SettingsError, flag
+from coatnet_train.runtime.cli import SettingsError, flag
 
 __all__ = ['ModelSettings', 'check_model_settings']
 

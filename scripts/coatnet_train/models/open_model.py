@@ -4,9 +4,7 @@ from pathlib import Path
 
 import timm
 import torch
-from model_settings import ModelSettings, check_model_settings
 from safetensors import SafetensorError
-from settings import SettingsError, did_you_mean, one_line, parse_argument
 from timm.data import resolve_input_data_config
 from timm.models import (
     get_arch_pretrained_cfgs,
@@ -15,9 +13,11 @@ from timm.models import (
     resolve_model_input_args,
 )
 from torch import nn
-from weights_file import load_weights, to_flags
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
+from coatnet_train.models.config import ModelSettings, check_model_settings
+from coatnet_train.models.weights_file import load_weights, to_flags
+from coatnet_train.runtime.cli import SettingsError, did_you_mean, one_line, parse_argument
 
 __all__ = ['check_model_name', 'image_mode', 'means_weights', 'open_model']
 

@@ -3,7 +3,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from settings import SettingsError, one_line
+from coatnet_train.runtime.cli import SettingsError, one_line
 
 __all__ = ['best_release', 'released_models']
 

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 import torch
-from settings import SettingsError, one_line
 from timm.models import clean_state_dict, load_checkpoint, load_state_dict, model_entrypoint
 from torch import nn
 
+from coatnet_train.runtime.cli import SettingsError, one_line
 from coatnet_zoo.models.backbone import Backbone
 from coatnet_zoo.models.checkpoint import convert_state_dict, explain_misfit
 

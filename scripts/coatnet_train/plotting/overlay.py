@@ -7,7 +7,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
-from plots import use_fonts
+
+from coatnet_train.plotting.plots import use_fonts
 
 __all__ = ['draw_guesses', 'draw_heat', 'draw_kernel', 'draw_kernels', 'draw_picture', 'panels']
 

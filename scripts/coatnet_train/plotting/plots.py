@@ -7,11 +7,12 @@ from functools import cache
 import matplotlib
 import numpy as np
 import torch
-from console import note
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from timm.data import ImageNetInfo
+
+from coatnet_train.runtime.console import note
 
 __all__ = ['confusion_figure', 'draw_curves', 'in_words', 'misread_figure', 'reliability_figure', 'to_picture',
     'use_fonts']

@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
-from settings import SettingsError, one_line
+
+from coatnet_train.runtime.cli import SettingsError, one_line
 
 __all__ = ['choose_device', 'has_native_bfloat16', 'start', 'warn', 'warn_if_emulated']
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
 
-from packages import explain_missing
+from coatnet_train.runtime.packages import explain_missing
 
 try:
     import tyro

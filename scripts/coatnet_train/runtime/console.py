@@ -3,7 +3,7 @@ import os
 import sys
 from functools import cache
 
-from settings import SettingsError
+from coatnet_train.runtime.cli import SettingsError
 
 __all__ = ['check_utf8', 'note', 'printable']
 

@@ -25,7 +25,7 @@ def hardware(device: str) -> str:
 
 def commit() -> str:
     """Short hash of the checkout, with -dirty if code in it has changed."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[3]
 
     def git(*arguments: str) -> str:
         return subprocess.run(['git', *arguments], capture_output=True, text=True, cwd=root).stdout.strip()

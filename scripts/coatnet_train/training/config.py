@@ -3,10 +3,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
-from data_settings import DataSettings, is_stream
-from model_settings import ModelSettings, check_model_settings
-from recipes import RECIPES
-from settings import SettingsError, check_range, flag, tyro
+from coatnet_train.data.config import DataSettings, is_stream
+from coatnet_train.models.config import ModelSettings, check_model_settings
+from coatnet_train.runtime.cli import SettingsError, check_range, flag, tyro
+from coatnet_train.training.recipes import RECIPES
 
 __all__ = ['FREE_ON_RESUME', 'Settings', 'check_values']
 
@@ -82,7 +82,8 @@ class RunSettings:
     """Where and how the run is computed, and what it leaves."""
 
     recipe: Annotated[str, tyro.conf.arg(
-        help=f'Settings by name (scripts/recipes.py), over which other flags win: {", ".join(RECIPES)}.')] = ''
+        help=f'Settings by name (coatnet_train/training/recipes.py), over which other flags win: '
+             f'{", ".join(RECIPES)}.')] = ''
     output: str = 'output'  # Parent of the run folders.
     experiment: str = ''  # Name of the run folder (the model's name if not given).
     resume: str = ''  # auto continues the run folder if it has begun; a path continues that run folder.

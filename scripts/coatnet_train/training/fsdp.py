@@ -1,7 +1,6 @@
 """Training state in whole tensors, where each process holds only a shard of the weights (FSDP)."""
 import torch
 from accelerate import Accelerator
-from settings import SettingsError, one_line
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -10,7 +9,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from training_settings import Settings
+
+from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.training.config import Settings
 
 __all__ = ['check_sharding', 'copy_weights', 'restore_training_state', 'training_state', 'wrap']
 

@@ -1,15 +1,16 @@
 """What finetune.py reads: both splits of the data with their classes checked, and the loaders over them."""
 
 from accelerate import Accelerator
-from data_settings import is_stream
-from decoded import Augmentation, DecodedPictures, Normalize, decoded_batches
-from image_folder import look_alikes
-from open_model import image_mode
-from pictures import EpochSampler, Pictures, StreamedPictures, batches, open_pictures, targets_of
-from settings import SettingsError, one_line
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
-from training_settings import Settings
+
+from coatnet_train.data.config import is_stream
+from coatnet_train.data.dataset import EpochSampler, Pictures, StreamedPictures, batches, open_pictures, targets_of
+from coatnet_train.data.device_cache import Augmentation, DecodedPictures, Normalize, decoded_batches
+from coatnet_train.data.image_folder import look_alikes
+from coatnet_train.models.open_model import image_mode
+from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.training.config import Settings
 
 __all__ = ['create_loaders', 'open_data', 'training_transform']
 

@@ -6,28 +6,36 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from console import check_utf8
-from data_digest import data_digest
-from data_settings import is_stream
-from files import write_figure, write_json
-from loaders import create_loaders, open_data
-from open_model import open_model
-from pictures import picture_name
-from plots import confusion_figure, misread_figure
-from processes import start, warn
-from provenance import provenance
-from run_folder import loading_line, write_config, write_predictions
 from safetensors import SafetensorError
-from schedule import with_schedule
-from settings import SettingsError, check_output, one_line
-from sharding import check_sharding, wrap
 from timm.models import safe_model_name
 from timm.utils import random_seed
-from trainer import Trainer, check_facts, read_checkpoint
-from training import build_optimizer, build_task, check_training, freeze_trunk, open_teacher, set_bn_momentum
-from training_settings import FREE_ON_RESUME, Settings, check_values
 
-__all__ = ['run']
+from coatnet_train.data.config import is_stream
+from coatnet_train.data.dataset import picture_name
+from coatnet_train.data.digest import data_digest
+from coatnet_train.models.open_model import open_model
+from coatnet_train.plotting.plots import confusion_figure, misread_figure
+from coatnet_train.runtime.accelerator import start, warn
+from coatnet_train.runtime.cli import SettingsError, check_output, one_line
+from coatnet_train.runtime.console import check_utf8
+from coatnet_train.runtime.files import write_figure, write_json
+from coatnet_train.runtime.provenance import provenance
+from coatnet_train.training.config import FREE_ON_RESUME, Settings, check_values
+from coatnet_train.training.fsdp import check_sharding, wrap
+from coatnet_train.training.loaders import create_loaders, open_data
+from coatnet_train.training.run_dir import loading_line, write_config, write_predictions
+from coatnet_train.training.schedule import with_schedule
+from coatnet_train.training.task import (
+    build_optimizer,
+    build_task,
+    check_training,
+    freeze_trunk,
+    open_teacher,
+    set_bn_momentum,
+)
+from coatnet_train.training.trainer import Trainer, check_facts, read_checkpoint
+
+__all__ = ['finetune']
 
 
 def find_run(settings: Settings) -> tuple[Path, Path | None]:
@@ -67,8 +75,9 @@ def keep_precision(settings: Settings, checkpoint: dict | None) -> Settings:
     return replace(settings, amp=amp, amp_if_native=False)
 
 
-def run(settings: Settings) -> dict:
+def finetune(settings: Settings) -> dict:
     """Fine-tune as `settings` say, and return the summary that is also written to summary.json."""
+    check_values(settings)
     check_tracker(settings)
     run_dir, last = find_run(settings)
     checkpoint = read_checkpoint(last) if last else None

@@ -4,13 +4,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from evaluation import Predictions
-from files import write_csv, write_figure, write_file, write_json
 from matplotlib.figure import Figure
-from plots import draw_curves
 from safetensors.torch import save
 from timm.models import save_for_hf
 from torch import nn
+
+from coatnet_train.evaluation.evaluator import Predictions
+from coatnet_train.plotting.plots import draw_curves
+from coatnet_train.runtime.files import write_csv, write_figure, write_file, write_json
 
 __all__ = ['loading_line', 'rank', 'write_config', 'write_metrics', 'write_predictions', 'write_weights']
 

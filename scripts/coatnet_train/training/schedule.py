@@ -3,7 +3,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from training_settings import Settings
+from coatnet_train.training.config import Settings
 
 __all__ = ['MIN_UPDATES', 'advice', 'with_schedule']
 

@@ -2,14 +2,15 @@
 import copy
 
 import torch
-from model_settings import ModelSettings
-from open_model import open_model
-from settings import SettingsError, did_you_mean, one_line
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.task import TrainingTask
 from torch import nn
-from training_settings import Settings
+
+from coatnet_train.models.config import ModelSettings
+from coatnet_train.models.open_model import open_model
+from coatnet_train.runtime.cli import SettingsError, did_you_mean, one_line
+from coatnet_train.training.config import Settings
 
 __all__ = [
     'build_optimizer', 'build_task', 'check_training', 'freeze_trunk', 'open_teacher',

@@ -15,25 +15,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast
-from evaluation import Predictions, predict
-from files import write_file
-from loaders import training_transform
-from pictures import BadPictures, EpochSampler, check_labels, seed_of
-from processes import warn
-from progress import progress_bar
-from run_folder import rank, write_metrics, write_weights
 from safetensors.torch import load_file
-from schedule import advice
-from settings import Preempted, SettingsError, one_line
-from sharding import copy_weights, restore_training_state, training_state
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
 from timm.task.task import TrainingTask
 from timm.utils import random_seed, unwrap_model
 from torch import nn
 from torch.utils.data import DataLoader
-from training import set_trunk_to_eval
-from training_settings import Settings
+
+from coatnet_train.data.dataset import BadPictures, EpochSampler, check_labels, seed_of
+from coatnet_train.evaluation.evaluator import Predictions, predict
+from coatnet_train.runtime.accelerator import warn
+from coatnet_train.runtime.cli import Preempted, SettingsError, one_line
+from coatnet_train.runtime.files import write_file
+from coatnet_train.runtime.progress import progress_bar
+from coatnet_train.training.config import Settings
+from coatnet_train.training.fsdp import copy_weights, restore_training_state, training_state
+from coatnet_train.training.loaders import training_transform
+from coatnet_train.training.run_dir import rank, write_metrics, write_weights
+from coatnet_train.training.schedule import advice
+from coatnet_train.training.task import set_trunk_to_eval
 
 __all__ = ['Trainer', 'check_facts', 'read_checkpoint']
 

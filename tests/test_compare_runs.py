@@ -1,16 +1,17 @@
-"""scripts/compare.py: runs of one recipe side by side, and nothing else."""
+"""scripts/compare_runs.py: runs of one recipe side by side, and nothing else."""
 import json
 import shutil
 from pathlib import Path
 
-import compare
-import comparison
-import finetune
 import pytest
 import timm
 from PIL import Image
 from script_runs import run_main, write_pictures
-from settings import SettingsError
+
+import compare_runs
+import finetune
+from coatnet_train.experiments import compare_runs as comparison
+from coatnet_train.runtime.cli import SettingsError
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +27,7 @@ def runs(tmp_path_factory) -> list[str]:
 
 
 def test_runs_stand_side_by_side_with_what_they_reached(runs, tmp_path, capsys):
-    report = compare.main(compare.Settings(runs=tuple(runs), results_file=str(tmp_path / 'two.json')))
+    report = compare_runs.main(compare_runs.Settings(runs=tuple(runs), results_file=str(tmp_path / 'two.json')))
     assert json.loads((tmp_path / 'two.json').read_text()) == json.loads(json.dumps(report))
     printed = capsys.readouterr().out
     for folder in map(Path, runs):
@@ -53,7 +54,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
             (dict(runs=(runs[0], str(tmp_path))), 'has no summary.json'),
             (dict(runs=tuple(runs), results_file='two.csv'), r'must end in \.json, got two\.csv')):
         with pytest.raises(SettingsError, match=message):
-            compare.main(compare.Settings(**settings))
+            compare_runs.main(compare_runs.Settings(**settings))
 
 
 def test_folders_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path, monkeypatch):
@@ -70,7 +71,7 @@ def test_other_recipes_are_compared_on_request_and_what_differs_is_listed(runs, 
     shutil.copytree(runs[0], other)
     args = json.loads((other / 'args.json').read_text())
     (other / 'args.json').write_text(json.dumps(args | {'lr': 0.5, 'new_setting': 3}))
-    report = compare.main(compare.Settings(runs=(runs[0], str(other)), allow_different=True))
+    report = compare_runs.main(compare_runs.Settings(runs=(runs[0], str(other)), allow_different=True))
     first, second = report['runs']
     assert second == 'slow/test_resnet' and first == str(Path(*Path(runs[0]).parts[-2:]))
     assert report['different'] == {'lr': [0.0005, 0.5], 'new_setting': [None, 3]}
@@ -93,18 +94,19 @@ def test_run_that_cannot_be_read_is_refused(runs, tmp_path):
             ('config.json', '{}', r'its config\.json does not give the model'),
             ('metrics.csv', 'epoch\n', 'an epoch in metrics.csv'), ('summary.json', '{"top1": 1}', 'train it again')):
         with pytest.raises(SettingsError, match=message) as error:
-            compare.main(compare.Settings(runs=(runs[0], broken(name, content))))
+            compare_runs.main(compare_runs.Settings(runs=(runs[0], broken(name, content))))
         assert '\n' not in str(error.value)
         shutil.rmtree(tmp_path / f'broken {content[:5]}')
 
 
 def test_results_file_is_written_into_a_new_folder_or_refused(runs, tmp_path):
-    compare.main(compare.Settings(runs=tuple(runs), results_file=str(tmp_path / 'new' / 'two.json')))
+    compare_runs.main(compare_runs.Settings(runs=tuple(runs), results_file=str(tmp_path / 'new' / 'two.json')))
     assert {path.name for path in (tmp_path / 'new').iterdir()} == {'two.json', 'two.png'}
     with pytest.raises(SettingsError, match=r'--results-file .* cannot be written: .*choose another'):
-        compare.main(compare.Settings(runs=tuple(runs), results_file=str(tmp_path / 'new' / 'two.png' / 'a.json')))
+        compare_runs.main(compare_runs.Settings(
+            runs=tuple(runs), results_file=str(tmp_path / 'new' / 'two.png' / 'a.json')))
 
 
 def test_help_shows_a_command_that_can_be_copied(monkeypatch, capsys):
-    assert run_main(monkeypatch, 'compare.py', '--help') == 0
+    assert run_main(monkeypatch, 'compare_runs.py', '--help') == 0
     assert ' \\\n        --results-file' in capsys.readouterr().out
