@@ -32,6 +32,7 @@ COMMANDS = {
     'robustness.py': ('--data-dir x --model x --sizes 0', '--model and --sizes must name at least one each'),
     'compare_runs.py': ('one', 'RUNS must be two to 5 run folders'),
     'hold_out.py': ('', ''),
+    'import_weights.py': ('', ''),
     'demo.py': ('', ''),
     'report.py': ('', ''),
     'hub/export.py': ('run --name coatnet_pico_64.tin200 --repo colours', '--repo must be OWNER/NAME'),

@@ -82,7 +82,7 @@ class BackboneCfg:
     conv_norm_momentum: float = 0.01                        # TensorFlow's 0.99; short runs want more, say 0.1
     norm_eps: float = 1e-5                                  # official LayerNorm; timm has 1e-6
     stem_bias: bool = True                                  # official stem convolutions carry a bias
-    weight_init: Literal['normal', 'vit_eff'] = 'normal'    # official: N(0, 0.02) throughout, biases 0
+    weight_init: Literal['normal', 'scaled', 'fan_in', 'vit_eff'] = 'normal'  # official: N(0, 0.02), biases 0
     softmax: Literal['float32', 'input'] = 'float32'        # official attention casts its logits to float32
     drop_path_ramp: Literal['open', 'closed'] = 'open'      # block i of N: rate * i / N (official), or i / (N - 1)
 

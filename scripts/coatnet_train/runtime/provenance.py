@@ -1,5 +1,7 @@
 """Where a figure comes from: hardware, versions, commit, command and day, for every file under results/."""
+import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +32,10 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(['git', *arguments], capture_output=True, text=True, cwd=root).stdout.strip()
 
+    if bundled := os.environ.get('COATNET_ZOO_COMMIT'):  # a copy of the code without its history
+        return bundled
+    if shutil.which('git') is None:
+        return 'not in a checkout'
     changed = git('status', '--porcelain', '--untracked-files=no', '--', 'coatnet_zoo', 'scripts')
     return f'{git("rev-parse", "--short=12", "HEAD")}{"-dirty" if changed else ""}' or 'not in a checkout'
 

@@ -54,6 +54,7 @@ class TrainingSettings:
     dropconnect: float | None = None  # Rate at which LightConv and DynamicConv drop weights.
     smoothing: float = 0.1  # Label smoothing.
     teacher: str = ''  # Distil from this model, as --model names them: with weights, and with the data's classes.
+    teacher_img_size: int | None = None  # Height and width of the teacher's images (the student's if not given).
     kd_loss_weight: float = 0.5  # Share of the teacher in the loss.
     kd_temperature: float = 1.0  # Divides the logits of both before they are compared.
     model_ema: bool = False  # Evaluate and release an exponential moving average of the weights.
@@ -118,7 +119,8 @@ def check_values(settings: Settings) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingsError(f'{flag(name)} must be a finite number, got {value}.')
     for name in ('epochs', 'batch_size', 'validation_batch_size', 'lr', 'clip_grad', 'grad_accum_steps', 'patience',
-                 'val_interval', 'lr_base_size', 'kd_temperature', 'train_num_samples', 'val_num_samples'):
+                 'val_interval', 'lr_base_size', 'kd_temperature', 'teacher_img_size', 'train_num_samples',
+                 'val_num_samples'):
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise SettingsError(f'{flag(name)} must be greater than 0, got {value}.')

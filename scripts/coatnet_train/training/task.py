@@ -6,6 +6,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.task import TrainingTask
 from torch import nn
+from torch.nn import functional as F
 
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
@@ -91,10 +92,30 @@ def build_optimizer(settings: Settings, model: nn.Module, batch_size: int) -> to
     return optimizer
 
 
+class ResizedInput(nn.Module):
+    """A model that sees its images resized to a square of `size` pixels: (B, C, H, W) -> its output.
+
+    Bicubic and antialiased, which is timm's default way to evaluate.
+    """
+
+    def __init__(self, model: nn.Module, size: int):
+        super().__init__()
+        self.model, self.size = model, size
+        self.num_classes, self.pretrained_cfg = model.num_classes, model.pretrained_cfg
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(images, (self.size, self.size), mode='bicubic', antialias=True)
+        return self.model(images)
+
+
 def open_teacher(settings: Settings, class_names: list[str], data_config: dict) -> nn.Module:
     """The model of --teacher, once it is clear that it knows the classes and takes the pictures."""
     try:
-        teacher, own = open_model(ModelSettings(model=settings.teacher, pretrained=True, in_chans=settings.in_chans))
+        teacher, own = open_model(ModelSettings(
+            model=settings.teacher, pretrained=True, in_chans=settings.in_chans, img_size=settings.teacher_img_size))
+        if settings.teacher_img_size:
+            teacher = ResizedInput(teacher, settings.teacher_img_size)
         channels = data_config['input_size'][0]
         if own['input_size'][0] != channels:
             raise SettingsError(f'it takes {own["input_size"][0]} channels, --model {settings.model} takes {channels}; '
@@ -127,6 +148,9 @@ def build_task(settings: Settings, model: nn.Module, teacher: nn.Module | None, 
         return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
     # the task reads there what it takes the student's normalisation back with
     model.pretrained_cfg = {**model.pretrained_cfg, 'mean': data_config['mean'], 'std': data_config['std']}
+    teacher.to(device, memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format)
+    if settings.torchcompile:
+        teacher.compile()
     return LogitDistillationTask(
-        model, teacher.to(device), criterion_kwargs=loss, task_loss_weight=1 - settings.kd_loss_weight,
+        model, teacher, criterion_kwargs=loss, task_loss_weight=1 - settings.kd_loss_weight,
         temperature=settings.kd_temperature, device=device, verbose=False)
