@@ -14,12 +14,10 @@ loads it. Exit codes: 2 for a setting that cannot work, 75 when a SIGTERM was an
 on from there), 1 for a loss that is not finite.
 """
 
-import argparse
 import sys
 
-from coatnet_train.runtime.cli import Preempted, SettingsError, end_with_sentence, one_line, parse_flags
-from coatnet_train.training.config import Settings, check_values
-from coatnet_train.training.recipes import RECIPES, settings_of
+from coatnet_train.runtime.cli import Preempted, end_with_sentence, one_line
+from coatnet_train.training.config import Settings, check_values, read_settings
 
 PREEMPTED = 75  # exit code: stopped by SIGTERM, everything saved
 
@@ -31,25 +29,9 @@ def main(settings: Settings) -> dict:
     return finetune(settings)
 
 
-def read_settings(arguments: list[str] | None = None) -> Settings:
-    """The command line, over the settings of --recipe if there is one."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--recipe', default='')
-    first.add_argument('--model', default='')
-    first.add_argument('--amp', action=argparse.BooleanOptionalAction)
-    given, _ = first.parse_known_args(arguments)
-    defaults = {}
-    if given.recipe:
-        if given.recipe not in RECIPES:
-            raise SettingsError(f'--recipe must be one of {", ".join(RECIPES)}, got {given.recipe!r}.')
-        defaults = settings_of(given.recipe, given.model) | {'amp_if_native': given.amp is None}
-    return parse_flags(Settings, __doc__, arguments, defaults)
-
-
 if __name__ == '__main__':
     try:
-        end_with_sentence('finetune.py', lambda: main(read_settings()))
+        end_with_sentence('finetune.py', lambda: main(read_settings(description=__doc__)))
     except Preempted as reason:
         print(f'finetune.py: {reason}; --resume auto goes on from there.', file=sys.stderr)
         sys.exit(PREEMPTED)

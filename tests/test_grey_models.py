@@ -20,7 +20,7 @@ import finetune
 import predict
 import robustness
 import transfer
-from coatnet_train.explain import prediction
+from coatnet_train.explain import panels
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.runtime.cli import SettingsError
@@ -182,6 +182,6 @@ def test_the_flag_wins_and_other_channels_are_refused(run, tmp_path):
 
 
 def test_page_and_command_read_by_the_models_channels(run, by_hand):
-    network, config, _ = prediction.open_weights(predict.Settings(images=(), model=run, device='cpu'))
+    network, config, _ = panels.open_classifier(ModelSettings(model=run))
     assert config['input_size'] == (1, 32, 32)
     assert torch.equal(network(by_hand[1]), by_hand[-1])

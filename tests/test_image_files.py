@@ -15,8 +15,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import upload
 from coatnet_train.data.config import DataSettings, is_stream
-from coatnet_train.data.dataset import BadPictures, Pictures, StreamedPictures, open_pictures
+from coatnet_train.data.dataset import Pictures, StreamedPictures, open_pictures
 from coatnet_train.data.image_files import to_mode
+from coatnet_train.data.loader import BadPictures
 from coatnet_train.runtime.cli import SettingsError
 from coatnet_train.runtime.console import printable
 

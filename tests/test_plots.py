@@ -17,6 +17,7 @@ from script_runs import write_pictures
 import eval_imagenet
 import extract_features
 import finetune
+from coatnet_train.evaluation.evaluator import Misclassified
 from coatnet_train.plotting import plots
 from coatnet_train.runtime import console
 from coatnet_train.runtime.cli import SettingsError, end_with_sentence
@@ -39,8 +40,8 @@ def few_fonts(monkeypatch):
 def draw(names: list[str], path: Path, file: str = '0.png') -> None:
     labels = torch.tensor([0, 1])
     write_figure(path, plots.confusion_figure(labels, labels, names))
-    write_figure(path, plots.misread_figure(
-        [(0.9, 0, torch.zeros(3, 8, 8), 0, 1)], [file], names, (0.5,), (0.5,)))
+    write_figure(path, plots.misclassified_figure(
+        [Misclassified(0.9, 0, torch.zeros(3, 8, 8), 0, 1)], [file], names, (0.5,), (0.5,)))
 
 
 def test_an_installed_font_is_found_for_names_that_the_usual_one_lacks(tmp_path, capsys):

@@ -43,8 +43,8 @@ def test_draws_are_even_different_and_repeatable():
 
 def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
     report = transfer.main(settings)
-    assert {way: [row['pictures'] for row in report['rows'] if row['way'] == way] for way in transfer_run.WAYS} == {
-        way: [18, 18, 36] for way in transfer_run.WAYS}
+    assert {way: [row['pictures'] for row in report['rows'] if row['way'] == way] for way in transfer_run.METHODS} == {
+        way: [18, 18, 36] for way in transfer_run.METHODS}
     assert all(row['hardware'] == report['hardware'] and row['date'] == report['date'] for row in report['rows'])
     table = report['table']
     assert table['fine-tuned']['0.5']['top1'] > table['random start']['0.5']['top1'] + 10

@@ -1,5 +1,4 @@
 """What the page says of a picture: the best guesses, what the stages looked at, and the time that it took."""
-import dataclasses
 import io
 import time
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from PIL import Image, ImageDraw
 from timm.data import create_transform
 from torch import nn
 
-from coatnet_train.explain.config import Settings
-from coatnet_train.explain.maps import Target, choose_target
-from coatnet_train.explain.prediction import Label, look, open_weights, read_labels
-from coatnet_train.plotting.plots import to_picture
+from coatnet_train.explain.maps import ExplainTarget, choose_target
+from coatnet_train.explain.panels import Label, explain_image, open_classifier, read_labels
+from coatnet_train.models.config import ModelSettings
+from coatnet_train.plotting.plots import to_pixels
+from coatnet_train.plotting.style import CYAN
 from coatnet_train.runtime.cli import SettingsError
 from coatnet_zoo.models.backbone import Backbone
 
@@ -31,11 +31,11 @@ class Model:
 
     title: str
     weights: str  # where they come from
-    settings: Settings
+    settings: ModelSettings
     network: nn.Module
     data_config: dict
     labels: list[Label]
-    targets: list[Target]  # what can be shown, the last one Grad-CAM
+    targets: list[ExplainTarget]  # what can be shown, the last one Grad-CAM
 
     @property
     def word(self) -> str:
@@ -71,7 +71,7 @@ def open_models(names: tuple[str, ...], released: tuple[str, ...], device: torch
     """Open models by their names, once and for all requests; the keys are their titles on the page.
 
     Args:
-        names: As for `predict.Settings.model`; those of `released` get their weights, other names random ones.
+        names: As for --model of predict.py; those of `released` get their weights, other names random ones.
         released: Names that have weights.
         device: Where they run.
 
@@ -79,8 +79,8 @@ def open_models(names: tuple[str, ...], released: tuple[str, ...], device: torch
     """
     models = {}
     for name in names:
-        settings = Settings(images=(), model=name, pretrained=name in released)
-        network, data_config, weights = open_weights(settings)
+        settings = ModelSettings(model=name, pretrained=name in released)
+        network, data_config, weights = open_classifier(settings)
         title = name
         if name.startswith('local-dir:'):
             architecture, run = network.pretrained_cfg['architecture'], Path(name.removeprefix('local-dir:')).name
@@ -107,14 +107,13 @@ def answer(model: Model, picture: Image.Image, at: tuple[float, float] | None = 
         at: (X, Y) of the query or kernel to show, shares from 0 to 1 of what the model sees; None shows all.
     """
     image = create_transform(**model.data_config)(picture)
-    crop = to_picture(image, model.data_config['mean'], model.data_config['std'])
+    crop = to_pixels(image, model.data_config['mean'], model.data_config['std'])
     batch = image[None].to(next(model.network.parameters()).device)
-    settings = dataclasses.replace(model.settings, at=at)
     panels = []
     for target in model.targets:
-        _, painters = look(model.network, target, batch, crop, model.labels, settings)
+        _, draw_callbacks = explain_image(model.network, target, batch, crop, model.labels, model.settings.model, at)
         stage = f'Stage {target.stage} · {model.word[target.stage - 1]}' if target.stage else 'Before the head'
-        panels += [draw_panel(paint, stage, crop.shape[0] / crop.shape[1]) for paint in painters]
+        panels += [draw_panel(draw, stage, crop.shape[0] / crop.shape[1]) for draw in draw_callbacks]
 
     with torch.inference_mode():
         start = time.perf_counter()
@@ -149,21 +148,21 @@ def draw_seen(crop: Image.Image, at: tuple[float, float] | None) -> Image.Image:
     if at is not None:
         x, y, radius = at[0] * seen.width, at[1] * seen.height, seen.width / 28
         draw = ImageDraw.Draw(seen)
-        for grown, colour, line in ((2, 'black', 8), (0, '#22d3ee', 4)):
+        for grown, colour, line in ((2, 'black', 8), (0, CYAN, 4)):
             reach = radius + grown
             draw.ellipse((x - reach, y - reach, x + reach, y + reach), outline=colour, width=line)
     return seen
 
 
-def draw_panel(paint: partial, stage: str, aspect: float) -> Panel:
+def draw_panel(draw: partial, stage: str, aspect: float) -> Panel:
     """One panel of predict.py's overlay as a PNG without words, which the page sets beside it."""
     figure = Figure(figsize=(3.2, 3.2 * aspect))
     axes = figure.add_axes((0, 0, 1, 1))
-    paint(axes, title='', subtitle='')
+    draw(axes, title='', subtitle='')
     axes.set_title('', loc='left')  # it was a line break, which takes room
     for scale in axes.child_axes:
         scale.tick_params(colors=TEXT, labelsize=9)
         scale.yaxis.label.set(color=TEXT, fontsize=9.5)
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=160, transparent=True, bbox_inches='tight', pad_inches=0.02)
-    return Panel(stage, paint.keywords['title'], paint.keywords['subtitle'], buffer.getvalue())
+    return Panel(stage, draw.keywords['title'], draw.keywords['subtitle'], buffer.getvalue())

@@ -12,7 +12,7 @@ import gradio as gr
 import torch
 
 from answer import Answer, Model, answer, share_of
-from coatnet_train.explain.prediction import RANDOM
+from coatnet_train.explain.panels import RANDOM
 from coatnet_train.runtime.cli import SettingsError
 from upload import MOST_BYTES, MOST_PIXELS, read_upload
 

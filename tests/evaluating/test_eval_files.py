@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import eval_imagenet
 from coatnet_train.evaluation import imagenet as evaluate
+from coatnet_train.evaluation import tables
 from coatnet_train.evaluation.evaluator import predict
 from coatnet_train.runtime.accelerator import start
 from coatnet_train.runtime.cli import SettingsError
@@ -134,7 +135,7 @@ def test_full_disk_takes_no_number_along(settings, tmp_path, monkeypatch, capsys
     def fill(*_):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(evaluate, 'write_json', fill)
+    monkeypatch.setattr(tables, 'write_json', fill)
     with pytest.raises(SettingsError, match='No space left on device; choose another'):
         run(settings, results_file=str(tmp_path / 'results.json'))
     monkeypatch.undo()

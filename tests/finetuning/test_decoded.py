@@ -19,7 +19,7 @@ from torchvision.transforms import functional as reference
 
 import eval_imagenet
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import EpochSampler, Pictures, batches, open_pictures
+from coatnet_train.data.dataset import Pictures, open_pictures
 from coatnet_train.data.device_cache import (
     Augmentation,
     DecodedPictures,
@@ -29,10 +29,11 @@ from coatnet_train.data.device_cache import (
     decoded_batches,
     draw_crops,
 )
+from coatnet_train.data.loader import EpochSampler, batches
 from coatnet_train.runtime.accelerator import start
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import Preempted, SettingsError
 from coatnet_train.training.loaders import create_loaders, open_data, training_transform
-from coatnet_train.training.trainer import Preempted, Trainer
+from coatnet_train.training.trainer import Trainer
 
 MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816)
 AUGMENTED = dict(decode_once=True, mixup=0.2, cutmix=1.0, reprob=0.5, color_jitter=0.4, train_img_sizes=(16, 32))

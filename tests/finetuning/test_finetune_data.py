@@ -11,7 +11,8 @@ from script_runs import CLASSES, write_pictures
 from torchvision.transforms.functional import pil_to_tensor
 
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import EpochSampler, Pictures, open_pictures, read_picture, targets_of
+from coatnet_train.data.dataset import Pictures, open_pictures, read_picture, targets_of
+from coatnet_train.data.loader import EpochSampler
 from coatnet_train.runtime.cli import SettingsError
 
 

@@ -83,8 +83,8 @@ def test_closing_line_loads_the_model_as_it_stands(settings, capsys):
 
 def test_held_out_predictions_have_names_and_are_those_of_the_best_epoch(settings, monkeypatch):
     figures = {}
-    monkeypatch.setattr(training_run, 'misread_figure', lambda *args: figures.update(files=args[1], wrong=args[0])
-                        or plots.misread_figure(*args))
+    monkeypatch.setattr(training_run, 'misclassified_figure', lambda *args: figures.update(files=args[1], wrong=args[0])
+                        or plots.misclassified_figure(*args))
     run_dir = run(settings, epochs=3)
     with (run_dir / 'predictions.csv').open(newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))

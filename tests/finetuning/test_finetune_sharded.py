@@ -15,7 +15,8 @@ from script_runs import ROOT, write_pictures
 from timm.data import create_transform
 
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import EpochSampler, Pictures, batches, open_pictures
+from coatnet_train.data.dataset import Pictures, open_pictures
+from coatnet_train.data.loader import EpochSampler, batches
 from coatnet_train.evaluation.evaluator import predict
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model

@@ -1,4 +1,5 @@
 """hub/space: what it shows is what the model does, to several at once, in a real browser, and to nobody elsewhere."""
+import dataclasses
 import json
 import os
 import re
@@ -98,7 +99,7 @@ def test_a_click_is_a_share_of_the_picture(models):
 
 def test_two_classes_of_one_word_are_told_apart(models, tmp_path):
     labels = [answer.Label(f'n{number}', 'crane, bird') for number in range(len(NAMES))]
-    model = answer.dataclasses.replace(models['coatnet_pico_64'], labels=labels)
+    model = dataclasses.replace(models['coatnet_pico_64'], labels=labels)
     guesses = answer.answer(model, Image.open(write_picture(tmp_path / 'picture.png'))).guesses
     assert len(guesses) == 5 and all(re.fullmatch(r'n\d  crane, bird', name) for name in guesses)
 
@@ -121,8 +122,8 @@ def test_refusals_of_models(runs, tmp_path, monkeypatch):
 
 def test_a_release_is_opened_with_its_weights_and_others_are_called_random(monkeypatch):
     opened = []
-    known = answer.open_weights(answer.Settings(images=(), model='coatnet_pico_64'))
-    monkeypatch.setattr(answer, 'open_weights', lambda settings: opened.append(settings) or known)
+    known = answer.open_classifier(answer.ModelSettings(model='coatnet_pico_64'))
+    monkeypatch.setattr(answer, 'open_classifier', lambda settings: opened.append(settings) or known)
     models = answer.open_models(('a.tag', 'coatnet_pico_64'), ('a.tag',), CPU)
     assert models['coatnet_pico_64'].weights == interface.RANDOM
     assert [settings.pretrained for settings in opened] == [True, False]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from coatnet_train.explain import prediction
+from coatnet_train.explain import panels, prediction
 from coatnet_train.plotting import overlay
 from coatnet_train.training.run_dir import write_config
 
@@ -41,8 +41,10 @@ def shown_panels(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         drawn.append({'draw': draw.__name__, **inspect.signature(draw).bind(axes, *args, **kwargs).arguments})
         return draw(axes, *args, **kwargs)
 
-    for name in ('draw_picture', 'draw_heat', 'draw_kernel', 'draw_kernels', 'draw_guesses'):
-        monkeypatch.setattr(prediction, name, partial(spy, getattr(overlay, name)))
+    for module, names in ((prediction, ('draw_image', 'draw_top5')),
+                          (panels, ('draw_heatmap', 'draw_kernel', 'draw_kernels'))):
+        for name in names:
+            monkeypatch.setattr(module, name, partial(spy, getattr(overlay, name)))
     return drawn
 
 

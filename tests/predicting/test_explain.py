@@ -74,11 +74,11 @@ def test_distance_and_padding_of_known_kernels():
     torch.testing.assert_close(distance, torch.full((1, 4, 4), 2.5))  # half of hypot(3, 4)
     padding = torch.zeros(1, 4, 4)
     padding[:, -1] = padding[:, :, -1] = 0.5
-    torch.testing.assert_close(explain.share_on_padding(kernels), padding)
+    torch.testing.assert_close(explain.fraction_on_padding(kernels), padding)
     even = torch.full((1, 1, 3, 3, 1, 1), 1 / 9)
     assert explain.expected_distance(even, (1., 1.)).item() == pytest.approx((4 + 4 * 2 ** 0.5) / 9)
     assert explain.tap_distances((3, 3), (1., 1.)).mean().item() == pytest.approx((4 + 4 * 2 ** 0.5) / 9)
-    assert explain.share_on_padding(even).item() == pytest.approx(8 / 9)
+    assert explain.fraction_on_padding(even).item() == pytest.approx(8 / 9)
 
 
 # Grad-CAM

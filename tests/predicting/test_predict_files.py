@@ -198,7 +198,7 @@ def test_a_name_with_a_tag_means_its_weights(picture, tmp_path, capsys):
     assert predict.main(dataclasses.replace(settings, model=f'{settings.model.partition(".")[0]}.untrained')) == 0
     assert '--pretrained' not in (said := capsys.readouterr().out) and 'RANDOM WEIGHTS' in said
     assert predict.main(dataclasses.replace(settings, model=settings.model.partition('.')[0])) == 0
-    assert 'RANDOM WEIGHTS: the guesses mean nothing; --pretrained loads its weights' in capsys.readouterr().out
+    assert 'RANDOM WEIGHTS: the predictions mean nothing; --pretrained loads its weights' in capsys.readouterr().out
     with pytest.raises(SettingsError, match=rf"has no tag 'nonsense'; give one of {re.escape(settings.model)}, "):
         predict.main(dataclasses.replace(settings, model=f'{settings.model.partition(".")[0]}.nonsense'))
 

@@ -11,10 +11,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
 
 import predict
+from coatnet_train.evaluation.evaluator import Misclassified
 from coatnet_train.explain import maps as explain
-from coatnet_train.explain import prediction
+from coatnet_train.explain import panels, prediction
 from coatnet_train.plotting import overlay
-from coatnet_train.plotting.plots import confusion_figure, in_words, misread_figure
+from coatnet_train.plotting.plots import confusion_figure, in_words, misclassified_figure
 from coatnet_train.runtime.cli import SettingsError
 
 
@@ -40,14 +41,14 @@ def test_predictions_of_a_run_folder_are_those_of_the_model(
     assert [[rank, text] for rank, _, _, text in columns] == [
         [str(rank), words[NAMES[index]]] for rank, index in enumerate(best.tolist(), 1)]
     assert [float(percent) for _, percent, _, _ in columns] == pytest.approx((100 * shares).tolist(), abs=0.0501)
-    assert [panel['draw'] for panel in drawn] == ['draw_picture', 'draw_heat', 'draw_guesses']
+    assert [panel['draw'] for panel in drawn] == ['draw_image', 'draw_heatmap', 'draw_top5']
     assert drawn[2]['shares'] == pytest.approx(shares.tolist())
     assert drawn[2]['labels'] == [words[NAMES[index]].split('  ')[-1].split(',')[0] for index in best]
     # the picture is the crop that the model was given
     config = resolve_input_data_config(model, {}, use_test_size=True)
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
     crop = (image * std + mean).clamp(0, 1)
-    np.testing.assert_allclose(drawn[0]['picture'], crop.permute(1, 2, 0), atol=1e-6)
+    np.testing.assert_allclose(drawn[0]['pixels'], crop.permute(1, 2, 0), atol=1e-6)
     with pytest.raises(SettingsError, match='--num-classes must be that of the weights, 4, got 5'):
         predict.main(dataclasses.replace(own, num_classes=5))
 
@@ -67,13 +68,13 @@ def test_checkpoint_is_loaded_and_random_weights_are_called_random(settings, tmp
 
 def test_imagenet_labels_of_a_model_without_names_and_descriptions_of_its_own():
     model = timm.create_model('test_resnet')
-    labels = prediction.read_labels(model)
+    labels = panels.read_labels(model)
     assert len(labels) == 1000 and labels[0].short == 'tench' and labels[0].name == 'n01440764'
     model = timm.create_model('test_resnet', num_classes=2)
     model.pretrained_cfg = {'label_names': ['a', 'b'], 'label_descriptions': {'b': 'the second, of two'}}
-    assert [str(label) for label in prediction.read_labels(model)] == ['a', 'b  the second, of two']
+    assert [str(label) for label in panels.read_labels(model)] == ['a', 'b  the second, of two']
     model.pretrained_cfg = {'label_names': ['only one']}
-    assert [str(label) for label in prediction.read_labels(model)] == ['class 0', 'class 1']
+    assert [str(label) for label in panels.read_labels(model)] == ['class 0', 'class 1']
 
 
 def test_attention_map_is_that_received_and_at_chooses_the_query(settings, randomize, tmp_path, monkeypatch):
@@ -81,19 +82,19 @@ def test_attention_map_is_that_received_and_at_chooses_the_query(settings, rando
     settings = dataclasses.replace(settings, checkpoint=str(tmp_path / 'weights.pth'), stage=3)
     drawn, seen = shown_panels(monkeypatch), []
     weights = explain.attention_weights
-    monkeypatch.setattr(prediction, 'attention_weights', lambda *args: seen.append(weights(*args)) or seen[-1])
+    monkeypatch.setattr(panels, 'attention_weights', lambda *args: seen.append(weights(*args)) or seen[-1])
     predict.main(settings)
-    heat = next(panel for panel in drawn if panel['draw'] == 'draw_heat')
+    heat = next(panel for panel in drawn if panel['draw'] == 'draw_heatmap')
     received = seen[0][0].mean(0).sum(0)  # summed over the queries: 1 is even, as each of them shares out 1
-    np.testing.assert_allclose(heat['heat'], received.view(4, 4), rtol=1e-5)
-    assert heat['heat'].mean() == pytest.approx(1) and heat['least'] == 0 and heat['frame'] is None
+    np.testing.assert_allclose(heat['heatmap'], received.view(4, 4), rtol=1e-5)
+    assert heat['heatmap'].mean() == pytest.approx(1) and heat['vmin'] == 0 and heat['frame'] is None
 
     drawn.clear()
     predict.main(dataclasses.replace(settings, at=(0.99, 0.3)))
-    heat = next(panel for panel in drawn if panel['draw'] == 'draw_heat')
+    heat = next(panel for panel in drawn if panel['draw'] == 'draw_heatmap')
     assert heat['frame'] == (1, 3)
-    np.testing.assert_allclose(heat['heat'], 16 * seen[1][0].mean(0)[1 * 4 + 3].view(4, 4), rtol=1e-5)
-    assert prediction.position_of((1., 1.), (8, 8)) == (7, 7) and prediction.position_of((0., 0.), (8, 8)) == (0, 0)
+    np.testing.assert_allclose(heat['heatmap'], 16 * seen[1][0].mean(0)[1 * 4 + 3].view(4, 4), rtol=1e-5)
+    assert panels.position_of((1., 1.), (8, 8)) == (7, 7) and panels.position_of((0., 0.), (8, 8)) == (0, 0)
 
 
 def test_kernels_are_drawn_at_positions_or_one_at_its_place(settings, randomize, tmp_path, monkeypatch):
@@ -102,10 +103,10 @@ def test_kernels_are_drawn_at_positions_or_one_at_its_place(settings, randomize,
     drawn = shown_panels(monkeypatch)
     assert predict.main(settings) == 0
     kernels, heat = drawn[1:3]
-    assert (kernels['draw'], heat['draw']) == ('draw_kernels', 'draw_heat')
+    assert (kernels['draw'], heat['draw']) == ('draw_kernels', 'draw_heatmap')
     assert kernels['kernels'].shape == (5, 5, 4, 4)
     np.testing.assert_allclose(kernels['kernels'].sum((0, 1)), 1, rtol=1e-5)
-    assert heat['heat'].shape == (4, 4) and heat['most'] == pytest.approx(2 * 8 * 2 ** 0.5)
+    assert heat['heatmap'].shape == (4, 4) and heat['vmax'] == pytest.approx(2 * 8 * 2 ** 0.5)
 
     drawn.clear()
     predict.main(dataclasses.replace(settings, at=(0.05, 0.05)))
@@ -117,16 +118,17 @@ def test_kernels_are_drawn_at_positions_or_one_at_its_place(settings, randomize,
 
 def test_a_kernel_lies_on_what_its_taps_see(monkeypatch):
     shown = []
-    monkeypatch.setattr(overlay, 'draw_heat', lambda axes, picture, heat, *args, **kwargs: shown.append((heat, kwargs)))
+    monkeypatch.setattr(
+        overlay, 'draw_heatmap', lambda axes, pixels, heatmap, *args, **kwargs: shown.append((heatmap, kwargs)))
     kernel = np.arange(9.).reshape(3, 3)
     overlay.draw_kernel(None, np.zeros((8, 8, 3)), kernel, (0, 1), (2, 2), '', '')
     np.testing.assert_array_equal(shown[0][0], [[3, 4], [6, 7]])  # the upper row and the right column see the padding
-    assert shown[0][1]['most'] == 8 and shown[0][1]['frame'] == (0, 1)
+    assert shown[0][1]['vmax'] == 8 and shown[0][1]['frame'] == (0, 1)
 
 
 def test_maps_and_kernels_lie_upright_on_the_picture():
-    _, row = overlay.panels('headline', 2, 0.5)
-    overlay.draw_heat(row[0], np.zeros((8, 16, 3)), np.eye(2, 4), 'title', 'subtitle', 'unit', frame=(1, 2))
+    _, row = overlay.create_panels('headline', 2, 0.5)
+    overlay.draw_heatmap(row[0], np.zeros((8, 16, 3)), np.eye(2, 4), 'title', 'subtitle', 'unit', frame=(1, 2))
     overlay.draw_kernels(row[1], np.zeros((8, 16, 3)), np.eye(3)[..., None, None], 'title', 'subtitle')
     for axes in row[:2]:
         assert (axes.get_xlim(), axes.get_ylim()) == ((0, 16), (8, 0))  # row 0 at the top
@@ -142,7 +144,7 @@ def test_overlay_of_a_constructed_model_shows_the_deciding_quadrant(tmp_path, mo
     pixels[32:, :32, 0] = 255
     Image.fromarray(pixels).save(tmp_path / 'red.png')
     config = dict(input_size=(3, 64, 64), mean=(0, 0, 0), std=(1, 1, 1), crop_pct=1, interpolation='bilinear')
-    monkeypatch.setattr(prediction, 'open_model', lambda *args, **kwargs: (Colours(), config))
+    monkeypatch.setattr(panels, 'open_model', lambda *args, **kwargs: (Colours(), config))
     settings = predict.Settings(images=(tmp_path / 'red.png',), model='colours', device='cpu', output=tmp_path / 'out')
     drawn = shown_panels(monkeypatch)
     assert predict.main(settings) == 0
@@ -150,7 +152,7 @@ def test_overlay_of_a_constructed_model_shows_the_deciding_quadrant(tmp_path, mo
     assert 'Grad-CAM of red' in [panel.get('title') for panel in drawn]
 
     image = matplotlib.image.imread(tmp_path / 'out' / 'red-gradcam.png')[..., :3]
-    heat = next(panel for panel in drawn if panel['draw'] == 'draw_heat')['heat']
+    heat = next(panel for panel in drawn if panel['draw'] == 'draw_heatmap')['heatmap']
     assert heat.shape == (8, 8) and heat[4:, :4].min() == 1 and heat[:4].max() == heat[:, 4:].max() == 0
     # the second panel: bright where the colour of the highest value is, at its lower left alone
     bright = (image.min(-1) > 0.4) & (np.ptp(image, axis=-1) > 0.1)
@@ -166,7 +168,7 @@ def test_grey_and_colour_models_of_timm_and_titles_with_dollars(settings, in_cha
     grey = dict(mean=(0.5,), std=(0.25,)) if in_chans == 1 else {}
     assert predict.main(dataclasses.replace(
         settings, images=(path,), model='test_resnet', model_kwargs=(), in_chans=in_chans, **grey)) == 0
-    assert drawn[0]['picture'].shape == shape
+    assert drawn[0]['pixels'].shape == shape
     with Image.open(settings.output / 'a $x_{$ b-gradcam.png') as image:
         image.load()
         assert image.width > image.height > 300
@@ -179,7 +181,7 @@ def test_picture_settings_reach_the_model(settings, picture, monkeypatch):
     flags |= dict(mean=None, std=None, normalize=False)
     transform = create_transform((3, 32, 32), **flags)
     expected = transform(Image.open(picture).convert('RGB')).permute(1, 2, 0) / 255
-    np.testing.assert_allclose(drawn[0]['picture'], expected, atol=1e-6)
+    np.testing.assert_allclose(drawn[0]['pixels'], expected, atol=1e-6)
 
 
 def test_orientation_tags_are_left_alone_as_in_evaluation(settings, monkeypatch):
@@ -190,7 +192,7 @@ def test_orientation_tags_are_left_alone_as_in_evaluation(settings, monkeypatch)
     assert Image.open(path).getexif()[0x0112] == 6
     drawn = shown_panels(monkeypatch)
     predict.main(dataclasses.replace(settings, images=(settings.images[0], path)))
-    pictures = [panel['picture'] for panel in drawn if panel['draw'] == 'draw_picture']
+    pictures = [panel['pixels'] for panel in drawn if panel['draw'] == 'draw_image']
     np.testing.assert_array_equal(*pictures)
 
 
@@ -200,7 +202,7 @@ def test_grey_pictures_of_16_bits_are_read_as_in_evaluation(settings, monkeypatc
     Image.fromarray(pixels).save(path)
     drawn = shown_panels(monkeypatch)
     predict.main(dataclasses.replace(settings, images=(path,), crop_pct=1.))
-    np.testing.assert_allclose(drawn[0]['picture'][..., 0], (pixels >> 8) / 255, atol=1e-6)
+    np.testing.assert_allclose(drawn[0]['pixels'][..., 0], (pixels >> 8) / 255, atol=1e-6)
 
 
 def test_logits_that_are_not_finite_are_refused(settings, tmp_path):
@@ -212,7 +214,7 @@ def test_logits_that_are_not_finite_are_refused(settings, tmp_path):
 
 
 def test_long_headline_stays_on_the_figure():
-    figure, _ = overlay.panels(f'{"x" * 80}.jpg  ·  test_resnet  ·  {prediction.RANDOM}', 2)
+    figure, _ = overlay.create_panels(f'{"x" * 80}.jpg  ·  test_resnet  ·  {prediction.RANDOM}', 2)
     figure.draw_without_rendering()
     headline = figure.findobj(lambda artist: getattr(artist, 'get_text', str)().endswith('mean nothing'))[0]
     box = headline.get_window_extent()
@@ -225,7 +227,7 @@ def test_synsets_are_words_where_pictures_name_classes():
     assert in_words(['n01440764', 'mine']) == ['n01440764', 'mine']
     axes = confusion_figure(torch.arange(3), torch.arange(3), synsets).axes[0]
     assert axes.get_yticklabels()[0].get_text() == axes.get_xticklabels()[0].get_text() == 'tench'
-    wrong = [(0.9, 7, torch.zeros(3, 8, 8), 0, 1)]
+    wrong = [Misclassified(0.9, 7, torch.zeros(3, 8, 8), 0, 1)]
     for file, shown in (('kite.png', 'kite.png'), ('a' * 20 + '$0007.png', r'aaaaaaa…aaaaa\$0007.png')):
-        title = misread_figure(wrong, [file], synsets, (0,) * 3, (1,) * 3).axes[0].get_title()
+        title = misclassified_figure(wrong, [file], synsets, (0,) * 3, (1,) * 3).axes[0].get_title()
         assert title == f'crane n02012849, 90 %\nis tench\n{shown}'

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from coatnet_train.benchmarks.config import LoaderSettings, ModelPairSettings, check_benchmark
 from coatnet_train.benchmarks.models import build, check_machine, measure_window
-from coatnet_train.data.dataset import EpochSampler, Pictures, batches
+from coatnet_train.data.dataset import Pictures
+from coatnet_train.data.loader import EpochSampler, batches
 from coatnet_train.models.open_model import image_mode, open_model
 from coatnet_train.runtime.files import write_json
 from coatnet_train.runtime.progress import progress_bar

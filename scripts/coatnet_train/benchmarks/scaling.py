@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator
 
 from coatnet_train.benchmarks.config import ModelPairSettings, ScalingSettings, check_scaling
 from coatnet_train.benchmarks.models import build, check_machine, measure_window
+from coatnet_train.plotting.style import BLUE, DARK, GREY, clean_axes
 from coatnet_train.runtime.cli import SettingsError
 from coatnet_train.runtime.files import write_file, write_json
 from coatnet_train.runtime.progress import progress_bar
@@ -53,7 +54,7 @@ def draw(models: dict[str, dict], path: Path, title: str) -> None:
     """Time over pixels, both in logarithms, so that an exponent is a slope."""
     figure = Figure(figsize=(7, 5), layout='constrained')
     axes = figure.subplots()
-    styles = cycle((color, line) for line in ('.-', '.--', '.:') for color in ('#2563eb', '#9ca3af', '#111827'))
+    styles = cycle((color, line) for line in ('.-', '.--', '.:') for color in (BLUE, GREY, DARK))
     for (name, row), (color, line) in zip(models.items(), styles, strict=False):
         pixels = [int(size) ** 2 for size in row['times_ms']]
         label = f'{name}: pixels$^{{{row["exponent"]:.2f}}}$'
@@ -63,9 +64,7 @@ def draw(models: dict[str, dict], path: Path, title: str) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter('{x:g}')
     axes.set(xlabel='pixels', ylabel='ms an image', title=title)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', color='#e5e7eb')
-    axes.set_axisbelow(True)
+    clean_axes(axes)
     axes.legend(frameon=False)
     write_file(path, lambda temporary: figure.savefig(temporary, format='png', dpi=150))
 

@@ -4,7 +4,6 @@ Whatever worker or process reads it, the augmentation of a picture follows from 
 (hfids/, wds/, tfds/) have no index: theirs follows from (seed, epoch, process, worker, position).
 """
 import logging
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
@@ -14,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.utils import random_seed
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from coatnet_train.data.config import DataSettings, is_stream
 from coatnet_train.data.folder_dataset import open_folder
@@ -24,8 +23,8 @@ from coatnet_train.runtime.console import printable
 from coatnet_train.runtime.packages import is_installed
 
 __all__ = [
-    'BadPictures', 'EpochSampler', 'Pictures', 'StreamedPictures', 'batches', 'check_labels', 'open_pictures',
-    'picture_name', 'read_picture', 'seed_of', 'targets_of']
+    'Pictures', 'StreamedPictures', 'check_labels', 'open_pictures', 'picture_name', 'read_picture', 'seed_of',
+    'targets_of', 'unreadable_reason']
 
 SCHEMAS = ('torch/', 'hfds/', 'hfids/', 'wds/', 'tfds/')
 _logger = logging.getLogger(__name__)
@@ -170,7 +169,7 @@ def picture_name(dataset: Dataset, index: int) -> str:
     return printable(str(name or f'picture {index}'))
 
 
-def _reason(dataset: Dataset, index: int) -> str:
+def unreadable_reason(dataset: Dataset, index: int) -> str:
     """Why a picture cannot be read, by reading it once more."""
     try:
         read_picture(dataset, index)
@@ -264,77 +263,3 @@ def decode(image: Image.Image | dict) -> Image.Image:
     if image['bytes'] is not None:
         return Image.open(BytesIO(image['bytes']))
     return _open_image(image['path'])
-
-
-class EpochSampler(Sampler):
-    """(epoch, index) of every picture, in an order that follows from (seed, epoch); `start` passes over the first ones.
-
-    Args:
-        length: Pictures.
-        seed: Of the order.
-        shuffle: Whether it is random.
-        targets: Labels; given, classes are drawn equally often, with replacement.
-    """
-
-    def __init__(self, length: int, seed: int = 0, shuffle: bool = False, targets: Sequence[int] | None = None):
-        self.length, self.seed, self.shuffle, self.epoch, self.start = length, seed, shuffle, 0, 0
-        self.weights = None
-        if targets is not None:
-            labels = torch.as_tensor(targets)
-            self.weights = 1 / labels.bincount().double()[labels]
-
-    def __len__(self) -> int:
-        return self.length - self.start
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        if self.weights is not None:
-            order = torch.multinomial(self.weights, self.length, replacement=True, generator=generator).tolist()
-        elif self.shuffle:
-            order = torch.randperm(self.length, generator=generator).tolist()
-        else:
-            order = range(self.length)
-        return ((self.epoch, index) for index in order[self.start:])
-
-
-def batches(pictures: Pictures | StreamedPictures, sampler: EpochSampler | None, batch_size: int, workers: int,
-            drop_last: bool = False, pin_memory: bool = False) -> DataLoader:
-    """A loader of (images (B, C, H, W), labels (B,), bad (B,)); streams come in the order they have."""
-    shared = dict(num_workers=workers, pin_memory=pin_memory, worker_init_fn=ignore_sigterm)
-    if isinstance(pictures, StreamedPictures):
-        pictures.dataset.set_loader_cfg(num_workers=workers)
-        return DataLoader(pictures, batch_size, drop_last=drop_last, **shared)
-    return DataLoader(pictures, batch_sampler=BatchSampler(sampler, batch_size, drop_last), **shared)
-
-
-def ignore_sigterm(_: int) -> None:
-    """A signal to the whole group must leave the readers to the main process, which saves first."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class BadPictures:
-    """The unreadable pictures met so far; too many of them end the run.
-
-    Args:
-        dataset: What `open_pictures` returned.
-        most: Largest share of unreadable pictures.
-        report: Called with a line for each new one.
-    """
-
-    def __init__(self, dataset: Dataset, most: float, report: Callable[[str], object] = print):
-        self.dataset, self.most, self.report, self.found = dataset, most, report, set()
-
-    def names(self) -> list[str]:
-        return [picture_name(self.dataset, index) for index in sorted(self.found)]
-
-    def add(self, bad: torch.Tensor) -> None:
-        """Take note of the third item of a batch; raises SettingsError once they are too many."""
-        for index in sorted({index for index in bad.tolist() if index >= 0} - self.found):
-            self.found.add(index)
-            self.report(f'unreadable, skipped: {picture_name(self.dataset, index)}: {_reason(self.dataset, index)}')
-            allowed = int(self.most * len(self.dataset))
-            if len(self.found) > allowed:
-                raise SettingsError(
-                    f'--max-bad-images {self.most:g} allows {allowed} unreadable among {len(self.dataset)} pictures, '
-                    f'and {picture_name(self.dataset, index)} is number {len(self.found)}; repair or remove those '
-                    f'named above, or allow more.')

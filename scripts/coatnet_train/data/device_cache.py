@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.transforms.functional import normalize
 
-from coatnet_train.data.dataset import EpochSampler, Pictures, batches, check_labels, seed_of
+from coatnet_train.data.dataset import Pictures, check_labels, seed_of
+from coatnet_train.data.loader import EpochSampler, batches
 from coatnet_train.runtime.cli import SettingsError
 from coatnet_train.runtime.progress import progress_bar
 
@@ -23,7 +24,7 @@ __all__ = ['Augmentation', 'DecodedPictures', 'Normalize', 'adjust_colors', 'cut
 
 ASPECT = (3 / 4, 4 / 3)  # of a crop, width over height, as in RandomResizedCrop
 AT_ONCE = 256  # pictures that are read together while decoding
-GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision's colour operations
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision's colour operations
 
 
 class Normalize:
@@ -71,7 +72,7 @@ def adjust_colors(pictures: torch.Tensor, brightness: torch.Tensor, contrast: to
     As torchvision's adjust_brightness, adjust_contrast and adjust_saturation compute them.
     """
     def grey(pictures: torch.Tensor) -> torch.Tensor:
-        weights = GREY if pictures.shape[1] == 3 else (1,)
+        weights = LUMA if pictures.shape[1] == 3 else (1,)
         return (pictures * torch.tensor(weights, device=pictures.device).view(-1, 1, 1)).sum(1, keepdim=True)
 
     brightness, contrast, saturation = (factor.view(-1, 1, 1, 1) for factor in (brightness, contrast, saturation))

@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from coatnet_train.data.dataset import BadPictures, Pictures, open_pictures, targets_of
+from coatnet_train.data.dataset import Pictures, open_pictures, targets_of
 from coatnet_train.data.digest import data_digest
+from coatnet_train.data.loader import BadPictures
 from coatnet_train.evaluation.extraction_config import Settings, check_values
 from coatnet_train.evaluation.feature_shards import read_column, write_shard
 from coatnet_train.evaluation.features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe

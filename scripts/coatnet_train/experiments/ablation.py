@@ -14,6 +14,7 @@ from coatnet_train.benchmarks import models as benchmark_models
 from coatnet_train.benchmarks.config import ModelPairSettings
 from coatnet_train.experiments.ablation_config import GRIDS, Settings
 from coatnet_train.models.model_size import model_size
+from coatnet_train.plotting.style import BLUE, GREY, clean_axes
 from coatnet_train.runtime.accelerator import choose_device
 from coatnet_train.runtime.cli import check_output, parse_argument
 from coatnet_train.runtime.files import write_file, write_json
@@ -95,16 +96,14 @@ def plot(report: dict, path: Path) -> None:
     axes = figure.subplots()
     for y, name in enumerate(names):
         top1 = [run['top1'] for run in rows[name]['runs']]
-        color = '#2563eb' if ' ' not in name else '#9ca3af'
+        color = BLUE if ' ' not in name else GREY
         axes.plot(top1, [y] * len(top1), 'o', color=color, alpha=0.55, markersize=5)
         axes.plot([rows[name]['top1']] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2)
     axes.set_yticks(range(len(names)), [name.replace('"', '') for name in names], family='monospace')
     settings = report['settings']
     axes.set(xlabel='top-1 on the validation split (%)',
              title=f'{settings["model"]} at {settings["img_size"]} px, {settings["epochs"]} epochs')
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='x', color='#e5e7eb')
-    axes.set_axisbelow(True)
+    clean_axes(axes, 'x')
     write_file(path, lambda temporary: figure.savefig(temporary, format='png', dpi=130))
 
 

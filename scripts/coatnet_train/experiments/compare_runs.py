@@ -7,6 +7,7 @@ import timm
 from matplotlib.figure import Figure
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
+from coatnet_train.plotting.style import BLUE, GREEN, ORANGE, PURPLE, SLATE, clean_axes, use_integer_epochs
 from coatnet_train.runtime.cli import SettingsError, one_line
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
@@ -17,7 +18,7 @@ __all__ = ['name_runs', 'run']
 OWN = {
     'model', 'model_kwargs', 'output', 'experiment', 'resume', 'workers', 'tracker', 'recovery_interval', 'device',
     'amp_if_native', 'last_epoch', 'dataset_download'}
-COLOURS = '#2563eb', '#d97706', '#059669', '#7c3aed', '#6b7280'
+COLOURS = BLUE, ORANGE, GREEN, PURPLE, SLATE
 
 
 def name_runs(folders: tuple[Path, ...]) -> list[str]:
@@ -82,10 +83,8 @@ def draw(runs: dict[str, dict]) -> Figure:
     loss.set(xlabel='epoch', ylabel='cross-entropy (nats)', title='Loss held out; dotted, in training (augmented)')
     accuracy.legend(frameon=False)
     for axes in (accuracy, loss):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.spines[['top', 'right']].set_visible(False)
-        axes.grid(axis='y', color='#e5e7eb')
-        axes.set_axisbelow(True)
+        use_integer_epochs(axes)
+        clean_axes(axes)
     return figure
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from coatnet_train.explain.config import Settings as PredictionSettings
 from coatnet_train.explain.prediction import predict_images
-from coatnet_train.plotting.plots import BLUE, GREY, LIGHT
+from coatnet_train.plotting.style import BLUE, DARK, GREY, RED, clean_axes, use_integer_epochs
 from coatnet_train.runtime.files import write_json
 from coatnet_train.runtime.provenance import provenance
 from coatnet_train.training.config import Settings as FinetuneSettings
@@ -91,10 +91,8 @@ def draw_demo(overlays: list[Path], histories: dict[str, list[dict]], probabilit
         axes.plot([row['epoch'] for row in history], [row['eval_top1'] for row in history], '.-', color=colour,
                   label=name)
     axes.set(xlabel='epoch', ylabel='held-out digits read right (%)', ylim=(0, 100), title='The same training twice')
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', color=LIGHT)
-    axes.set_axisbelow(True)
+    use_integer_epochs(axes)
+    clean_axes(axes)
     axes.legend(frameon=False, loc='lower right')
     draw_digits(right, probabilities, labels, files)
     return figure
@@ -115,7 +113,7 @@ def draw_digits(figure: SubFigure, probabilities: torch.Tensor, labels: np.ndarr
         is_wrong = predicted[index] != labels[index]
         title = f'{predicted[index]}, not {labels[index]}' if is_wrong else f'{predicted[index]}'
         axes.set_title(f'{title}  {100 * confidence[index]:.0f} %', fontsize=10, pad=3,
-                       color='#dc2626' if is_wrong else '#374151')
+                       color=RED if is_wrong else DARK)
 
 
 def train(settings: FinetuneSettings) -> tuple[dict, list[dict]]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from coatnet_train.experiments.recipes_config import DEFAULTS, Settings
 from coatnet_train.experiments.small_sets import MAKERS
-from coatnet_train.plotting.plots import BLUE, GREY, LIGHT
+from coatnet_train.plotting.style import BLUE, DARK, GREY, clean_axes
 from coatnet_train.runtime.accelerator import choose_device
 from coatnet_train.runtime.cli import SettingsError, earlier_results
 from coatnet_train.runtime.files import write_figure, write_json
@@ -86,13 +86,11 @@ def plot(report: dict) -> Figure:
                 axes.bar(x, cell['top1'], 0.7 / len(cells), color=colours[recipe], label='' if place else recipe)
                 seeds = [row['top1'] for row in report['rows']
                          if (row['set'], row['model'], row['recipe']) == (name, model, recipe)]
-                axes.plot([x] * len(seeds), seeds, 'o', color='#111827', alpha=0.6, markersize=3.5)
+                axes.plot([x] * len(seeds), seeds, 'o', color=DARK, alpha=0.6, markersize=3.5)
         axes.set_xticks(range(len(models)), [model.split('.')[0] for model in models], fontsize=8)
         counts = [row['images'] for row in report['rows'] if row['set'] == name]
         axes.set(title=f'{name.replace("_", " ")}: {round(statistics.mean(counts))} images', ylim=(0, 100))
-        axes.spines[['top', 'right']].set_visible(False)
-        axes.grid(axis='y', color=LIGHT)
-        axes.set_axisbelow(True)
+        clean_axes(axes)
     figure.axes[0].set_ylabel('top-1 on held-out training images (%)')
     figure.axes[0].legend(frameon=False, loc='upper left')
     return figure

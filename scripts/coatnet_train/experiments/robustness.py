@@ -12,12 +12,13 @@ from timm.data import create_transform
 from torchvision.transforms import Compose
 
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import BadPictures, EpochSampler, Pictures, batches, open_pictures
+from coatnet_train.data.dataset import Pictures, open_pictures
+from coatnet_train.data.loader import BadPictures, EpochSampler, batches
 from coatnet_train.evaluation.evaluator import predict
 from coatnet_train.experiments.robustness_config import Settings
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import image_mode, open_model
-from coatnet_train.plotting.plots import LIGHT
+from coatnet_train.plotting.style import clean_axes
 from coatnet_train.runtime.accelerator import start
 from coatnet_train.runtime.cli import SettingsError, earlier_results, flag
 from coatnet_train.runtime.files import write_figure, write_json
@@ -91,9 +92,7 @@ def plot(report: dict) -> Figure:
     right.set_xticks([kind + 0.4 for kind in range(len(DAMAGE))], list(DAMAGE))
     right.set_title("Damage, at the weights' own size")
     for axes in (left, right):
-        axes.spines[['top', 'right']].set_visible(False)
-        axes.grid(axis='y', color=LIGHT)
-        axes.set_axisbelow(True)
+        clean_axes(axes)
     left.legend(frameon=False, loc='lower left')
     return figure
 

@@ -17,15 +17,18 @@ from coatnet_train.data.dataset import open_pictures, targets_of
 from coatnet_train.evaluation import extraction
 from coatnet_train.evaluation.extraction_config import Settings as ExtractionSettings
 from coatnet_train.evaluation.features import linear_probe
-from coatnet_train.experiments.transfer_config import WAYS, Settings
+from coatnet_train.experiments.transfer_config import METHODS, Settings
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
+from coatnet_train.plotting.style import BLUE, GREY, ORANGE, clean_axes
 from coatnet_train.runtime.accelerator import choose_device
 from coatnet_train.runtime.cli import SettingsError, earlier_results, flag
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
 from coatnet_train.training.config import Settings as FinetuneSettings
 from coatnet_train.training.run import finetune
+
+COLORS = dict(zip(METHODS, (BLUE, ORANGE, GREY), strict=True))
 
 
 def check_same(settings: Settings, earlier: dict) -> None:
@@ -119,10 +122,10 @@ def plot(report: dict) -> Figure:
     axes = figure.subplots()
     for way, cells in report['table'].items():
         shares = [100 * float(share) for share in cells]
-        axes.plot(shares, [cell['top1'] for cell in cells.values()], color=WAYS[way], linewidth=2, label=way)
+        axes.plot(shares, [cell['top1'] for cell in cells.values()], color=COLORS[way], linewidth=2, label=way)
         for row in report['rows']:
             if row['way'] == way:
-                axes.plot(100 * row['share'], row['top1'], 'o', color=WAYS[way], alpha=0.5, markersize=5)
+                axes.plot(100 * row['share'], row['top1'], 'o', color=COLORS[way], alpha=0.5, markersize=5)
     axes.set_xscale('log')
     ticks = sorted({100 * row['share'] for row in report['rows']})
     axes.set_xticks(ticks, [f'{tick:g} %' for tick in ticks])
@@ -130,9 +133,7 @@ def plot(report: dict) -> Figure:
     model, data = (Path(report['settings'][name]).name for name in ('model', 'data_dir'))
     axes.set(xlabel='share of the training labels', ylabel='top-1 on the validation split (%)',
              title=f'{model.removeprefix("local-dir:")} on {data}')
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', color='#e5e7eb')
-    axes.set_axisbelow(True)
+    clean_axes(axes)
     axes.legend(frameon=False)
     return figure
 

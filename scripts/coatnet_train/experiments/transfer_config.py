@@ -4,9 +4,9 @@ from pathlib import Path
 
 from coatnet_train.runtime.cli import SettingsError, flag, one_line
 
-__all__ = ['WAYS', 'Settings', 'check_values']
+__all__ = ['METHODS', 'Settings', 'check_values']
 
-WAYS = {'fine-tuned': '#2563eb', 'linear probe': '#d97706', 'random start': '#9ca3af'}
+METHODS = ('fine-tuned', 'linear probe', 'random start')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Settings:
     img_size: int | None = None  # Height and width in pixels (the model's own if not given).
     shares: tuple[float, ...] = (0.01, 0.1, 1.0)  # Of the training split.
     subsets: tuple[int, ...] = (5, 5, 1)  # Draws of each share.
-    ways: tuple[str, ...] = tuple(WAYS)  # Of these.
+    ways: tuple[str, ...] = METHODS  # Of these.
     updates: tuple[int, ...] = (300, 1000, 3000)  # Of the weights, for each share; rounded up to whole epochs.
     batch_size: int = 32  # Pictures per update.
     lr: float = 5e-4  # Highest learning rate of AdamW; cosine decay after a tenth of warm-up.
@@ -43,9 +43,9 @@ def check_values(settings: Settings) -> None:
             raise SettingsError(f'{flag(name)} must give a number of at least 1 for each of --shares, got {values} for '
                                 f'{settings.shares}.')
     if not settings.ways:
-        raise SettingsError(f'--ways must name at least one of {", ".join(WAYS)}, got none.')
-    if unknown := sorted(set(settings.ways) - set(WAYS)):
-        raise SettingsError(f'--ways must be of {", ".join(WAYS)}, got {unknown[0]!r}.')
+        raise SettingsError(f'--ways must name at least one of {", ".join(METHODS)}, got none.')
+    if unknown := sorted(set(settings.ways) - set(METHODS)):
+        raise SettingsError(f'--ways must be of {", ".join(METHODS)}, got {unknown[0]!r}.')
     try:
         Path(settings.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a model looked at: attention of T stages, predicted kernels of D stages, Grad-CAM of any timm model.
+"""Explanations of a prediction: attention of T stages, predicted kernels of D stages, Grad-CAM of any timm model.
 
 Attention and kernels are those that the block itself uses, computed again from its own input with its own weights. No
 class enters them. Grad-CAM is of one class.
@@ -14,15 +14,24 @@ from coatnet_zoo.blocks.transformer import RelativeAttention2d
 from coatnet_zoo.models.backbone import Backbone
 
 __all__ = [
-    'KINDS', 'Target', 'attention_weights', 'choose_target', 'dynamic_kernels', 'expected_distance', 'gradcam',
-    'run_with_input', 'share_on_padding', 'tap_distances']
+    'KINDS',
+    'ExplainTarget',
+    'attention_weights',
+    'choose_target',
+    'dynamic_kernels',
+    'expected_distance',
+    'fraction_on_padding',
+    'gradcam',
+    'run_with_input',
+    'tap_distances',
+]
 
 KINDS = ('attention', 'kernels', 'gradcam')
-LETTERS = {'attention': 'T', 'kernels': 'D'}
+BLOCK_TYPES = {'attention': 'T', 'kernels': 'D'}
 
 
 @dataclass(frozen=True)
-class Target:
+class ExplainTarget:
     """What is shown: a kind out of KINDS and, for attention and kernels, where it is computed."""
 
     kind: str
@@ -30,8 +39,8 @@ class Target:
     stage: int = 0  # 1 to 4
 
 
-def choose_target(model: nn.Module, name: str, explain: str = 'auto', stage: int | None = None) -> Target:
-    """The last block of `stage`, or of the last stage of the letter that `explain` needs ('auto': the last T or D).
+def choose_target(model: nn.Module, name: str, explain: str = 'auto', stage: int | None = None) -> ExplainTarget:
+    """The last block of `stage`, or of the last stage of the block type that `explain` needs ('auto': the last T or D).
 
     Args:
         model: Any model; only those of the zoo have T and D.
@@ -41,24 +50,25 @@ def choose_target(model: nn.Module, name: str, explain: str = 'auto', stage: int
     """
     if explain not in ('auto', *KINDS):
         raise SettingsError(f'--explain must be auto, {", ".join(KINDS)}, got {explain!r}.')
-    word = model.cfg.layout if isinstance(model, Backbone) else ''
-    has = f'{name} has the stages {word}' if word else f'{name} is not a model of this zoo'
-    if stage is not None and (explain == 'gradcam' or not set(word) & {'T', 'D'}):
-        raise SettingsError(f'--stage chooses a stage of letter T or D, but Grad-CAM is shown ({has}); leave it out.')
-    if stage is not None and not 1 <= stage <= len(word):
-        raise SettingsError(f'--stage must be from 1 to {len(word)}, got {stage}.')
-    wanted = 'TD' if explain == 'auto' else LETTERS.get(explain, '')
-    stages = [i for i, letter in enumerate(word, 1) if letter in wanted and stage in (None, i)]
-    if not stages and (stage is not None or explain in LETTERS):
+    layout = model.cfg.layout if isinstance(model, Backbone) else ''
+    has = f'{name} has the layout {layout}' if layout else f'{name} is not a model of this zoo'
+    if stage is not None and (explain == 'gradcam' or not set(layout) & {'T', 'D'}):
+        raise SettingsError(f'--stage chooses a stage of block type T or D, but Grad-CAM is shown ({has}); leave it '
+                            f'out.')
+    if stage is not None and not 1 <= stage <= len(layout):
+        raise SettingsError(f'--stage must be from 1 to {len(layout)}, got {stage}.')
+    wanted = 'TD' if explain == 'auto' else BLOCK_TYPES.get(explain, '')
+    stages = [i for i, block_type in enumerate(layout, 1) if block_type in wanted and stage in (None, i)]
+    if not stages and (stage is not None or explain in BLOCK_TYPES):
         where = 'a stage' if stage is None else f'--stage {stage} to be one'
-        raise SettingsError(f'--explain {explain} needs {where} of letter {" or ".join(wanted)}, but {has}; '
+        raise SettingsError(f'--explain {explain} needs {where} of block type {" or ".join(wanted)}, but {has}; '
                             f'choose another or leave it out.')
     if not stages:
-        return Target('gradcam')
+        return ExplainTarget('gradcam')
     block = model.stages[stages[-1] - 1].blocks[-1]
-    if word[stages[-1] - 1] == 'T':
-        return Target('attention', block.attn, stages[-1])
-    return Target('kernels', block.conv, stages[-1])
+    if layout[stages[-1] - 1] == 'T':
+        return ExplainTarget('attention', block.attn, stages[-1])
+    return ExplainTarget('kernels', block.conv, stages[-1])
 
 
 @torch.no_grad()
@@ -122,8 +132,8 @@ def expected_distance(kernels: torch.Tensor, step: tuple[float, float]) -> torch
     return ((weight * distance).sum((2, 3)) / weight.sum((2, 3))).mean(1)
 
 
-def share_on_padding(kernels: torch.Tensor) -> torch.Tensor:
-    """Share of |weight| that lies on the zeros around the map: (B, heads, Kh, Kw, H, W) -> (B, H, W)."""
+def fraction_on_padding(kernels: torch.Tensor) -> torch.Tensor:
+    """Fraction of |weight| that lies on the zeros around the map: (B, heads, Kh, Kw, H, W) -> (B, H, W)."""
     height, width = kernels.shape[-2:]
     rows = _offsets(kernels.shape[2])[:, None] + torch.arange(height)
     columns = _offsets(kernels.shape[3])[:, None] + torch.arange(width)

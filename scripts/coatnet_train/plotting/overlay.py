@@ -1,4 +1,4 @@
-"""The picture that predict.py leaves: what the model saw, what it looked at, and its five best guesses."""
+"""The overlay of predict.py: panels with the image, what the model looked at, and the top-5 predictions."""
 import textwrap
 
 import numpy as np
@@ -8,16 +8,15 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
-from coatnet_train.plotting.plots import use_fonts
+from coatnet_train.plotting.style import BLUE, COLORMAP, CYAN, DARK, SLATE, use_fonts
 
-__all__ = ['draw_guesses', 'draw_heat', 'draw_kernel', 'draw_kernels', 'draw_picture', 'panels']
+__all__ = ['create_panels', 'draw_heatmap', 'draw_image', 'draw_kernel', 'draw_kernels', 'draw_top5']
 
-BLUE, GREY, DARK = '#2563eb', '#cbd5e1', '#374151'
-COLOURS = 'inferno'
+PALE = '#cbd5e1'  # bars of the classes after the first
 
 
-def panels(headline: str, count: int, aspect: float = 1) -> tuple[Figure, list[Axes]]:
-    """A row of `count` panels for pictures of this aspect (height / width) and one, of the same height, for bars."""
+def create_panels(headline: str, count: int, aspect: float = 1) -> tuple[Figure, list[Axes]]:
+    """A row of `count` panels for images of this aspect (height / width) and one, of the same height, for bars."""
     use_fonts([headline])
     figure = Figure(figsize=(3.9 * count + 2.6, 3.1 * aspect + 1.1), layout='compressed')
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
@@ -30,105 +29,105 @@ def panels(headline: str, count: int, aspect: float = 1) -> tuple[Figure, list[A
 
 def set_title(axes: Axes, title: str, subtitle: str) -> None:
     axes.set_title(f'{title}\n', fontsize=10.5, loc='left', parse_math=False)
-    axes.text(0, 1.015, subtitle, fontsize=8, color='#6b7280', transform=axes.transAxes, va='bottom',
+    axes.text(0, 1.015, subtitle, fontsize=8, color=SLATE, transform=axes.transAxes, va='bottom',
               parse_math=False).set_in_layout(False)  # or a long one would push the panels apart
 
 
-def draw_picture(axes: Axes, picture: np.ndarray, title: str, subtitle: str, strength: float = 1) -> None:
-    """The picture (H, W, 3) or (H, W) in 0..1; a strength below 1 makes it grey and pale, to draw over."""
-    height, width = picture.shape[:2]
+def draw_image(axes: Axes, pixels: np.ndarray, title: str, subtitle: str, strength: float = 1) -> None:
+    """Draw pixels (H, W, 3) or (H, W) in 0..1; a strength below 1 makes them grey and pale, to draw over."""
+    height, width = pixels.shape[:2]
     if strength < 1:
-        grey = picture @ (0.299, 0.587, 0.114) if picture.ndim == 3 else picture
-        picture = 1 - strength * (1 - grey)
-    axes.imshow(picture, cmap='gray', vmin=0, vmax=1, extent=(0, width, height, 0))
+        grey = pixels @ (0.299, 0.587, 0.114) if pixels.ndim == 3 else pixels
+        pixels = 1 - strength * (1 - grey)
+    axes.imshow(pixels, cmap='gray', vmin=0, vmax=1, extent=(0, width, height, 0))
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     set_title(axes, title, subtitle)
 
 
-def draw_scale(axes: Axes, image: AxesImage, unit: str) -> None:
+def draw_colorbar(axes: Axes, image: AxesImage, unit: str) -> None:
     bar = axes.figure.colorbar(image, cax=axes.inset_axes((1.02, 0.05, 0.03, 0.9)))
     bar.outline.set_visible(False)
     bar.set_label(unit, fontsize=8.5, color=DARK)
     bar.ax.tick_params(labelsize=8, length=2, color=DARK, labelcolor=DARK)
 
 
-def draw_heat(axes: Axes, picture: np.ndarray, heat: np.ndarray, title: str, subtitle: str, unit: str,
-              smooth: bool = False, least: float | None = None, most: float | None = None,
-              frame: tuple[int, int] | None = None) -> None:
-    """A map (h, w) over the picture, each value on the part of the picture it stands for, or `smooth` between them.
+def draw_heatmap(axes: Axes, pixels: np.ndarray, heatmap: np.ndarray, title: str, subtitle: str, unit: str,
+                 smooth: bool = False, vmin: float | None = None, vmax: float | None = None,
+                 frame: tuple[int, int] | None = None) -> None:
+    """Draw a map (h, w) over an image, each value on the part of the image it stands for, or `smooth` between them.
 
     Args:
         axes: To draw on.
-        picture: (H, W, 3) or (H, W) in 0..1.
-        heat: (h, w); NaN is left clear.
-        title: What it is.
-        subtitle: Of what.
-        unit: Of the values.
+        pixels: (H, W, 3) or (H, W) in 0..1.
+        heatmap: (h, w); NaN is left clear.
+        title: First line above.
+        subtitle: Second line above.
+        unit: Unit of the values, for the colour bar.
         smooth: Interpolate.
-        least: Value of the darkest colour (the least of the map if not given).
-        most: Value of the brightest.
+        vmin: Value of the darkest colour (the smallest of the map if not given).
+        vmax: Value of the brightest (the largest of the map if not given).
         frame: (row, column) to put a frame around.
     """
-    height, width = picture.shape[:2]
-    draw_picture(axes, picture, title, subtitle, 0.9)
-    image = axes.imshow(heat, cmap=COLOURS, alpha=0.6, vmin=least, vmax=most, extent=(0, width, height, 0),
+    height, width = pixels.shape[:2]
+    draw_image(axes, pixels, title, subtitle, 0.9)
+    image = axes.imshow(heatmap, cmap=COLORMAP, alpha=0.6, vmin=vmin, vmax=vmax, extent=(0, width, height, 0),
                         interpolation='bilinear' if smooth else 'nearest')
-    draw_scale(axes, image, unit)
+    draw_colorbar(axes, image, unit)
     if frame:
-        height, width = height / heat.shape[0], width / heat.shape[1]
-        axes.add_patch(Rectangle((frame[1] * width, frame[0] * height), width, height, fill=False, color='#22d3ee',
+        height, width = height / heatmap.shape[0], width / heatmap.shape[1]
+        axes.add_patch(Rectangle((frame[1] * width, frame[0] * height), width, height, fill=False, color=CYAN,
                                  linewidth=2))
 
 
-def draw_kernels(axes: Axes, picture: np.ndarray, kernels: np.ndarray, title: str, subtitle: str,
-                 most: int = 5) -> None:
-    """Kernels (K, K, h, w), as small pictures in one scale of colour, at up to `most` x `most` of the positions."""
-    height, width = picture.shape[:2]
-    draw_picture(axes, picture, title, subtitle, 0.6)
-    rows, columns = (spread(size, most) for size in kernels.shape[2:])
+def draw_kernels(axes: Axes, pixels: np.ndarray, kernels: np.ndarray, title: str, subtitle: str,
+                 max_count: int = 5) -> None:
+    """Kernels (K, K, h, w), as small pictures in one scale of colour, at up to `max_count` squared of the positions."""
+    height, width = pixels.shape[:2]
+    draw_image(axes, pixels, title, subtitle, 0.6)
+    rows, columns = (spread(size, max_count) for size in kernels.shape[2:])
     side = 0.8 * min(height / len(rows), width / len(columns))
     shown = kernels[:, :, rows][..., columns]
     scale = Normalize(min(0, shown.min()), shown.max())
     for i, j in np.ndindex(shown.shape[2:]):
         left, top = (j + 0.5) * width / len(columns) - side / 2, (i + 0.5) * height / len(rows) - side / 2
-        image = axes.imshow(shown[:, :, i, j], cmap=COLOURS, norm=scale, extent=(left, left + side, top + side, top))
+        image = axes.imshow(shown[:, :, i, j], cmap=COLORMAP, norm=scale, extent=(left, left + side, top + side, top))
         axes.add_patch(Rectangle((left, top), side, side, fill=False, color='white', linewidth=1))
     axes.set(xlim=(0, width), ylim=(height, 0))
-    draw_scale(axes, image, 'weight of a tap')
+    draw_colorbar(axes, image, 'weight of a tap')
 
 
-def spread(size: int, most: int) -> list[int]:
-    """Up to `most` of `size` positions, evenly spread."""
-    count = min(size, most)
+def spread(size: int, max_count: int) -> list[int]:
+    """Up to `max_count` of `size` positions, evenly spread."""
+    count = min(size, max_count)
     return [int((i + 0.5) * size / count) for i in range(count)]
 
 
-def draw_kernel(axes: Axes, picture: np.ndarray, kernel: np.ndarray, position: tuple[int, int],
+def draw_kernel(axes: Axes, pixels: np.ndarray, kernel: np.ndarray, position: tuple[int, int],
                 feat_size: tuple[int, int], title: str, subtitle: str) -> None:
-    """The kernel (K, K) of one position (row, column) of a map (h, w), its taps on the parts of the picture they see.
+    """The kernel (K, K) of one position (row, column) of a map (h, w), its taps on the parts of the image they see.
 
     Taps on the padding are not shown, but may have the largest weight, which the scale of colour ends with.
     """
-    heat = np.full(feat_size, np.nan)
+    heatmap = np.full(feat_size, np.nan)
     for u, v in np.ndindex(kernel.shape):
         row, column = position[0] + u - kernel.shape[0] // 2, position[1] + v - kernel.shape[1] // 2
         if 0 <= row < feat_size[0] and 0 <= column < feat_size[1]:
-            heat[row, column] = kernel[u, v]
-    draw_heat(axes, picture, heat, title, subtitle, 'weight of a tap', least=min(0, kernel.min()), most=kernel.max(),
-              frame=position)
+            heatmap[row, column] = kernel[u, v]
+    draw_heatmap(axes, pixels, heatmap, title, subtitle, 'weight of a tap', vmin=min(0, kernel.min()),
+                 vmax=kernel.max(), frame=position)
 
 
-def draw_guesses(axes: Axes, labels: list[str], shares: list[float], title: str, subtitle: str) -> None:
+def draw_top5(axes: Axes, labels: list[str], probabilities: list[float], title: str, subtitle: str) -> None:
     """Bars of probability in 0..1, best first, with the label over each."""
-    places = np.arange(len(shares))
-    axes.barh(places, [1] * len(shares), 0.34, color='#f1f5f9')
-    axes.barh(places, shares, 0.34, color=[BLUE] + [GREY] * (len(shares) - 1))
-    for place, label, share in zip(places, labels, shares, strict=True):
+    places = np.arange(len(probabilities))
+    axes.barh(places, [1] * len(probabilities), 0.34, color='#f1f5f9')
+    axes.barh(places, probabilities, 0.34, color=[BLUE] + [PALE] * (len(probabilities) - 1))
+    for place, label, probability in zip(places, labels, probabilities, strict=True):
         axes.text(0, place - 0.24, textwrap.shorten(label, 30, placeholder=' …'), fontsize=9, va='bottom',
                   parse_math=False)
-        axes.text(1, place - 0.24, f'{100 * share:.1f} %', fontsize=9, va='bottom', ha='right', color=DARK)
+        axes.text(1, place - 0.24, f'{100 * probability:.1f} %', fontsize=9, va='bottom', ha='right', color=DARK)
     axes.set(xlim=(0, 1), ylim=(4.4, -0.8), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     set_title(axes, title, subtitle)

@@ -1,23 +1,21 @@
-"""The pictures that runs leave: curves, confusion, what was misread."""
+"""Figures of runs and evaluations: curves, confusion matrix, misclassified images, reliability diagram."""
 import re
-import warnings
-from collections.abc import Iterable
-from functools import cache
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from timm.data import ImageNetInfo
 
-from coatnet_train.runtime.console import note
+from coatnet_train.plotting.style import BLUE, GREY, RED, clean_axes, escape_math, use_fonts, use_integer_epochs
 
-__all__ = ['confusion_figure', 'draw_curves', 'in_words', 'misread_figure', 'reliability_figure', 'to_picture',
+if TYPE_CHECKING:
+    from coatnet_train.evaluation.evaluator import Misclassified
+
+__all__ = ['confusion_figure', 'draw_curves', 'in_words', 'misclassified_figure', 'reliability_figure', 'to_pixels',
     'use_fonts']
 
-BLUE, GREY, LIGHT = '#2563eb', '#9ca3af', '#e5e7eb'
 SYNSET = re.compile(r'n\d{8}')
 MOST_NAMED = 40  # classes whose names are written beside a confusion matrix
 
@@ -33,10 +31,8 @@ def draw_curves(loss_axes: Axes, accuracy_axes: Axes, history: list[dict], best:
     accuracy_axes.set(xlabel='epoch', ylabel='accuracy (%)',
                       title=f'Accuracy: best {best["eval_top1"]:.2f} % after epoch {best["epoch"]}')
     for axes in (loss_axes, accuracy_axes):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.spines[['top', 'right']].set_visible(False)
-        axes.grid(axis='y', color=LIGHT)
-        axes.set_axisbelow(True)
+        use_integer_epochs(axes)
+        clean_axes(axes)
         axes.legend(frameon=False)
 
 
@@ -49,7 +45,7 @@ def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names:
         class_names: In label order.
     """
     count = len(class_names)
-    class_names = [plain(name) for name in in_words(class_names)]
+    class_names = [escape_math(name) for name in in_words(class_names)]
     use_fonts(class_names)
     read = labels >= 0
     matrix = torch.bincount(labels[read] * count + predicted[read], minlength=count * count).view(count, count).double()
@@ -74,43 +70,6 @@ def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names:
     return figure
 
 
-def use_fonts(texts: Iterable[str]) -> None:
-    """Let figures made from now on draw these texts: adds installed fonts, or says once which characters none has."""
-    family = matplotlib.rcParams['font.family']
-    known = [font_manager.findfont(font_manager.FontProperties(family=[name])) for name in family]
-    missing = {character for text in texts for character in text if character.isprintable()}
-    missing -= {character for path in known for character in characters_of(path)}
-    if not missing:
-        return
-    # the regular face of each family; Matplotlib's own "Last Resort" has a box for everything
-    faces = sorted(font_manager.fontManager.ttflist, key=lambda face: face.style == 'normal' and face.weight == 400)
-    fonts = {face.name: face.fname for face in faces if 'LastResort' not in face.fname}
-    while missing:
-        name = max(fonts, key=lambda name: len(missing & characters_of(fonts[name])))
-        if not missing & characters_of(fonts[name]):
-            note('no installed font has all characters of these class or file names: plots have boxes in their place; '
-                 f'install one, such as Noto Sans CJK, and remove {matplotlib.get_cachedir()}, where Matplotlib lists '
-                 f'fonts')
-            warnings.filterwarnings('ignore', r'Glyph \d+ .* missing from')
-            break
-        missing -= characters_of(fonts[name])
-        matplotlib.rcParams['font.family'] = family = [*family, name]
-
-
-@cache
-def characters_of(path: str) -> frozenset[str]:
-    """The characters a font file has glyphs for."""
-    try:
-        return frozenset(map(chr, font_manager.get_font(path).get_charmap()))
-    except (OSError, RuntimeError):
-        return frozenset()  # a damaged or vanished font
-
-
-def plain(name: str) -> str:
-    """A name as matplotlib shows it unread: between two dollars it would see a formula."""
-    return name.replace('$', r'\$')
-
-
 def in_words(class_names: list[str]) -> list[str]:
     """ImageNet synsets by their first word, such as tench, with the synset where two share it; other names as given."""
     if not all(SYNSET.fullmatch(name) for name in class_names):
@@ -121,7 +80,7 @@ def in_words(class_names: list[str]) -> list[str]:
             for word, name in zip(words, class_names, strict=True)]
 
 
-def to_picture(image: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+def to_pixels(image: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """A normalised (C, H, W) image as (H, W, 3) in 0..1, or (H, W) if it is grey."""
     values = image.float() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     values = values.clamp(0, 1).permute(1, 2, 0).numpy()
@@ -133,13 +92,13 @@ def shorten(name: str, length: int = 22) -> str:
     return name if len(name) <= length else f'{name[:length // 3]}…{name[len(name) + 1 + length // 3 - length:]}'
 
 
-def misread_figure(wrong: list[tuple], files: list[str], class_names: list[str], mean: tuple[float, ...],
-                   std: tuple[float, ...]) -> Figure:
-    """The images of `Predictions.wrong`, surest mistakes first, with what was predicted, what is true and the file.
+def misclassified_figure(wrong: 'list[Misclassified]', files: list[str], class_names: list[str],
+                         mean: tuple[float, ...], std: tuple[float, ...]) -> Figure:
+    """Misclassified images in the order given, each with the predicted class, the true class and the file name.
 
     Args:
-        wrong: (confidence, index, image, label, prediction) of each.
-        files: The name of each, or nothing.
+        wrong: `Predictions.wrong`.
+        files: File name of each, or ''.
         class_names: In label order.
         mean: Of the normalisation.
         std: Of the normalisation.
@@ -149,13 +108,14 @@ def misread_figure(wrong: list[tuple], files: list[str], class_names: list[str],
     figure = Figure(figsize=(1.9 * columns, 2.5 * rows + 0.5), layout='constrained')
     class_names = in_words(class_names)
     use_fonts([*class_names, *files])
-    figure.suptitle('Misread with most confidence' if wrong else 'Nothing was misread')
+    figure.suptitle('Misclassified with most confidence' if wrong else 'No image was misclassified')
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis('off')
-    for axes, (sure, _, image, label, guess), file in zip(figure.axes, wrong, files, strict=False):
-        axes.imshow(to_picture(image, mean, std), cmap='gray', vmin=0, vmax=1)
-        axes.set_title(f'{plain(class_names[guess][:22])}, {100 * sure:.0f} %\nis {plain(class_names[label][:22])}'
-                       f'\n{plain(shorten(file))}', fontsize=8)
+    for axes, item, file in zip(figure.axes, wrong, files, strict=False):
+        axes.imshow(to_pixels(item.image, mean, std), cmap='gray', vmin=0, vmax=1)
+        predicted, true = (escape_math(class_names[label][:22]) for label in (item.prediction, item.label))
+        lines = f'{predicted}, {100 * item.confidence:.0f} %', f'is {true}', escape_math(shorten(file))
+        axes.set_title('\n'.join(lines), fontsize=8)
     return figure
 
 
@@ -174,15 +134,13 @@ def reliability_figure(bins: list[tuple[int, float, float]], title: str) -> Figu
     above.plot([0, 100], [0, 100], '--', color=GREY, label='calibrated')
     above.bar(middles, [100 * right for _, _, right in bins], width * 0.9, color='#93b4f5', label='predicted right')
     gaps = [(100 * sure, 100 * right) for count, sure, right in bins if count]
-    above.vlines([sure for sure, _ in gaps], *zip(*map(sorted, gaps), strict=True), color='#dc2626', label='gap')
-    above.plot([sure for sure, _ in gaps], [right for _, right in gaps], '.', color='#dc2626',
+    above.vlines([sure for sure, _ in gaps], *zip(*map(sorted, gaps), strict=True), color=RED, label='gap')
+    above.plot([sure for sure, _ in gaps], [right for _, right in gaps], '.', color=RED,
                clip_on=False)
     above.set(ylabel='accuracy (%)', title=title, xlim=(0, 100), ylim=(0, 100))
     figure.legend(frameon=False, loc='outside lower center', ncols=3)
     below.bar(middles, [100 * count / total for count, _, _ in bins], width * 0.9, color=GREY)
     below.set(xlabel='confidence (%)', ylabel='pictures (%)')
     for axes in (above, below):
-        axes.spines[['top', 'right']].set_visible(False)
-        axes.grid(axis='y', color=LIGHT)
-        axes.set_axisbelow(True)
+        clean_axes(axes)
     return figure

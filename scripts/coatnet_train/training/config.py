@@ -1,14 +1,16 @@
-"""All settings of finetune.py, and the checks of single values, which need neither torch nor timm."""
+"""Settings of finetune.py: all fields, the checks of their values, and the command line; without torch and timm."""
+import argparse
 import math
+import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from coatnet_train.data.config import DataSettings, is_stream
 from coatnet_train.models.config import ModelSettings, check_model_settings
-from coatnet_train.runtime.cli import SettingsError, check_range, flag, tyro
-from coatnet_train.training.recipes import RECIPES
+from coatnet_train.runtime.cli import SettingsError, check_range, flag, parse_flags, tyro
+from coatnet_train.training.recipes import RECIPES, settings_of
 
-__all__ = ['FREE_ON_RESUME', 'Settings', 'check_values']
+__all__ = ['FREE_ON_RESUME', 'Settings', 'check_values', 'read_settings']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,8 @@ class RunSettings:
     device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
     seed: int = 42  # Fixes weights, order and augmentation; bit for bit on a CPU.
     amp: bool = False  # Mixed precision.
-    amp_if_native: bool = False  # --amp only on a GPU, or a CPU with bfloat16 instructions, as recipes mean it.
+    # Set by read_settings, never by a flag: --amp of a recipe means a GPU, or a CPU with bfloat16 instructions.
+    amp_if_native: Annotated[bool, tyro.conf.Suppress] = False
     amp_dtype: str = 'bfloat16'  # bfloat16 or float16.
     channels_last: bool = True  # Memory format of pictures and weights.
     grad_checkpointing: bool = False  # Compute activations twice instead of keeping them.
@@ -155,3 +158,24 @@ def check_values(settings: Settings) -> None:
     if settings.class_balanced and is_stream(settings):
         raise SettingsError('--class-balanced needs all labels before the start, which a stream does not have.')
     check_model_settings(settings)
+
+
+def read_settings(arguments: list[str] | None = None, description: str | None = None) -> Settings:
+    """Read the command line of finetune.py, over the settings of --recipe if there is one.
+
+    Args:
+        arguments: Command line; sys.argv if not given.
+        description: Text above the flags of --help.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument('--recipe', default='')
+    first.add_argument('--model', default='')
+    first.add_argument('--amp', action=argparse.BooleanOptionalAction)
+    given, _ = first.parse_known_args(arguments)
+    defaults = {}
+    if given.recipe:
+        if given.recipe not in RECIPES:
+            raise SettingsError(f'--recipe must be one of {", ".join(RECIPES)}, got {given.recipe!r}.')
+        defaults = settings_of(given.recipe, given.model) | {'amp_if_native': given.amp is None}
+    return parse_flags(Settings, description, arguments, defaults)

@@ -5,9 +5,10 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 
 from coatnet_train.data.config import is_stream
-from coatnet_train.data.dataset import EpochSampler, Pictures, StreamedPictures, batches, open_pictures, targets_of
+from coatnet_train.data.dataset import Pictures, StreamedPictures, open_pictures, targets_of
 from coatnet_train.data.device_cache import Augmentation, DecodedPictures, Normalize, decoded_batches
 from coatnet_train.data.image_folder import look_alikes
+from coatnet_train.data.loader import EpochSampler, batches
 from coatnet_train.models.open_model import image_mode
 from coatnet_train.runtime.cli import SettingsError, one_line
 from coatnet_train.training.config import Settings

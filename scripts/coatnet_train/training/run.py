@@ -7,55 +7,29 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from safetensors import SafetensorError
-from timm.models import safe_model_name
 from timm.utils import random_seed
 
 from coatnet_train.data.config import is_stream
 from coatnet_train.data.dataset import picture_name
 from coatnet_train.data.digest import data_digest
 from coatnet_train.models.open_model import open_model
-from coatnet_train.plotting.plots import confusion_figure, misread_figure
+from coatnet_train.plotting.plots import confusion_figure, misclassified_figure
 from coatnet_train.runtime.accelerator import start, warn
-from coatnet_train.runtime.cli import SettingsError, check_output, one_line
-from coatnet_train.runtime.console import check_utf8
+from coatnet_train.runtime.cli import SettingsError, one_line
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
+from coatnet_train.training.checkpoint import check_facts, read_checkpoint
 from coatnet_train.training.config import FREE_ON_RESUME, Settings, check_values
+from coatnet_train.training.distillation import open_teacher
 from coatnet_train.training.fsdp import check_sharding, wrap
 from coatnet_train.training.loaders import create_loaders, open_data
-from coatnet_train.training.run_dir import loading_line, write_config, write_predictions
+from coatnet_train.training.optimizer import build_optimizer
+from coatnet_train.training.run_dir import find_run, loading_line, write_config, write_predictions
 from coatnet_train.training.schedule import with_schedule
-from coatnet_train.training.task import (
-    build_optimizer,
-    build_task,
-    check_training,
-    freeze_trunk,
-    open_teacher,
-    set_bn_momentum,
-)
-from coatnet_train.training.trainer import Trainer, check_facts, read_checkpoint
+from coatnet_train.training.task import build_task, check_training, freeze_trunk, set_bn_momentum
+from coatnet_train.training.trainer import Trainer
 
 __all__ = ['finetune']
-
-
-def find_run(settings: Settings) -> tuple[Path, Path | None]:
-    """Return the run folder and the checkpoint to continue from, if there is one; never an older run to overwrite."""
-    run_dir = Path(settings.output) / (settings.experiment or safe_model_name(settings.model))
-    if settings.resume not in ('', 'auto'):
-        run_dir = Path(settings.resume)
-    check_utf8(run_dir, '--resume' if settings.resume not in ('', 'auto') else '--output')
-    checkpoint = run_dir / 'last' / 'checkpoint.pt'
-    check_output(checkpoint)
-    if settings.resume and checkpoint.is_file():
-        return run_dir, checkpoint
-    if settings.resume not in ('', 'auto'):
-        raise SettingsError(f'--resume {settings.resume} must be a run folder, but there is no {checkpoint}; '
-                            f'give the folder that holds last/, or auto.')
-    # A run killed in its first epoch has args.json but no checkpoint: auto begins it again.
-    if (run_dir / ('summary.json' if settings.resume else 'args.json')).exists():
-        raise SettingsError(f'--output {run_dir} already holds a run, which is never overwritten; continue it with '
-                            f'--resume auto (while it has last/), or choose another --experiment.')
-    return run_dir, None
 
 
 def check_tracker(settings: Settings) -> None:
@@ -110,7 +84,7 @@ def finetune(settings: Settings) -> dict:
         held_out = trainer.val_loader.dataset.dataset
         files = [picture_name(held_out, index) for index in range(len(predictions.labels))]
         write_predictions(run_dir, files, class_names, predictions)
-        write_figure(run_dir / 'misclassified.png', misread_figure(
+        write_figure(run_dir / 'misclassified.png', misclassified_figure(
             predictions.wrong, ['' if item.index is None else Path(files[item.index]).name for item in
                                 predictions.wrong],
             class_names, trainer.data_config['mean'], trainer.data_config['std']))

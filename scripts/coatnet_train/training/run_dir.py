@@ -6,14 +6,17 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save
-from timm.models import save_for_hf
+from timm.models import safe_model_name, save_for_hf
 from torch import nn
 
 from coatnet_train.evaluation.evaluator import Predictions
 from coatnet_train.plotting.plots import draw_curves
+from coatnet_train.runtime.cli import SettingsError, check_output
+from coatnet_train.runtime.console import check_utf8
 from coatnet_train.runtime.files import write_csv, write_figure, write_file, write_json
+from coatnet_train.training.config import Settings
 
-__all__ = ['loading_line', 'rank', 'write_config', 'write_metrics', 'write_predictions', 'write_weights']
+__all__ = ['find_run', 'loading_line', 'rank', 'write_config', 'write_metrics', 'write_predictions', 'write_weights']
 
 
 def write_config(path: Path, model: nn.Module, class_names: list[str], data_config: dict) -> None:
@@ -58,3 +61,23 @@ def loading_line(run_dir: Path) -> str:
 def rank(row: dict) -> tuple[float, float]:
     """Order epochs: the higher top-1 wins, then the lower loss."""
     return row['eval_top1'], -row['eval_loss']
+
+
+def find_run(settings: Settings) -> tuple[Path, Path | None]:
+    """Return the run folder and the checkpoint to continue from, if there is one; never an older run to overwrite."""
+    run_dir = Path(settings.output) / (settings.experiment or safe_model_name(settings.model))
+    if settings.resume not in ('', 'auto'):
+        run_dir = Path(settings.resume)
+    check_utf8(run_dir, '--resume' if settings.resume not in ('', 'auto') else '--output')
+    checkpoint = run_dir / 'last' / 'checkpoint.pt'
+    check_output(checkpoint)
+    if settings.resume and checkpoint.is_file():
+        return run_dir, checkpoint
+    if settings.resume not in ('', 'auto'):
+        raise SettingsError(f'--resume {settings.resume} must be a run folder, but there is no {checkpoint}; '
+                            f'give the folder that holds last/, or auto.')
+    # A run killed in its first epoch has args.json but no checkpoint: auto begins it again.
+    if (run_dir / ('summary.json' if settings.resume else 'args.json')).exists():
+        raise SettingsError(f'--output {run_dir} already holds a run, which is never overwritten; continue it with '
+                            f'--resume auto (while it has last/), or choose another --experiment.')
+    return run_dir, None

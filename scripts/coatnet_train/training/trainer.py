@@ -1,12 +1,11 @@
 """The loop of finetune.py: epochs of steps, evaluation, and a checkpoint from which either goes on bit for bit."""
 import json
 import math
-import pickle
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,12 +22,13 @@ from timm.utils import random_seed, unwrap_model
 from torch import nn
 from torch.utils.data import DataLoader
 
-from coatnet_train.data.dataset import BadPictures, EpochSampler, check_labels, seed_of
+from coatnet_train.data.dataset import check_labels, seed_of
+from coatnet_train.data.loader import BadPictures, EpochSampler
 from coatnet_train.evaluation.evaluator import Predictions, predict
-from coatnet_train.runtime.accelerator import warn
-from coatnet_train.runtime.cli import Preempted, SettingsError, one_line
+from coatnet_train.runtime.cli import Preempted
 from coatnet_train.runtime.files import write_file
 from coatnet_train.runtime.progress import progress_bar
+from coatnet_train.training.checkpoint import Progress, write_state
 from coatnet_train.training.config import Settings
 from coatnet_train.training.fsdp import copy_weights, restore_training_state, training_state
 from coatnet_train.training.loaders import training_transform
@@ -36,51 +36,7 @@ from coatnet_train.training.run_dir import rank, write_metrics, write_weights
 from coatnet_train.training.schedule import advice
 from coatnet_train.training.task import set_trunk_to_eval
 
-__all__ = ['Trainer', 'check_facts', 'read_checkpoint']
-
-# Facts that stand for the images of a split: names, labels and content.
-DIGESTS = {'digest_of_train_images': 'training', 'digest_of_val_images': 'held-out'}
-
-
-@dataclass
-class Progress:
-    """How far a run is: what its checkpoint holds beside weights and optimizer."""
-
-    epoch: int = 1  # the one under way
-    batch: int = 0  # batches of it that are done
-    updates: int = 0  # of the weights, since the start
-    lr: float = 0.0  # of the last update
-    loss_sum: float = 0.0  # over the pictures of this epoch
-    epoch_seconds: float = 0.0
-    train_seconds: float = 0.0
-    history: list[dict] = field(default_factory=list)
-    bad_train: list[int] = field(default_factory=list)  # places of unreadable pictures
-    bad_val: list[int] = field(default_factory=list)
-
-
-def read_checkpoint(path: Path) -> dict:
-    """The state to go on from."""
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise SettingsError(f'--resume: {path} cannot be read: {one_line(error)}; start another '
-                            f'--experiment.') from error
-
-
-def check_facts(checkpoint: dict, run_dir: Path, facts: dict) -> None:
-    """Refuse a checkpoint that was saved under other facts than these."""
-    facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file
-    if [name for name in DIGESTS if name not in checkpoint['facts']]:
-        warn('--resume: the run began before data were compared by their content; see to it yourself that --data-dir '
-             'holds the same images.')
-    if changed := [f'{name} was {value}, is {facts[name]}' for name, value in checkpoint['facts'].items()
-                   if name in facts and name not in DIGESTS and facts[name] != value]:
-        raise SettingsError(f'--resume {run_dir} needs the settings the run began with, but {"; ".join(changed)}; '
-                            f'restore them, or start another --experiment.')
-    for name, split in DIGESTS.items():
-        if checkpoint['facts'].get(name, facts[name]) != facts[name]:
-            raise SettingsError(f'--resume {run_dir} needs the {split} images that the run began with, but those in '
-                                f'--data-dir are others; restore them, or start another --experiment.')
+__all__ = ['Trainer']
 
 
 class Trainer:
@@ -339,8 +295,3 @@ class Trainer:
         history = self.progress.history
         return bool(self.settings.patience and history and
                     history[-1]['epoch'] - max(history, key=rank)['epoch'] >= self.settings.patience)
-
-
-def write_state(state: dict, path: Path) -> None:
-    with path.open('wb') as file:  # to a path of its own torch.save hides a full disk behind a RuntimeError
-        torch.save(state, file)
