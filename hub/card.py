@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import scripts_path  # noqa: F401
-from coatnet_train.runtime.cli import SettingsError, end_with_sentence, one_line, parse_flags, tyro
+from coatnet_train.runtime.cli import ConfigError, one_line, parse_flags, run_cli, tyro
 
 __all__ = ['Settings', 'main']
 
@@ -25,10 +25,10 @@ def main(settings: Settings) -> None:
     try:
         write_card(settings.folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f'FOLDER {settings.folder} must be one that export.py made, but its config.json cannot be '
-                            f'used: {one_line(error)}; export anew.') from error
+        raise ConfigError(f'FOLDER {settings.folder} must be one that export.py made, but its config.json cannot be '
+                          f'used: {one_line(error)}; export anew.') from error
     print(f'card: {settings.folder / "README.md"}')
 
 
 if __name__ == '__main__':
-    end_with_sentence('card.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('card.py', lambda: main(parse_flags(Settings, __doc__)))

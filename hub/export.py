@@ -14,7 +14,7 @@ Then: python hub/verify.py OUTPUT.
 from pathlib import Path
 
 import scripts_path  # noqa: F401
-from coatnet_train.runtime.cli import end_with_sentence, parse_flags
+from coatnet_train.runtime.cli import parse_flags, run_cli
 from export_settings import Settings, check_values
 
 
@@ -26,4 +26,4 @@ def main(settings: Settings) -> Path:
 
 
 if __name__ == '__main__':
-    end_with_sentence('export.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('export.py', lambda: main(parse_flags(Settings, __doc__)))

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from coatnet_train.evaluation.config import Settings as EvaluationSettings
 from coatnet_train.evaluation.imagenet import evaluate
 from coatnet_train.evaluation.imagenet_labels import describe_synsets
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.files import write_file, write_json
 from coatnet_train.training.run_dir import write_config, write_weights
 from coatnet_zoo.releases import RELEASES, sha256_of
@@ -36,8 +36,8 @@ def read_json(path: Path) -> dict | list:
     try:
         return json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
-        raise SettingsError(f'RUN_DIR: {path} cannot be read: {one_line(error)}; give a run folder of '
-                            f'finetune.py.') from error
+        raise ConfigError(f'RUN_DIR: {path} cannot be read: {one_line(error)}; give a run folder of '
+                          f'finetune.py.') from error
 
 
 def check_replaceable(output: Path) -> None:
@@ -50,23 +50,23 @@ def check_replaceable(output: Path) -> None:
     except (OSError, ValueError):
         ours = False
     if names and not (ours and names <= {*FILES, *ONNX_FILES}):
-        raise SettingsError(f'--output {output} must not exist, be empty, or be an earlier export, which it is not; '
-                            f'name another folder.')
+        raise ConfigError(f'--output {output} must not exist, be empty, or be an earlier export, which it is not; '
+                          f'name another folder.')
 
 
 def read_run(settings: Settings) -> dict:
     """The run's config.json, once the run is complete and of the architecture that --name names."""
     if missing := [name for name in RUN_FILES if not (settings.run_dir / name).is_file()]:
-        raise SettingsError(f'RUN_DIR {settings.run_dir} must be a finished run of finetune.py, but lacks '
-                            f'{", ".join(missing)}; give one, or finish it with --resume auto.')
+        raise ConfigError(f'RUN_DIR {settings.run_dir} must be a finished run of finetune.py, but lacks '
+                          f'{", ".join(missing)}; give one, or finish it with --resume auto.')
     config = read_json(settings.run_dir / 'config.json')
     architecture, _ = split_name(settings.name)
     if architecture != config['architecture']:
-        raise SettingsError(f'--name {settings.name} must name the architecture of RUN_DIR {settings.run_dir}, which '
-                            f'is {config["architecture"]}; give {config["architecture"]}.TAG.')
+        raise ConfigError(f'--name {settings.name} must name the architecture of RUN_DIR {settings.run_dir}, which '
+                          f'is {config["architecture"]}; give {config["architecture"]}.TAG.')
     if len(set(config.get('label_names') or ())) != config['num_classes']:
-        raise SettingsError(f'RUN_DIR {settings.run_dir}: config.json must name each of its {config["num_classes"]} '
-                            f'classes once under label_names; fine-tune with a data set that names them.')
+        raise ConfigError(f'RUN_DIR {settings.run_dir}: config.json must name each of its {config["num_classes"]} '
+                          f'classes once under label_names; fine-tune with a data set that names them.')
     return config
 
 
@@ -80,24 +80,24 @@ def open_weights(settings: Settings, config: dict) -> nn.Module:
         state = load_file(path)
         model.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise SettingsError(f'RUN_DIR: {path} is not a checkpoint of {config["architecture"]} with {changed or "no"} '
-                            f'changes: {one_line(error)[:300]}; register what the run trained under a name of its '
-                            f'own.') from error
+        raise ConfigError(f'RUN_DIR: {path} is not a checkpoint of {config["architecture"]} with {changed or "no"} '
+                          f'changes: {one_line(error)[:300]}; register what the run trained under a name of its '
+                          f'own.') from error
     if broken := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise SettingsError(f'RUN_DIR: {path} must be finite throughout, but {", ".join(broken[:5])} is not; train '
-                            f'again with a lower --lr.')
+        raise ConfigError(f'RUN_DIR: {path} must be finite throughout, but {", ".join(broken[:5])} is not; train '
+                          f'again with a lower --lr.')
     return model
 
 
 def golden_images(config: dict) -> torch.Tensor:
-    """Two smooth pictures and two of noise (4, C, H, W), normalised: the same at every export."""
+    """Two smooth images and two of noise (4, C, H, W), normalised: the same at every export."""
     cfg = config['pretrained_cfg']
     channels, *size = cfg['input_size']
     generator = torch.Generator().manual_seed(0)
     smooth = interpolate(torch.rand(2, channels, 5, 5, generator=generator), size, mode='bicubic').clamp(0, 1)
-    pictures = torch.cat([smooth, torch.rand(2, channels, *size, generator=generator)])
+    images = torch.cat([smooth, torch.rand(2, channels, *size, generator=generator)])
     mean, std = (torch.tensor(cfg[name]).view(-1, 1, 1) for name in ('mean', 'std'))
-    return (pictures - mean) / std
+    return (images - mean) / std
 
 
 def check_architecture(model: nn.Module, run_dir: Path, config: dict) -> None:
@@ -106,9 +106,9 @@ def check_architecture(model: nn.Module, run_dir: Path, config: dict) -> None:
     with torch.no_grad():
         gap = largest_gap(model(images), timm.create_model(f'local-dir:{run_dir}', pretrained=True).eval()(images))
     if gap > TOLERANCE:
-        raise SettingsError(f'RUN_DIR {run_dir} trained another model than {config["architecture"]}: with '
-                            f'{config["model_args"]} its logits differ by {gap:.1e} of the largest; register that '
-                            f'under a name of its own.')
+        raise ConfigError(f'RUN_DIR {run_dir} trained another model than {config["architecture"]}: with '
+                          f'{config["model_args"]} its logits differ by {gap:.1e} of the largest; register that '
+                          f'under a name of its own.')
 
 
 def rounded(model: nn.Module, dtype: str) -> dict[str, torch.Tensor]:
@@ -116,7 +116,7 @@ def rounded(model: nn.Module, dtype: str) -> dict[str, torch.Tensor]:
     dtypes = stored_dtypes(model, dtype)
     state = {name: value.to(dtypes[name]) for name, value in model.state_dict().items()}
     if broken := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise SettingsError(f'--dtype {dtype} cannot hold the values of {", ".join(broken[:5])}; use bfloat16.')
+        raise ConfigError(f'--dtype {dtype} cannot hold the values of {", ".join(broken[:5])}; use bfloat16.')
     return state
 
 
@@ -159,15 +159,15 @@ def held_out_figures(settings: Settings, args: dict, summary: dict, config: dict
     rows = [row for row in (rows if isinstance(rows, list) else [rows])
             if not row['checkpoint'] and Path(row['model'].removeprefix('local-dir:')).name == run_name]
     if len(rows) != 1:
-        raise SettingsError(f'RUN_DIR: {path} must have one row for local-dir:{settings.run_dir}, but has '
-                            f'{len(rows)}; evaluate again with --results-file {path}, or remove it.')
+        raise ConfigError(f'RUN_DIR: {path} must have one row for local-dir:{settings.run_dir}, but has '
+                          f'{len(rows)}; evaluate again with --results-file {path}, or remove it.')
     row, cfg = rows[0], config['pretrained_cfg']
     other = [f'{name} {row[name]}' for name, value in (
         ('img_size', cfg['input_size'][-1]), ('crop_pct', cfg['crop_pct']), ('interpolation', cfg['interpolation']),
         ('valid_labels', 'all'), ('real_labels', '')) if row[name] != value]
     if other:
-        raise SettingsError(f'RUN_DIR: {path} must be of the model as it is released, but has {", ".join(other)}; '
-                            f'evaluate again without these flags, or remove it.')
+        raise ConfigError(f'RUN_DIR: {path} must be of the model as it is released, but has {", ".join(other)}; '
+                          f'evaluate again without these flags, or remove it.')
     metrics = {name: row[name] for name in ('top1', 'top5', 'loss', 'ece', 'images')}
     split = re.search(r'--split[ =](\S+)', row['provenance']['command'])
     name = data_name(row['data'], settings, args, split[1] if split else 'validation')
@@ -192,7 +192,7 @@ def starting_point(args: dict) -> str:
 def license_of_start(args: dict) -> dict[str, str]:
     """Licence of the released weights that a run started from, at first or second hand; apache-2.0 from random weights.
 
-    Raises SettingsError where nothing tells what the weights it started from were.
+    Raises ConfigError where nothing tells what the weights it started from were.
     """
     model, checkpoint = args.get('model', ''), args.get('initial_checkpoint') or ''
     if not checkpoint and not args.get('pretrained'):
@@ -208,8 +208,8 @@ def license_of_start(args: dict) -> dict[str, str]:
         name = next((known for known, entry in RELEASES.items() if model in (
             known, known.partition('.')[0], f'hf-hub:{entry["repo"]}')), None)
     if name is None:
-        raise SettingsError(f'--license must be named: the run started from {file}, which is neither of a run folder '
-                            f'nor a release of this package, so that its licence is not known.')
+        raise ConfigError(f'--license must be named: the run started from {file}, which is neither of a run folder '
+                          f'nor a release of this package, so that its licence is not known.')
     release = RELEASES[name]['release']
     return {'license': RELEASES[name]['pretrained_cfg']['license'],
             'license_name': release['license_name'], 'license_link': release['license_link']}
@@ -236,10 +236,10 @@ def describe_release(settings: Settings, config: dict) -> dict:
             'timm': summary['timm'], 'dtype': settings.dtype, 'repo': settings.repo,
             'source': settings.source, 'license_name': settings.license_name, 'license_link': settings.license_link}
     except (KeyError, TypeError, AttributeError) as error:
-        raise SettingsError(f'RUN_DIR {settings.run_dir}: args.json, summary.json or evaluation.json is not as '
-                            f'finetune.py and eval_imagenet.py write it: {type(error).__name__} {error}.') from error
+        raise ConfigError(f'RUN_DIR {settings.run_dir}: args.json, summary.json or evaluation.json is not as '
+                          f'finetune.py and eval_imagenet.py write it: {type(error).__name__} {error}.') from error
     if unfit := [name for name, value in release['metrics'].items() if value is not None and not math.isfinite(value)]:
-        raise SettingsError(f'RUN_DIR {settings.run_dir}: figures must be finite, but {", ".join(unfit)} is not.')
+        raise ConfigError(f'RUN_DIR {settings.run_dir}: figures must be finite, but {", ".join(unfit)} is not.')
     return {name: release[name] for name in RELEASE_FIELDS}
 
 
@@ -268,7 +268,7 @@ def write_golden(folder: Path, config: dict) -> None:
 
 
 def measure_rounding(settings: Settings, folder: Path, release: dict) -> None:
-    """Evaluate the run and the rounded weights on the same pictures; the figures of the release become the latter's."""
+    """Evaluate the run and the rounded weights on the same images; the figures of the release become the latter's."""
     before, after = evaluate(EvaluationSettings(
         data_dir=settings.data_dir, model=(f'local-dir:{settings.run_dir}', f'local-dir:{folder}'),
         workers=settings.workers, valid_labels='all'))
@@ -281,7 +281,7 @@ def measure_rounding(settings: Settings, folder: Path, release: dict) -> None:
     write_json(folder / 'config.json', config | {'release': release})
 
 
-def swap(temporary: Path, output: Path) -> None:
+def replace_dir(temporary: Path, output: Path) -> None:
     """Give the finished folder its name, in the place of an earlier one."""
     old = output.with_name(f'.{output.name}.old')
     shutil.rmtree(old, ignore_errors=True)
@@ -332,15 +332,15 @@ def run(settings: Settings) -> Path:
             gaps = {reader: largest_gap(logits, golden['logits'])
                     for reader, logits in onnx_answers(temporary, golden['input']).items()}
             if max(gaps.values()) > TOLERANCE:
-                raise SettingsError(f'--with-onnx: the logits differ from the golden ones by {gaps} of the largest, '
-                                    f'{TOLERANCE:g} allowed; leave it out.')
+                raise ConfigError(f'--with-onnx: the logits differ from the golden ones by {gaps} of the largest, '
+                                  f'{TOLERANCE:g} allowed; leave it out.')
             print('model.onnx, model.pt2: golden logits to '
                   + ', '.join(f'{gap:.1e} ({reader})' for reader, gap in gaps.items()))
         write_card(temporary)
         print(f'README.md: top-1 {release["metrics"]["top1"]} % on {release["evaluated_on"]}')
-        swap(temporary, output)
+        replace_dir(temporary, output)
     except OSError as error:
-        raise SettingsError(f'--output {output} cannot be written: {one_line(error)}; choose another.') from error
+        raise ConfigError(f'--output {output} cannot be written: {one_line(error)}; choose another.') from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f'{output}: check it with python hub/verify.py {output}')

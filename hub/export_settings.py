@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coatnet_train.data.config import default_workers
-from coatnet_train.runtime.cli import SettingsError, flag, tyro
+from coatnet_train.runtime.cli import ConfigError, flag, tyro
 from release_rules import DTYPES, check_license, check_tag
 
 __all__ = ['Settings', 'check_values']
@@ -39,7 +39,7 @@ class CardSettings:
     trained_on: str | None = None  # Name of the training data (that of --dataset in the run if not given).
     data_license: str | None = None  # Licence or terms of the training data.
     dataset_id: str | None = None  # The training data's OWNER/NAME on the Hub (that of hfds/ in the run if not given).
-    evaluated_on: str | None = None  # Name of the pictures that the figures are of (their folder if not given).
+    evaluated_on: str | None = None  # Name of the images that the figures are of (their folder if not given).
     repo: str | None = None  # OWNER/NAME that the card's example loads (publish.py writes it if not given).
     source: str | None = None  # Where pip gets coatnet_zoo for the card's example: a git address, or a name on PyPI.
 
@@ -52,20 +52,20 @@ class Settings(CardSettings, WeightsSettings, RunSettings):
 def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
     if settings.dtype not in DTYPES:
-        raise SettingsError(f'--dtype must be one of {", ".join(DTYPES)}, got {settings.dtype!r}.')
+        raise ConfigError(f'--dtype must be one of {", ".join(DTYPES)}, got {settings.dtype!r}.')
     if settings.data_dir and settings.dtype == 'float32':
-        raise SettingsError('--data-dir measures what --dtype costs, which is float32 here; give --dtype, or put '
-                            'figures into the card by eval_imagenet.py --results-file RUN_DIR/evaluation.json.')
+        raise ConfigError('--data-dir measures what --dtype costs, which is float32 here; give --dtype, or put '
+                          'figures into the card by eval_imagenet.py --results-file RUN_DIR/evaluation.json.')
     check_tag(settings.name)
     check_license(settings.license or 'apache-2.0', settings.license_name, settings.license_link)
     for name in ('trained_on', 'data_license', 'evaluated_on', 'license_name', 'license_link', 'source'):
         value = getattr(settings, name)
         if value is not None and not (value.strip() and value.isprintable()):  # it stands in a table of the card
-            raise SettingsError(f'{flag(name)} must be one line of text, got {value!r}; give that, or leave it out.')
+            raise ConfigError(f'{flag(name)} must be one line of text, got {value!r}; give that, or leave it out.')
     if settings.source and not re.fullmatch(r"[^\s'\"]+", settings.source):
-        raise SettingsError(f'--source must be what pip installs coatnet_zoo from, without blanks and quotes, got '
-                            f'{settings.source!r}.')
+        raise ConfigError(f'--source must be what pip installs coatnet_zoo from, without blanks and quotes, got '
+                          f'{settings.source!r}.')
     for name in ('repo', 'dataset_id'):
         value = getattr(settings, name)
         if value is not None and not re.fullmatch(r'[\w.-]+/[\w.-]+', value):
-            raise SettingsError(f'{flag(name)} must be OWNER/NAME on the Hub, got {value!r}.')
+            raise ConfigError(f'{flag(name)} must be OWNER/NAME on the Hub, got {value!r}.')

@@ -56,7 +56,7 @@ def results_table(release: dict) -> str:
     rows = {
         'top-1 accuracy (%)': number(metrics['top1'], 2), 'top-5 accuracy (%)': number(metrics['top5'], 2),
         'cross-entropy (nats)': number(metrics['loss'], 4),
-        'expected calibration error (%)': number(metrics['ece'], 2), 'pictures': number(metrics['images'], 0)}
+        'expected calibration error (%)': number(metrics['ece'], 2), 'images': number(metrics['images'], 0)}
     if release['dtype'] != 'float32':
         rows[f'change of top-1 by rounding to {release["dtype"]} (points)'] = number(metrics['top1_change'], 3, '+')
     return table(rows)
@@ -66,7 +66,7 @@ def evaluated(release: dict) -> str:
     """What the figures were measured on, and what is wrong with that."""
     lines = [f'Measured on: {release["evaluated_on"]}.']
     if release['picked_best_epoch']:
-        lines.append('These pictures also picked the best epoch, so the figures are a little too good.')
+        lines.append('These images also picked the best epoch, so the figures are a little too good.')
     if release['dtype'] != 'float32' and release['metrics']['top1_change'] is None:
         lines.append(f'The figures are those of the float32 weights, before they were rounded to {release["dtype"]}.')
     return ' '.join(lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.files import write_file
 
 __all__ = ['check_no_pickles', 'onnx_answers', 'write_onnx_files']
@@ -37,12 +37,12 @@ def write_onnx_files(folder: Path, model: nn.Module, images: torch.Tensor) -> No
         write_file(folder / 'model.pt2', lambda temporary: temporary.write_bytes(archive.getvalue()))
         write_file(folder / 'model.onnx', lambda temporary: onnx.save(temporary, external_data=False))
     except ValueError as error:
-        raise SettingsError(f'--with-onnx: a file cannot be written: {one_line(error)}; leave it out.') from error
+        raise ConfigError(f'--with-onnx: a file cannot be written: {one_line(error)}; leave it out.') from error
     try:
         check_no_pickles(folder / 'model.pt2')
-    except SettingsError as error:
-        raise SettingsError(f'--with-onnx: torch {torch.__version__} writes pickled data into model.pt2, which no '
-                            f'release holds; use a newer torch, or leave it out.') from error
+    except ConfigError as error:
+        raise ConfigError(f'--with-onnx: torch {torch.__version__} writes pickled data into model.pt2, which no '
+                          f'release holds; use a newer torch, or leave it out.') from error
 
 
 def check_no_pickles(path: Path) -> None:
@@ -54,9 +54,9 @@ def check_no_pickles(path: Path) -> None:
         pickled = [name for name, content in members.items() if name.endswith(('.pt', '.pkl')) and content]
         pickled += [name for config in configs for name, entry in config.items() if entry['use_pickle'] is not False]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise SettingsError(f'{path.name} cannot be read: {one_line(error)}; export anew.') from error
+        raise ConfigError(f'{path.name} cannot be read: {one_line(error)}; export anew.') from error
     if pickled:
-        raise SettingsError(f'{path.name} must hold no pickled data, but {", ".join(pickled[:3])} is; export anew.')
+        raise ConfigError(f'{path.name} must hold no pickled data, but {", ".join(pickled[:3])} is; export anew.')
 
 
 def onnx_answers(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ writes are left alone. The token is that of HF_TOKEN or of `hf auth login`. --pa
 package, so that they ship with it and need no network.
 """
 import scripts_path  # noqa: F401
-from coatnet_train.runtime.cli import end_with_sentence, parse_flags
+from coatnet_train.runtime.cli import parse_flags, run_cli
 from publish_settings import Settings, check_values
 
 
@@ -28,4 +28,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == '__main__':
-    end_with_sentence('publish.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('publish.py', lambda: main(parse_flags(Settings, __doc__)))

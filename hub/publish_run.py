@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import load_file
 
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.files import write_file, write_json
 from coatnet_zoo import releases as released
 from coatnet_zoo.releases import check_release, sha256_of
@@ -75,7 +75,7 @@ class State:
     empty: bool
 
     @property
-    def same(self) -> bool:
+    def up_to_date(self) -> bool:
         return not self.changed and not self.stale
 
 
@@ -89,7 +89,7 @@ def read_release(folder: Path) -> Release:
         check_release(name, {**cfg, 'num_classes': config.get('num_classes', cfg.get('num_classes'))},
                       timm.get_pretrained_cfg(f'{architecture}.untrained', allow_unregistered=False).to_dict())
     except (ValueError, RuntimeError) as error:
-        raise SettingsError(f'FOLDER {folder} cannot be released: {one_line(error)}') from error
+        raise ConfigError(f'FOLDER {folder} cannot be released: {one_line(error)}') from error
     return Release(folder, name, config, files)
 
 
@@ -105,35 +105,35 @@ def read_releases() -> dict[str, dict]:
     try:
         return released.read_releases(WEIGHTS / 'releases.json')
     except (OSError, ValueError) as error:
-        raise SettingsError(f'what is released already cannot be read: {one_line(error)}') from error
+        raise ConfigError(f'what is released already cannot be read: {one_line(error)}') from error
 
 
-def ask_hub(repo: str, call: Callable, /, **arguments: object) -> object:
-    """Call the Hub; what can go wrong there becomes a sentence."""
+def call_hub(repo: str, call: Callable, /, **arguments: object) -> object:
+    """Call the Hub; raises ConfigError with what to do for the errors that it answers with."""
     try:
         return call(**arguments)
     except LocalTokenNotFoundError as error:
-        raise SettingsError('--push needs a token that may write, and there is none; log in with `hf auth login` or '
-                            'set HF_TOKEN.') from error
+        raise ConfigError('--push needs a token that may write, and there is none; log in with `hf auth login` or '
+                          'set HF_TOKEN.') from error
     except RepositoryNotFoundError as error:
-        raise SettingsError(f'--repo {repo}: the Hub shows no such repository; it is gone, or private and not yours; '
-                            f'check the name and the token.') from error
+        raise ConfigError(f'--repo {repo}: the Hub shows no such repository; it is gone, or private and not yours; '
+                          f'check the name and the token.') from error
     except (*TRANSPORT, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise  # of this machine, not of the Hub
         status = getattr(getattr(error, 'response', None), 'status_code', None)
-        told = {
+        message = {
             401: 'the Hub refuses the token of HF_TOKEN or of your login; renew it with `hf auth login` or set '
                  'another',
             403: f'your token may not write to {repo.partition("/")[0]}; take one that may, or another --repo',
             409: 'what was to be made was made by somebody else meanwhile; run this again',
             412: 'somebody committed to it meanwhile; nothing was overwritten; look at it and run this again',
         }.get(status)
-        if told is None and status is None and isinstance(error, TRANSPORT):
-            told = (f'the Hub cannot be reached, or the connection broke ({type(error).__name__}: {one_line(error)}); '
-                    f'check the network and run this again')
+        if message is None and status is None and isinstance(error, TRANSPORT):
+            message = (f'the Hub cannot be reached, or the connection broke ({type(error).__name__}: '
+                       f'{one_line(error)}); check the network and run this again')
         cause = f'{one_line(error)} ({one_line(error.__cause__)})' if error.__cause__ else one_line(error)
-        raise SettingsError(f'--repo {repo}: {told or cause}.') from error
+        raise ConfigError(f'--repo {repo}: {message or cause}.') from error
 
 
 def read_state(api: HfApi, repo: str, tag: str, release: Release) -> State | None:
@@ -163,19 +163,19 @@ def read_state(api: HfApi, repo: str, tag: str, release: Release) -> State | Non
 
 def check_parent(state: State | None, recorded: dict | None, settings: Settings) -> None:
     """Refuse to write over what somebody else has put there."""
-    if state is None or state.same:
+    if state is None or state.up_to_date:
         return
     if state.tagged:
-        raise SettingsError(f'--release {settings.release}: the tag exists in {settings.repo}, at a commit with other '
-                            f'files ({", ".join((*state.changed, *state.stale))}), and is never moved; give another.')
+        raise ConfigError(f'--release {settings.release}: the tag exists in {settings.repo}, at a commit with other '
+                          f'files ({", ".join((*state.changed, *state.stale))}), and is never moved; give another.')
     known = recorded['commit'] if recorded and recorded['repo'] == settings.repo else None
     if settings.parent and settings.parent != state.commit:
-        raise SettingsError(f'--parent {settings.parent} is not where {settings.repo} is, {state.commit}; look at what '
-                            f'was committed there and give that commit.')
+        raise ConfigError(f'--parent {settings.parent} is not where {settings.repo} is, {state.commit}; look at what '
+                          f'was committed there and give that commit.')
     if not state.empty and state.commit not in (known, settings.parent):
         since = f'has moved since it was recorded at {known}' if known else 'holds files that no release recorded'
-        raise SettingsError(f'--repo {settings.repo} {since}, and they would be overwritten; look at it, and add '
-                            f'--parent {state.commit} to build upon it.')
+        raise ConfigError(f'--repo {settings.repo} {since}, and they would be overwritten; look at it, and add '
+                          f'--parent {state.commit} to build upon it.')
 
 
 def upload(api: HfApi, state: State, release: Release, settings: Settings) -> str:
@@ -190,9 +190,9 @@ def check_download(repo: str, commit: str, release: Release) -> None:
     """Download the commit into an empty cache, compare it with the folder, load it through timm and run it."""
     with tempfile.TemporaryDirectory() as cache:
         for name, sha256 in release.files.items():
-            path = ask_hub(repo, hf_hub_download, repo_id=repo, filename=name, revision=commit, cache_dir=cache)
+            path = call_hub(repo, hf_hub_download, repo_id=repo, filename=name, revision=commit, cache_dir=cache)
             if (found := sha256_of(Path(path))) != sha256:
-                raise SettingsError(
+                raise ConfigError(
                     f'--repo {repo}: {name} came back from commit {commit} with sha256 {found} in place of {sha256}; '
                     f'nothing was recorded; run this again, and if it stays so upload it anew with another --release.')
         try:
@@ -201,11 +201,11 @@ def check_download(repo: str, commit: str, release: Release) -> None:
             with torch.no_grad():
                 error = (model(golden['input']) - golden['logits']).abs().max() / golden['logits'].abs().max()
         except (RuntimeError, ValueError, TypeError, OSError, KeyError) as problem:
-            raise SettingsError(f'--repo {repo}: commit {commit} came back the same and does not load through timm: '
-                                f'{one_line(problem)}; nothing was recorded.') from problem
+            raise ConfigError(f'--repo {repo}: commit {commit} came back the same and does not load through timm: '
+                              f'{one_line(problem)}; nothing was recorded.') from problem
     if not error <= 1e-4:
-        raise SettingsError(f'--repo {repo}: commit {commit} loads, and its logits differ from the golden ones by '
-                            f'{error:.1e} of the largest; nothing was recorded; export it again on this machine.')
+        raise ConfigError(f'--repo {repo}: commit {commit} loads, and its logits differ from the golden ones by '
+                          f'{error:.1e} of the largest; nothing was recorded; export it again on this machine.')
 
 
 def record(release: Release, **where: str) -> bool:
@@ -230,19 +230,19 @@ def package(release: Release) -> None:
 def push(api: HfApi, release: Release, settings: Settings) -> None:
     """From the folder to a record of what the Hub really gives, every step of which may have been done before."""
     repo, recorded = settings.repo, read_releases().get(release.name)
-    ask_hub(repo, api.create_repo, repo_id=repo, private=settings.private, exist_ok=True)
-    state = ask_hub(repo, read_state, api=api, repo=repo, tag=settings.release, release=release)
+    call_hub(repo, api.create_repo, repo_id=repo, private=settings.private, exist_ok=True)
+    state = call_hub(repo, read_state, api=api, repo=repo, tag=settings.release, release=release)
     if state is None:
-        raise SettingsError(f'--repo {repo} exists, and your token may not see it; take one that may.')
+        raise ConfigError(f'--repo {repo} exists, and your token may not see it; take one that may.')
     check_parent(state, recorded, settings)
-    if state.same:
+    if state.up_to_date:
         commit = state.commit
         print(f'nothing to upload: commit {commit} holds these files')
     else:
-        commit = ask_hub(repo, upload, api=api, state=state, release=release, settings=settings)
+        commit = call_hub(repo, upload, api=api, state=state, release=release, settings=settings)
         print(f'uploaded {len(state.changed)} files in commit {commit}')
     if not state.tagged:
-        ask_hub(repo, api.create_tag, repo_id=repo, tag=settings.release, revision=commit)
+        call_hub(repo, api.create_tag, repo_id=repo, tag=settings.release, revision=commit)
         print(f'tagged {settings.release}')
     check_download(repo, commit, release)
     print(f'downloaded again into an empty cache: {len(release.files)} files with the same sha256, golden logits met')
@@ -262,7 +262,7 @@ def describe_state(state: State | None, settings: Settings) -> str:
         return f'{repo}: does not exist, or your token may not see it; --push would make it'
     where = f'at {"tag " + settings.release + ", " if state.tagged else ""}commit {state.commit}'
     others = f'; left alone: {", ".join(state.others)}' if state.others else ''
-    if state.same:
+    if state.up_to_date:
         return f'{repo}: {where}, holds these files{others}; --push would upload nothing'
     stale = f', remove {", ".join(state.stale)}' if state.stale else ''
     return f'{repo}: {where}{others}; --push would upload {", ".join(state.changed) or "nothing"}{stale}'
@@ -272,7 +272,7 @@ def run(settings: Settings) -> None:
     """Print what would be done, or do it."""
     api = HfApi()
     if settings.push:
-        ask_hub(settings.repo, api.whoami)  # a token that cannot work is told before the long work
+        call_hub(settings.repo, api.whoami)  # a token that cannot work is reported before the long work
     release = read_release(settings.folder)
     shown, stored = release.config['release'].get('repo'), release
     with tempfile.TemporaryDirectory() as scratch:
@@ -284,8 +284,8 @@ def run(settings: Settings) -> None:
                     release = replace(release, folder=Path(shutil.copytree(settings.folder, Path(scratch, 'release'))))
                 release = write_address(release, settings.repo)
             except OSError as error:
-                raise SettingsError(f'FOLDER {settings.folder}: README.md or config.json cannot be written with --repo '
-                                    f'{settings.repo}: {one_line(error)}; make room and run this again.') from error
+                raise ConfigError(f'FOLDER {settings.folder}: README.md or config.json cannot be written with --repo '
+                                  f'{settings.repo}: {one_line(error)}; make room and run this again.') from error
         publish(api, release, settings, release if settings.push else stored)
 
 
@@ -302,18 +302,18 @@ def publish(api: HfApi, release: Release, settings: Settings, packaged: Release)
     recorded = read_releases().get(release.name)
     if recorded and recorded['packaged'] and not settings.package and (
             recorded['sha256'] != release.files['model.safetensors']):
-        raise SettingsError(f'FOLDER {settings.folder} has other weights than {recorded["packaged"]} of the package; '
-                            f'add --package to replace them, or release it under another tag.')
+        raise ConfigError(f'FOLDER {settings.folder} has other weights than {recorded["packaged"]} of the package; '
+                          f'add --package to replace them, or release it under another tag.')
     try:
         if settings.package:
             package(packaged)
         if settings.push:
             push(api, release, settings)
     except OSError as error:
-        raise SettingsError(f'a file of this machine cannot be written: {one_line(error)}; make room for it '
-                            f'and run this again.') from error
+        raise ConfigError(f'a file of this machine cannot be written: {one_line(error)}; make room for it '
+                          f'and run this again.') from error
     if settings.repo and not settings.push:
-        state = ask_hub(settings.repo, read_state, api=api, repo=settings.repo, tag=settings.release, release=release)
+        state = call_hub(settings.repo, read_state, api=api, repo=settings.repo, tag=settings.release, release=release)
         print(describe_state(state, settings))
         check_parent(state, recorded, settings)
         print('nothing on the Hub was changed')

@@ -3,10 +3,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
-from coatnet_train.runtime.cli import SettingsError, one_line, tyro
+from coatnet_train.runtime.cli import ConfigError, one_line, tyro
 
 __all__ = ['Settings', 'check_values']
 
@@ -25,17 +22,20 @@ class Settings:
 def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
     if settings.push and not settings.repo:
-        raise SettingsError('--push needs --repo OWNER/NAME, and it is not given; give it.')
+        raise ConfigError('--push needs --repo OWNER/NAME, and it is not given; give it.')
     if not settings.repo and not settings.package:
-        raise SettingsError('--repo must name a repository as OWNER/NAME, and names none; give one, or --package.')
+        raise ConfigError('--repo must name a repository as OWNER/NAME, and names none; give one, or --package.')
     if not re.fullmatch(r'[A-Za-z0-9]+([._-][A-Za-z0-9]+)*', settings.release) or settings.release == 'main':
-        raise SettingsError(f'--release must be a git tag of letters, digits and single . _ - between them, such as '
-                            f'v2, got {settings.release!r}.')
+        raise ConfigError(f'--release must be a git tag of letters, digits and single . _ - between them, such as '
+                          f'v2, got {settings.release!r}.')
     if settings.repo:
+        from huggingface_hub.errors import HFValidationError  # where it is missing, --help works
+        from huggingface_hub.utils import validate_repo_id
+
         try:
             validate_repo_id(settings.repo)
         except HFValidationError as error:
-            raise SettingsError(f'--repo must be OWNER/NAME as the Hub allows it, got {settings.repo!r}: '
-                                f'{one_line(error)}') from error
+            raise ConfigError(f'--repo must be OWNER/NAME as the Hub allows it, got {settings.repo!r}: '
+                              f'{one_line(error)}') from error
         if '/' not in settings.repo:
-            raise SettingsError(f'--repo must be OWNER/NAME, got {settings.repo!r}; put the owner in front.')
+            raise ConfigError(f'--repo must be OWNER/NAME, got {settings.repo!r}; put the owner in front.')

@@ -5,7 +5,7 @@ from timm.models import get_arch_pretrained_cfgs, model_entrypoint
 from torch import nn
 
 import coatnet_zoo
-from coatnet_train.runtime.cli import SettingsError, did_you_mean
+from coatnet_train.runtime.cli import ConfigError, did_you_mean
 from release_rules import check_tag
 
 __all__ = ['bare_model', 'largest_gap', 'own_cfg', 'split_name', 'stored_dtypes']
@@ -17,8 +17,8 @@ def split_name(name: str, option: str = '--name') -> tuple[str, str]:
     mine = [known for known in timm.list_models()
             if model_entrypoint(known).__module__.startswith(f'{coatnet_zoo.__name__}.')]
     if architecture not in mine:
-        raise SettingsError(f'{option} must be a name of the zoo, a dot and a tag, such as coatnet_pico_64.tin200, got '
-                            f'{name!r}{did_you_mean(architecture, mine) or "."}')
+        raise ConfigError(f'{option} must be a name of the zoo, a dot and a tag, such as coatnet_pico_64.tin200, got '
+                          f'{name!r}{did_you_mean(architecture, mine) or "."}')
     check_tag(name, option)
     return architecture, tag
 

@@ -2,7 +2,7 @@
 import re
 from pathlib import Path
 
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 __all__ = ['DTYPES', 'FILES', 'ONNX_FILES', 'RELEASE_FIELDS', 'TOLERANCE', 'check_license', 'check_tag', 'list_files']
 
@@ -22,33 +22,33 @@ def check_tag(name: str, option: str = '--name') -> None:
     """Refuse a NAME.TAG whose tag timm could not register."""
     architecture, _, tag = name.partition('.')
     if not re.fullmatch(r'[a-z0-9]+(_[a-z0-9]+)*', tag) or tag == 'untrained':
-        raise SettingsError(f'{option} must end in a tag of small letters, digits and single underscores that says '
-                            f'data and recipe, such as {architecture}.tin200, got {name!r}.')
+        raise ConfigError(f'{option} must end in a tag of small letters, digits and single underscores that says '
+                          f'data and recipe, such as {architecture}.tin200, got {name!r}.')
 
 
 def check_license(license: str, license_name: str | None, license_link: str | None, place: str = '') -> None:
     """Refuse a licence that the Hub could not show: an id of its list, or 'other' with a name and a link."""
     if not re.fullmatch(r'[a-z0-9]+([.-][a-z0-9]+)*', license):
-        raise SettingsError(f'{place}--license must be an identifier of the Hub, such as apache-2.0, cc-by-nc-4.0 or '
-                            f'other, got {license!r}.')
+        raise ConfigError(f'{place}--license must be an identifier of the Hub, such as apache-2.0, cc-by-nc-4.0 or '
+                          f'other, got {license!r}.')
     if (license == 'other') != bool(license_name and license_link) or bool(license_name) != bool(license_link):
-        raise SettingsError(f'{place}--license other needs --license-name and --license-link, and no other licence has '
-                            f'them, got {license}, {license_name!r} and {license_link!r}.')
+        raise ConfigError(f'{place}--license other needs --license-name and --license-link, and no other licence has '
+                          f'them, got {license}, {license_name!r} and {license_link!r}.')
 
 
 def list_files(folder: Path) -> list[Path]:
     """The files of a folder, once it holds those of the list and nothing else."""
     if folder.is_symlink() or not folder.is_dir():
-        raise SettingsError(f'FOLDER {folder} must be a folder that export.py made, and is none; give one.')
+        raise ConfigError(f'FOLDER {folder} must be a folder that export.py made, and is none; give one.')
     found = sorted(folder.iterdir())
     for path in found:
         if path.name not in (*FILES, *ONNX_FILES):
-            raise SettingsError(f'FOLDER {folder} must hold the files of a release alone, but {path.name!r} is none of '
-                                f'{", ".join((*FILES, *ONNX_FILES))}; remove it, or export anew.')
+            raise ConfigError(f'FOLDER {folder} must hold the files of a release alone, but {path.name!r} is none of '
+                              f'{", ".join((*FILES, *ONNX_FILES))}; remove it, or export anew.')
         if path.is_symlink() or not path.is_file():
-            raise SettingsError(f'FOLDER {folder}: {path.name} must be a file, not a link or a folder; export anew.')
+            raise ConfigError(f'FOLDER {folder}: {path.name} must be a file, not a link or a folder; export anew.')
     names = {path.name for path in found}
     wanted = {*FILES, *(ONNX_FILES if names & set(ONNX_FILES) else ())}
     if missing := sorted(wanted - names):
-        raise SettingsError(f'FOLDER {folder} lacks {", ".join(missing)}; export anew.')
+        raise ConfigError(f'FOLDER {folder} lacks {", ".join(missing)}; export anew.')
     return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import scripts_path  # noqa: F401
-from coatnet_train.runtime.cli import end_with_sentence, parse_flags, tyro
+from coatnet_train.runtime.cli import parse_flags, run_cli, tyro
 
 __all__ = ['Settings', 'main']
 
@@ -31,4 +31,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == '__main__':
-    end_with_sentence('verify.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('verify.py', lambda: main(parse_flags(Settings, __doc__)))

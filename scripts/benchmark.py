@@ -1,7 +1,7 @@
 """Time one model against another, side by side in one run: images/s, peak memory and the ratio.
 
 Three words in front ask for other tables: `ops` times the operators by themselves (benchmark_ops.py), `scaling`
-models over image sizes (benchmark_scaling.py), `loader` the reading of pictures (benchmark_loader.py); each has a
+models over image sizes (benchmark_scaling.py), `loader` the reading of images (benchmark_loader.py); each has a
 --help of its own.
 
     python scripts/benchmark.py --model coatnet_0 --against coatnet_0_224
@@ -27,7 +27,7 @@ from coatnet_train.benchmarks.config import (
     check_ops,
     check_scaling,
 )
-from coatnet_train.runtime.cli import end_with_sentence, parse_flags
+from coatnet_train.runtime.cli import parse_flags, run_cli
 
 TABLES = {'ops': OpsSettings, 'scaling': ScalingSettings, 'loader': LoaderSettings}
 
@@ -54,4 +54,4 @@ def dispatch(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    end_with_sentence('benchmark.py', lambda: dispatch(sys.argv[1:]))
+    run_cli('benchmark.py', lambda: dispatch(sys.argv[1:]))

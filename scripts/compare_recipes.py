@@ -9,7 +9,7 @@ is held out are other training images: no validation split is looked at. The las
 that the results file holds are not made again, so a run that was cut off goes on.
 """
 from coatnet_train.experiments.recipes_config import Settings, check_values
-from coatnet_train.runtime.cli import end_with_sentence, parse_flags
+from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
 def main(settings: Settings) -> dict:
@@ -20,4 +20,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == '__main__':
-    end_with_sentence('compare_recipes.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('compare_recipes.py', lambda: main(parse_flags(Settings, __doc__)))

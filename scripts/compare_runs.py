@@ -10,7 +10,7 @@ models differ; --allow-different compares others too, and lists the settings in 
 from dataclasses import dataclass
 from pathlib import Path
 
-from coatnet_train.runtime.cli import SettingsError, end_with_sentence, parse_flags, tyro
+from coatnet_train.runtime.cli import ConfigError, parse_flags, run_cli, tyro
 
 MOST_RUNS = 5  # curves that one plot can hold
 
@@ -25,9 +25,9 @@ class Settings:
 def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
     if not 2 <= len(settings.runs) <= MOST_RUNS:
-        raise SettingsError(f'RUNS must be two to {MOST_RUNS} run folders, got {len(settings.runs)}.')
+        raise ConfigError(f'RUNS must be two to {MOST_RUNS} run folders, got {len(settings.runs)}.')
     if settings.results_file and Path(settings.results_file).suffix != '.json':
-        raise SettingsError(f'--results-file must end in .json, got {settings.results_file}.')
+        raise ConfigError(f'--results-file must end in .json, got {settings.results_file}.')
 
 
 def main(settings: Settings) -> dict:
@@ -38,4 +38,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == '__main__':
-    end_with_sentence('compare_runs.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('compare_runs.py', lambda: main(parse_flags(Settings, __doc__)))

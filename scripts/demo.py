@@ -9,7 +9,7 @@ pretrained model reads fewer than 97 % of the held-out digits right, or is anoth
 """
 import sys
 
-from coatnet_train.runtime.cli import end_with_sentence, tyro
+from coatnet_train.runtime.cli import run_cli, tyro
 
 
 def main(results_file: str = '') -> int:
@@ -23,4 +23,4 @@ def main(results_file: str = '') -> int:
 
 
 if __name__ == '__main__':
-    end_with_sentence('demo.py', lambda: sys.exit(tyro.cli(main, description=__doc__)))
+    run_cli('demo.py', lambda: sys.exit(tyro.cli(main, description=__doc__)))

@@ -1,7 +1,7 @@
 """Evaluate models with timm's own preprocessing: ImageNet-1k, its relatives, or a folder of a model's own classes.
 
     python scripts/eval_imagenet.py --data-dir imagenet --model resnet50.a1_in1k convnext_tiny.fb_in1k
-    python scripts/eval_imagenet.py --data-dir pictures --model local-dir:output/coatnet_pico --output output/eval
+    python scripts/eval_imagenet.py --data-dir images --model local-dir:output/coatnet_pico --output output/eval
     python scripts/eval_imagenet.py --data-dir imagenet --model coatnet_0 --checkpoint first.pth second.safetensors
     python scripts/eval_imagenet.py --data-dir imagenet --model resnet50.a1_in1k --real-labels timm
     torchrun --nproc-per-node 8 scripts/eval_imagenet.py --data-dir imagenet-c --model resnet50.a1_in1k
@@ -11,7 +11,7 @@ numbers for -V2, a model's own names after fine-tuning, CORRUPTION/SEVERITY/ wit
 checkpoints give one table. Numbers are those of timm's validate.py: top-1, top-5 (%), loss (nats); ECE (%) has 15 bins.
 """
 from coatnet_train.evaluation.config import Settings, check_values
-from coatnet_train.runtime.cli import end_with_sentence, parse_flags
+from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
 def main(settings: Settings) -> list[dict]:
@@ -22,4 +22,4 @@ def main(settings: Settings) -> list[dict]:
 
 
 if __name__ == '__main__':
-    end_with_sentence('eval_imagenet.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('eval_imagenet.py', lambda: main(parse_flags(Settings, __doc__)))

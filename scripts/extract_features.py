@@ -1,4 +1,4 @@
-"""Write the features of pictures to safetensors or Parquet shards, and say how well they tell the classes apart.
+"""Write the features of images to safetensors or Parquet shards, and say how well they tell the classes apart.
 
     python scripts/extract_features.py --data-dir flowers --model coatnet_0 --checkpoint coatnet_0.safetensors
     python scripts/extract_features.py --data-dir flowers --model local-dir:output/coatnet_pico --pretrained \\
@@ -7,20 +7,20 @@
     accelerate launch scripts/extract_features.py --data-dir flowers --model coatnet_0 --features pyramid \\
         --out-indices 3 4 --dtype float16
 
-Pooled features are what the classifier takes, (C,) for a picture: the last map, pooled and normalised as the model does
+Pooled features are what the classifier takes, (C,) for an image: the last map, pooled and normalised as the model does
 it, without the hidden layer `pre_logits` that some heads put between the two (CoAtNet's and MaxViT's ends in tanh, and
 is untrained in a model without classes). Attention pooling and the hidden layers of MobileNetV3, GhostNet,
 CAFormer and their like stay, as in timm's own embeddings. Pyramid features are the maps of timm's features_only=True,
 (C, H, W) each.
 
-OUTPUT/SPLIT/ holds the shards and index.json. A shard has a row for each picture that can be read: index (its place in
+OUTPUT/SPLIT/ holds the shards and index.json. A shard has a row for each image that can be read: index (its place in
 the data), label (-1 where there are no classes), path, and embedding or level_0, level_1, ...; in safetensors the
-paths are a JSON list in the metadata. Pictures that cannot be read have no row, and index.json lists them. A run that
+paths are a JSON list in the metadata. Images that cannot be read have no row, and index.json lists them. A run that
 was stopped, begun again with the same settings, writes the shards that are missing. Several processes share the shards
 out, so that the files are those of one process.
 """
 from coatnet_train.evaluation.extraction_config import Settings, check_values
-from coatnet_train.runtime.cli import end_with_sentence, parse_flags
+from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
 def main(settings: Settings) -> dict:
@@ -31,4 +31,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == '__main__':
-    end_with_sentence('extract_features.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('extract_features.py', lambda: main(parse_flags(Settings, __doc__)))

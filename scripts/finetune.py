@@ -1,4 +1,4 @@
-"""Fine-tune any timm or zoo model on a folder of pictures, a torchvision data set, or one of the Hugging Face Hub.
+"""Fine-tune any timm or zoo model on a folder of images, a torchvision data set, or one of the Hugging Face Hub.
 
     python scripts/finetune.py --recipe small_data --data-dir flowers \\
         --model lightconvnet_pico_64.tin200_preview --pretrained
@@ -16,7 +16,7 @@ on from there), 1 for a loss that is not finite.
 
 import sys
 
-from coatnet_train.runtime.cli import Preempted, end_with_sentence, one_line
+from coatnet_train.runtime.cli import Preempted, one_line, run_cli
 from coatnet_train.training.config import Settings, check_values, read_settings
 
 PREEMPTED = 75  # exit code: stopped by SIGTERM, everything saved
@@ -31,7 +31,7 @@ def main(settings: Settings) -> dict:
 
 if __name__ == '__main__':
     try:
-        end_with_sentence('finetune.py', lambda: main(read_settings(description=__doc__)))
+        run_cli('finetune.py', lambda: main(read_settings(description=__doc__)))
     except Preempted as reason:
         print(f'finetune.py: {reason}; --resume auto goes on from there.', file=sys.stderr)
         sys.exit(PREEMPTED)

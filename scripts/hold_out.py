@@ -1,8 +1,8 @@
-"""Take some pictures of each class out of a training folder, so that settings are not chosen on the validation split.
+"""Take some images of each class out of a training folder, so that settings are not chosen on the validation split.
 
     python scripts/hold_out.py tiny-imagenet/train tin200 --per-class 10
 
-fills tin200/train and tin200/validation with links to the pictures, the last ones of each class in natural order in
+fills tin200/train and tin200/validation with links to the images, the last ones of each class in natural order in
 validation; the folder it reads stays as it is. Links are made to the files that finetune.py would read, and to no
 others. finetune.py takes --data-dir tin200, and the real validation split is looked at once, at the end, by
 eval_imagenet.py.
@@ -12,53 +12,53 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coatnet_train.data.image_folder import list_images
-from coatnet_train.runtime.cli import SettingsError, end_with_sentence, one_line, parse_flags, tyro
+from coatnet_train.runtime.cli import ConfigError, one_line, parse_flags, run_cli, tyro
 
 
 @dataclass(frozen=True)
 class Settings:
-    train_dir: tyro.conf.Positional[Path]  # Folder with a sub-folder of pictures for each class.
+    train_dir: tyro.conf.Positional[Path]  # Folder with a sub-folder of images for each class.
     output: tyro.conf.Positional[Path]  # New folder to fill with train/ and validation/.
-    per_class: int = 10  # Pictures of each class to hold out.
+    per_class: int = 10  # Images of each class to hold out.
 
 
 def main(settings: Settings) -> dict[str, int]:
-    """Fill the new folder, and return how many pictures went where."""
+    """Fill the new folder, and return how many images went where."""
     if not settings.train_dir.is_dir():
-        raise SettingsError(f'TRAIN_DIR {settings.train_dir} is not a folder; give one with a sub-folder for each '
-                            f'class.')
+        raise ConfigError(f'TRAIN_DIR {settings.train_dir} is not a folder; give one with a sub-folder for each '
+                          f'class.')
     try:
         found = list_images(settings.train_dir, 'TRAIN_DIR')
     except OSError as error:
-        raise SettingsError(f'TRAIN_DIR {settings.train_dir} cannot be read: {one_line(error)}.') from error
+        raise ConfigError(f'TRAIN_DIR {settings.train_dir} cannot be read: {one_line(error)}.') from error
     classes = {**found.images, **{name: [] for name in found.empty}}
     if not classes or '' in classes:
-        raise SettingsError(f'TRAIN_DIR {settings.train_dir} must hold a sub-folder for each class, but has none.')
+        raise ConfigError(f'TRAIN_DIR {settings.train_dir} must hold a sub-folder for each class, but has none.')
     if settings.output.exists():
-        raise SettingsError(f'OUTPUT {settings.output} exists, and is never written over; remove it or name another.')
+        raise ConfigError(f'OUTPUT {settings.output} exists, and is never written over; remove it or name another.')
     counts = {'train': 0, 'validation': 0}
-    for name, pictures in sorted(classes.items()):
+    for name, images in sorted(classes.items()):
         folder = settings.train_dir / name
-        if len(pictures) < 2:
-            raise SettingsError(f'TRAIN_DIR {settings.train_dir} must have at least two pictures of a class, one to '
-                                f'hold out, one to train on, but {folder} has {len(pictures)}; add some or remove it.')
-        if not 0 < settings.per_class < len(pictures):
-            raise SettingsError(f'--per-class must be from 1 to {len(pictures) - 1}, all but one of the pictures in '
-                                f'{folder}, got {settings.per_class}.')
-    for name, pictures in sorted(classes.items()):
-        for place, picture in enumerate(pictures):
-            split = 'train' if place < len(pictures) - settings.per_class else 'validation'
-            link = settings.output / split / name / picture.name
+        if len(images) < 2:
+            raise ConfigError(f'TRAIN_DIR {settings.train_dir} must have at least two images of a class, one to '
+                              f'hold out, one to train on, but {folder} has {len(images)}; add some or remove it.')
+        if not 0 < settings.per_class < len(images):
+            raise ConfigError(f'--per-class must be from 1 to {len(images) - 1}, all but one of the images in '
+                              f'{folder}, got {settings.per_class}.')
+    for name, images in sorted(classes.items()):
+        for place, image in enumerate(images):
+            split = 'train' if place < len(images) - settings.per_class else 'validation'
+            link = settings.output / split / name / image.name
             try:
                 link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(os.path.relpath(picture, link.parent))  # so that both may move together
+                link.symlink_to(os.path.relpath(image, link.parent))  # so that both may move together
             except OSError as error:
-                raise SettingsError(f'OUTPUT {settings.output} cannot be written: {one_line(error)}.') from error
+                raise ConfigError(f'OUTPUT {settings.output} cannot be written: {one_line(error)}.') from error
             counts[split] += 1
-    print(f'{counts["train"]} pictures to train on and {counts["validation"]} held out, of {len(classes)} classes, '
+    print(f'{counts["train"]} images to train on and {counts["validation"]} held out, of {len(classes)} classes, '
           f'in {settings.output}')
     return counts
 
 
 if __name__ == '__main__':
-    end_with_sentence('hold_out.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('hold_out.py', lambda: main(parse_flags(Settings, __doc__)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from coatnet_train.runtime.cli import SettingsError, end_with_sentence, one_line, parse_flags, tyro
+from coatnet_train.runtime.cli import ConfigError, one_line, parse_flags, run_cli, tyro
 from coatnet_train.runtime.files import write_file
 
 
@@ -31,26 +31,26 @@ def main(settings: Settings) -> None:
     from coatnet_train.models.weights_file import read_weights
 
     if settings.output.suffix != '.safetensors':
-        raise SettingsError(f'OUTPUT must end in .safetensors, got {settings.output}.')
+        raise ConfigError(f'OUTPUT must end in .safetensors, got {settings.output}.')
     if not settings.weights.is_file():
-        raise SettingsError(f'WEIGHTS {settings.weights} is not a file; give a state dict.')
+        raise ConfigError(f'WEIGHTS {settings.weights} is not a file; give a state dict.')
     try:
         wanted = timm.create_model(settings.model).state_dict()
     except RuntimeError as error:
-        raise SettingsError(f'MODEL {settings.model}: {one_line(error)}') from error
+        raise ConfigError(f'MODEL {settings.model}: {one_line(error)}') from error
     found = read_weights(str(settings.weights), 'WEIGHTS')
     if len(found) != len(wanted):
-        raise SettingsError(f'WEIGHTS {settings.weights} must hold the {len(wanted)} tensors of {settings.model}, '
-                            f'but has {len(found)}; give the weights of that architecture.')
+        raise ConfigError(f'WEIGHTS {settings.weights} must hold the {len(wanted)} tensors of {settings.model}, '
+                          f'but has {len(found)}; give the weights of that architecture.')
     state = {}
     for (name, like), (old, tensor) in zip(wanted.items(), found.items(), strict=True):
         if like.shape != tensor.shape:
-            raise SettingsError(f'WEIGHTS {settings.weights}: {old} must have the shape of {name}, '
-                                f'{tuple(like.shape)}, but has {tuple(tensor.shape)}.')
+            raise ConfigError(f'WEIGHTS {settings.weights}: {old} must have the shape of {name}, '
+                              f'{tuple(like.shape)}, but has {tuple(tensor.shape)}.')
         state[name] = tensor.half() if settings.half and tensor.ndim > 1 else tensor
     write_file(settings.output, partial(save_file, {k: v.contiguous() for k, v in state.items()}))
     print(f'{len(state)} tensors, {sum(tensor.numel() for tensor in state.values())} values -> {settings.output}')
 
 
 if __name__ == '__main__':
-    end_with_sentence('import_weights.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('import_weights.py', lambda: main(parse_flags(Settings, __doc__)))

@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from coatnet_train.runtime.cli import end_with_sentence, tyro
+from coatnet_train.runtime.cli import run_cli, tyro
 from coatnet_train.runtime.files import write_file, write_json
 
 ROOT = Path(__file__).parents[1]
@@ -19,11 +19,12 @@ RESULTS = ROOT / 'results'
 RELEASES = ROOT / 'coatnet_zoo' / 'weights' / 'releases.json'
 DOCUMENTS = ('README.md', 'MODEL_CARD.md', 'scripts/launch/README.md')
 NOT_MEASURED = 'not measured'
-# epochs and pictures of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and of its 21k set
+# epochs and images of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and of its 21k set
 PAPER_RUNS = {'ImageNet-1k, 300 epochs': (300, 1_281_167), 'ImageNet-21k, 90 epochs': (90, 14_197_122)}
 # the small models of the zoo and timm's of like size, which are to be trained alike on Tiny-ImageNet-200
-ALIKE = ('coatnet_pico_64', 'lightconvnet_pico_64', 'dynamicconvnet_pico_64', 'coatnet_pico_ccdd_64',
-         'convnextv2_femto', 'resnet18', 'coatnet_pico_rw_224')
+COMPARED_MODELS = (
+    'coatnet_pico_64', 'lightconvnet_pico_64', 'dynamicconvnet_pico_64', 'coatnet_pico_ccdd_64', 'convnextv2_femto',
+    'resnet18', 'coatnet_pico_rw_224')
 
 
 def count_models() -> dict:
@@ -41,7 +42,7 @@ def count_models() -> dict:
             continue
         parameters, multiply_adds, model = model_size(name, num_classes=1000)  # whatever is released for it
         counts[name] = dict(
-            word=model.cfg.layout, parameters=parameters, multiply_adds=multiply_adds, img_size=model.img_size[0],
+            layout=model.cfg.layout, parameters=parameters, multiply_adds=multiply_adds, img_size=model.img_size[0],
             strides=[level['reduction'] for level in model.feature_info])
     return dict(models=counts, **provenance('cpu'))
 
@@ -51,38 +52,38 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in (header, right, *rows))
 
 
-def family() -> str:
+def model_table() -> str:
     """The models by size."""
     counts = json.loads((RESULTS / 'models.json').read_text())['models']
     rows = [
-        [f'`{name}`', row['word'], f'{row["parameters"] / 1e6:.2f}', f'{row["multiply_adds"] / 1e9:.2f}',
+        [f'`{name}`', row['layout'], f'{row["parameters"] / 1e6:.2f}', f'{row["multiply_adds"] / 1e9:.2f}',
          str(row['img_size']), ' '.join(map(str, row['strides']))]
         for name, row in sorted(counts.items(), key=lambda item: item[1]['parameters'])]
-    header = ['name', 'word', 'parameters (M)', 'multiply-adds (G)', 'image size', 'strides of the features']
+    header = ['name', 'layout', 'parameters (M)', 'multiply-adds (G)', 'image size', 'strides of the features']
     return table(header, rows) + '\n\nEach with 1000 classes.'
 
 
 def weights() -> str:
-    """What coatnet_zoo/weights/releases.json records."""
+    """The released weights, from coatnet_zoo/weights/releases.json."""
     releases = json.loads(RELEASES.read_text(encoding='utf-8'))
     if not releases:
         return ('No weights are released yet: models start from random initialisation, or from weights of your own, '
                 'and\n`pretrained=True` says so. Accuracy, robustness and biases: not measured.')
     rows = []
     for name, entry in sorted(releases.items()):
-        said, metrics, link = entry['release'], entry['release']['metrics'], entry['repo']
+        release, metrics, link = entry['release'], entry['release']['metrics'], entry['repo']
         places = ['the package'] * bool(entry['packaged']) + [f'[{link}](https://huggingface.co/{link})'] * bool(link)
         rows.append([
             f'`{name}`', *(NOT_MEASURED if metrics[key] is None else f'{metrics[key]:.2f}' for key in ('top1', 'top5')),
-            said['evaluated_on'], said['trained_on'] or 'not stated',
-            NOT_MEASURED if said['hours'] is None else f'{said["hours"]:.1f} h on {said["hardware"]}',
+            release['evaluated_on'], release['trained_on'] or 'not stated',
+            NOT_MEASURED if release['hours'] is None else f'{release["hours"]:.1f} h on {release["hardware"]}',
             f'{entry["size"] / 1e6:.1f}', ', '.join(places),
-            said['license_name'] or entry['pretrained_cfg']['license'], f'`{entry["sha256"][:12]}`'])
+            release['license_name'] or entry['pretrained_cfg']['license'], f'`{entry["sha256"][:12]}`'])
     header = ['name', 'top-1 (%)', 'top-5 (%)', 'measured on', 'trained on', 'training', 'MB', 'comes with', 'licence']
     return table([*header, 'sha256'], rows)
 
 
-def previews() -> str:
+def preview_results() -> str:
     """What each run on Tiny-ImageNet-200 reached by its last epoch, and eval_imagenet.py on the validation split."""
     def reached(column: str, *patterns: str) -> str:
         found = [list(csv.DictReader(path.read_text(encoding='utf-8').splitlines()))[-1]
@@ -99,17 +100,17 @@ def previews() -> str:
     def previewed(name: str, file: str, column: str = 'eval_top1') -> str:
         return reached(column, f'tin200_preview/{name}/{file}', f'tin200_preview/{name}-seed*/{file}')
 
-    others = {folder.name.split('-seed')[0] for folder in (RESULTS / 'tin200_preview').glob('*')} - set(ALIKE)
+    others = {folder.name.split('-seed')[0] for folder in (RESULTS / 'tin200_preview').glob('*')} - set(COMPARED_MODELS)
     rows = [[f'`{name}`', previewed(name, 'metrics.csv'), previewed(name, 'metrics_more.csv'),
              previewed(name, 'validation.csv', 'top1'), reached('eval_top1', f'tin200/{name}-seed*/metrics.csv')]
-            for name in (*ALIKE, *sorted(others))]
-    return table(['top-1 (%) on 2,000 pictures held out of train', 'after `tin200_preview`',
+            for name in (*COMPARED_MODELS, *sorted(others))]
+    return table(['top-1 (%) on 2,000 images held out of train', 'after `tin200_preview`',
                   'then `tin200_preview_more`', 'that, on the validation split', '`tin200`, on a GPU'], rows)
 
 
 def transfer() -> str:
     """Few labels: fine-tuned, probed, and from random weights."""
-    rows, pictures, origins = [], [], {}
+    rows, images, origins = [], [], {}
     for file in sorted(RESULTS.glob('transfer_*.json')):
         report = json.loads(file.read_text())
         settings, data = report['settings'], Path(report['settings']['data_dir']).name
@@ -123,13 +124,13 @@ def transfer() -> str:
                     '' if isinstance(cell['deviation'], str) else f' ± {cell["deviation"]:.1f}')
                 + f' ({cell["subsets"]})' for cell in found)])
         if len({share for cells in report['table'].values() for share in cells}) > 1:  # a curve, not a column of dots
-            pictures.append(f'![Top-1 over the share of labels](results/{file.stem}.png)')
+            images.append(f'![Top-1 over the share of labels](results/{file.stem}.png)')
     if not rows:
         return 'Transfer to few labels: not measured.'
     shares = [f'{100 * share:g} % of the labels' for share in settings['shares']]
     return (table(['weights', 'data', 'way', *shares], rows)
             + '\n\nTop-1 (%) after the last epoch, mean and deviation over the draws (as many as in brackets).\n'
-            + '\n'.join(f'{origin}.' for origin in origins) + '\n\n' + '\n'.join(pictures))
+            + '\n'.join(f'{origin}.' for origin in origins) + '\n\n' + '\n'.join(images))
 
 
 def small_data() -> str:
@@ -154,16 +155,16 @@ def small_data() -> str:
 
 
 def robustness() -> str:
-    """Other sizes and damaged pictures, without retraining."""
+    """Other sizes and corrupted images, without retraining."""
     file = RESULTS / 'robustness_tin200_cpu.json'
     if not file.exists():
-        return 'Other sizes and damaged pictures: not measured.'
+        return 'Other sizes and corrupted images: not measured.'
     report = json.loads(file.read_text())
     rows = [[f'`{name}`', *(f'{top1:.2f}' for top1 in row.values())] for name, row in report['top1'].items()]
     return (table(['top-1 (%)', *next(iter(report['top1'].values()))], rows)
-            + '\n\nOn the validation split of what the weights were trained on: whole pictures resized; at the size '
+            + '\n\nOn the validation split of what the weights were trained on: whole images resized; at the size '
               'of the\nweights, JPEG at quality 30, Gaussian blur of radius 1 pixel, noise of deviation 0.1.\n\n'
-              f'![Top-1 over size and under damage](results/{file.stem}.png)')
+              f'![Top-1 over size and under corruption](results/{file.stem}.png)')
 
 
 def speed() -> str:
@@ -177,10 +178,10 @@ def speed() -> str:
         origins.setdefault(origin, None)
         for mode, row in report['results'].items():
             names = [f'`{" ".join((settings[side], *settings[f"{side}_kwargs"]))}`' for side in ('model', 'against')]
-            pace, memory = row['images_per_second'], row['peak_memory_mib']
+            throughput, memory = row['images_per_second'], row['peak_memory_mib']
             rows.append([
                 f'{mode}{", compiled" * settings["compile"]}', *names, f'{row["ratio"]:.2f}',
-                *(f'{pace[side]:.2f}' for side in pace),
+                *(f'{throughput[side]:.2f}' for side in throughput),
                 *(m if isinstance(m, str) else f'{m:.0f}' for m in memory.values())])
     if not rows:
         return 'Speed: not measured.'
@@ -228,10 +229,10 @@ def ops() -> str:
 
 
 def ablation() -> str:
-    """Words and switches under one recipe."""
+    """Layouts and switches under one recipe."""
     file = RESULTS / 'ablation_imagenette_64_cpu.json'
     if not file.exists():
-        return 'Words and switches: not measured.'
+        return 'Layouts and switches: not measured.'
     report = json.loads(file.read_text())
     settings = report['settings']
     seeds = {len(row['runs']) for row in report['rows'].values()}
@@ -239,7 +240,7 @@ def ablation() -> str:
         [f'`{name}`', f'{row["top1"]:.1f}' + ('' if isinstance(row['standard_error'], str) else
                                               f' ± {row["standard_error"]:.1f}'),
          f'{row["parameters"] / 1e6:.2f}', f'{row["multiply_adds"] / 1e6:.0f}',
-         pace if isinstance(pace := row['images_per_second'], str) else f'{pace:.0f}']
+         throughput if isinstance(throughput := row['images_per_second'], str) else f'{throughput:.0f}']
         for name, row in sorted(report['rows'].items(), key=lambda item: -item[1]['top1'])]
     counted = f'{min(seeds)} seed{"s" * (min(seeds) > 1)} a row'
     noise = ' With one seed, no gap here has a standard error: a point or two may be chance.' if min(seeds) == 1 else ''
@@ -267,10 +268,10 @@ def training() -> str:
 
 
 def loader() -> str:
-    """Pictures a second that are read, and that are trained on."""
+    """Images a second that are read, and that are trained on."""
     file = RESULTS / 'loader_cpu.json'
     if not file.exists():
-        return 'Reading of pictures: not measured.'
+        return 'Reading of images: not measured.'
     report = json.loads(file.read_text())
     rates, settings = report['images_per_second'], report['settings']
     return (table(list(rates), [[f'{rate:.0f}' for rate in rates.values()]])
@@ -278,7 +279,7 @@ def loader() -> str:
               f'64 px; {report["hardware"]}.')
 
 
-def budget() -> str:
+def compute_budget() -> str:
     """What the paper's recipes take for each CoAtNet: memory of the state, and time out of every recorded speed."""
     measured = {}
     for file in sorted(RESULTS.glob('benchmark_*.json')):
@@ -293,7 +294,7 @@ def budget() -> str:
     for name in ('coatnet_0', 'coatnet_1', 'coatnet_2', 'coatnet_3', 'coatnet_4', 'coatnet_5'):
         state = f'{models[name]["parameters"] * 16 / 2**30:.1f}'
         for device, (rate, memory) in measured.get(name, {}).items():
-            hours = [epochs * pictures / rate / 3600 for epochs, pictures in PAPER_RUNS.values()]
+            hours = [epochs * images / rate / 3600 for epochs, images in PAPER_RUNS.values()]
             rows.append([f'`{name}`', state, device, f'{rate:.2f}', f'{memory:.0f}', *(f'{h:,.0f}' for h in hours),
                          f'{hours[0] / 24 / 8:,.0f}'])
         if name not in measured:
@@ -302,7 +303,7 @@ def budget() -> str:
               *(f'device hours, {name}' for name in PAPER_RUNS), 'days with 8 devices, ImageNet-1k']
     return table(header, rows) + (
         '\n\nState is weights, gradients and AdamW in float32, 16 bytes a parameter. Device hours are epochs times\n'
-        'pictures over images/s; times the price of an hour they are the cost. On GPUs: not measured. A row more is\n'
+        'images over images/s; times the price of an hour they are the cost. On GPUs: not measured. A row more is\n'
         '`python scripts/benchmark.py --model NAME --against OTHER --device cuda --amp --modes training\n'
         '--results-file results/benchmark_NAME_gpu.json`.')
 
@@ -320,15 +321,16 @@ def demo() -> str:
               f'{report["threads"]} threads of {report["hardware"]}.')
 
 
-SECTIONS = (
-    weights, previews, transfer, small_data, robustness, family, speed, scaling, ops, ablation, training, loader,
-    budget, demo)
+# Tables by the name of the markers around them, <!-- NAME --> and <!-- /NAME -->.
+SECTIONS = dict(
+    weights=weights, previews=preview_results, transfer=transfer, small_data=small_data, robustness=robustness,
+    family=model_table, speed=speed, scaling=scaling, ops=ops, ablation=ablation, training=training, loader=loader,
+    budget=compute_budget, demo=demo)
 
 
 def render(text: str) -> str:
     """`text` with what stands between <!-- NAME --> and <!-- /NAME --> made anew."""
-    for section in SECTIONS:
-        name = section.__name__
+    for name, section in SECTIONS.items():
         pattern = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
         if pattern.search(text):
             content = section()
@@ -354,4 +356,4 @@ def main(count: bool = False, check: bool = False) -> int:
 
 
 if __name__ == '__main__':
-    end_with_sentence('report.py', lambda: sys.exit(tyro.cli(main, description=__doc__)))
+    run_cli('report.py', lambda: sys.exit(tyro.cli(main, description=__doc__)))

@@ -1,14 +1,14 @@
-"""Accuracy at other image sizes and on pictures that were made worse, without any retraining.
+"""Accuracy at other image sizes and on corrupted images, without any retraining.
 
     python scripts/robustness.py --data-dir tiny-imagenet --results-file results/robustness_tin200_cpu.json \\
         --model coatnet_pico_64.tin200_preview lightconvnet_pico_64.tin200_preview
 
-Sizes resize the whole picture; crop and colours stay those of the weights. The damage is done to the picture as it is
+Sizes resize the whole image; crop and colours stay those of the weights. Corruptions apply to the image as it is
 stored, before it is resized: JPEG at quality 30, Gaussian blur of radius 1 pixel, Gaussian noise of deviation 0.1 (of
-1), the same noise for a picture each time. Models that the results file holds are not measured again.
+1), the same noise for an image each time. Models that the results file holds are not measured again.
 """
 from coatnet_train.experiments.robustness_config import Settings, check_values
-from coatnet_train.runtime.cli import end_with_sentence, parse_flags
+from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
 def main(settings: Settings) -> dict:
@@ -19,4 +19,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == '__main__':
-    end_with_sentence('robustness.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('robustness.py', lambda: main(parse_flags(Settings, __doc__)))

@@ -3,13 +3,13 @@
     python scripts/transfer.py --data-dir imagenette --model coatnet_pico_64.tin200_preview \\
         --results-file results/transfer_imagenette_cpu.json
 
-Each share of the training split is drawn several times, evenly over the classes; all three ways see the same pictures,
+Each share of the training split is drawn several times, evenly over the classes; all three ways see the same images,
 and fine-tuning and random start take the same number of updates under the same settings, more where there are more
-pictures. Nothing is chosen on the validation split: what counts is the last epoch. Rows that the results file holds are
+images. Nothing is chosen on the validation split: what counts is the last epoch. Rows that the results file holds are
 not made again; one that was made under other settings is refused.
 """
 from coatnet_train.experiments.transfer_config import Settings, check_values
-from coatnet_train.runtime.cli import end_with_sentence, parse_flags
+from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
 def main(settings: Settings) -> dict:
@@ -20,4 +20,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == '__main__':
-    end_with_sentence('transfer.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('transfer.py', lambda: main(parse_flags(Settings, __doc__)))

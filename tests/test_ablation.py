@@ -10,7 +10,7 @@ import ablation
 import finetune
 from coatnet_train.experiments import ablation as ablation_run
 from coatnet_train.experiments import ablation_config as ablation_settings
-from coatnet_train.runtime.cli import SettingsError, parse_argument
+from coatnet_train.runtime.cli import ConfigError, parse_argument
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_speed_is_added_to_what_was_trained(tmp_path, runs, monkeypatch):
 
 
 def test_speed_needs_trained_rows(tmp_path):
-    with pytest.raises(SettingsError, match='--speed needs a --results-file with trained rows'):
+    with pytest.raises(ConfigError, match='--speed needs a --results-file with trained rows'):
         ablation.main(settings(tmp_path, speed=True))
-    with pytest.raises(SettingsError, match='its folder does not exist; make it first'):
+    with pytest.raises(ConfigError, match='its folder does not exist; make it first'):
         ablation.main(settings(tmp_path, results_file=str(tmp_path / 'none' / 'ablation.json')))

@@ -6,7 +6,7 @@ from PIL import Image
 from coatnet_train.benchmarks import loader as benchmark_loader
 from coatnet_train.benchmarks import models as benchmark_models
 from coatnet_train.benchmarks.config import LoaderSettings, ModelPairSettings
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 
 def settings(**changes) -> ModelPairSettings:
@@ -33,7 +33,7 @@ def test_both_sides_are_measured(tmp_path, capsys):
 ], ids=str)
 def test_bad_settings_end_in_one_sentence(changes, message, monkeypatch):
     monkeypatch.setattr(benchmark_models.torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(ConfigError, match=message):
         benchmark_models.main(settings(**changes))
 
 
@@ -52,5 +52,5 @@ def test_loader_is_timed_beside_training(tmp_path):
         results_file=str(tmp_path / 'loader.json')))
     assert set(report['images_per_second']) == {'0 workers', '1 workers', 'training'}
     assert min(report['images_per_second'].values()) > 0 and (tmp_path / 'loader.json').is_file()
-    with pytest.raises(SettingsError, match='--data-dir no/where'):
+    with pytest.raises(ConfigError, match='--data-dir no/where'):
         benchmark_loader.main(LoaderSettings(data_dir='no/where'))

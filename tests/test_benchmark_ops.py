@@ -13,7 +13,7 @@ from coatnet_train.benchmarks import ops as benchmark_ops
 from coatnet_train.benchmarks import scaling as benchmark_scaling
 from coatnet_train.benchmarks.config import ModelPairSettings, OpsSettings, ScalingSettings
 from coatnet_train.benchmarks.ops import Ceilings, Row
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 
 def ops_settings(**changes) -> OpsSettings:
@@ -118,7 +118,7 @@ def test_peak_rate_of_a_gpu_is_the_datasheets(monkeypatch):
 ], ids=str)
 def test_bad_settings_of_ops_end_in_one_sentence(changes, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(ConfigError, match=message):
         benchmark_ops.main(ops_settings(**changes))
 
 
@@ -155,7 +155,7 @@ def test_fit_recovers_the_exponent(power):
 ], ids=str)
 def test_bad_settings_of_scaling_end_in_one_sentence(changes, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(ConfigError, match=message):
         benchmark_scaling.main(scaling_settings(**changes))
 
 

@@ -104,9 +104,9 @@ def test_what_is_imported_late_is_explained_too():
     assert done.returncode == 2 and done.stderr.startswith('app.py: the module gradio is not installed; ')
     assert done.stderr.endswith("pip install '.[space]'\n")
     with pytest.raises(ModuleNotFoundError, match='no_such_module'):  # a fault of the code stays a traceback
-        packages.explain_missing(ModuleNotFoundError('no_such_module', name='no_such_module'))
+        packages.explain_missing_module(ModuleNotFoundError('no_such_module', name='no_such_module'))
     with pytest.raises(ModuleNotFoundError):
-        packages.explain_missing(ModuleNotFoundError('no torch.nowhere', name='torch.nowhere'))
+        packages.explain_missing_module(ModuleNotFoundError('no torch.nowhere', name='torch.nowhere'))
 
 
 def test_every_import_is_brought_by_the_extra_that_is_named():

@@ -12,7 +12,7 @@ import finetune
 from coatnet_train.experiments import recipes as compare_recipes_run
 from coatnet_train.experiments import small_sets
 from coatnet_train.experiments.recipes_config import Settings
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training import recipes
 
 
@@ -92,7 +92,7 @@ def test_table_rows_and_plot_and_finished_rows_stay(settings, runs, monkeypatch)
     written = json.loads(Path(settings.results_file).read_text())
     assert list(written['recipes']) == ['linear_probe', 'defaults', 'small_data'] and len(written['rows']) == 15
     monkeypatch.setitem(recipes.RECIPES, 'small_data', recipes.RECIPES['small_data'] | dict(lr=1.0))
-    with pytest.raises(SettingsError, match='rows of another --recipes small_data, with other lr'):
+    with pytest.raises(ConfigError, match='rows of another --recipes small_data, with other lr'):
         compare_recipes.main(settings)
 
 
@@ -106,13 +106,13 @@ def test_defaults_are_no_recipe():
     (dict(samples='no/where'), '--samples must be a folder for --sets imagenet_groups'),
     (dict(threads=0), '--threads must be from 1')])
 def test_bad_settings_are_refused(settings, changes, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(ConfigError, match=message):
         compare_recipes.check_values(dataclasses.replace(settings, **changes))
 
 
 def test_folders_without_enough_images_are_refused(settings, tmp_path):
     settings = dataclasses.replace(settings, imagenette=settings.samples, samples=settings.imagenette)
-    with pytest.raises(SettingsError, match=r'--imagenette .* must hold 5 classes of at least 52 images'):
+    with pytest.raises(ConfigError, match=r'--imagenette .* must hold 5 classes of at least 52 images'):
         small_sets.MAKERS['imagenette_60'][0](settings, tmp_path / 'x', 0)
-    with pytest.raises(SettingsError, match=r'--samples .* must hold an image of most classes of ImageNet'):
+    with pytest.raises(ConfigError, match=r'--samples .* must hold an image of most classes of ImageNet'):
         small_sets.MAKERS['imagenet_groups'][0](settings, tmp_path / 'y', 0)

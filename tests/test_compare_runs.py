@@ -11,7 +11,7 @@ from script_runs import run_main, write_pictures
 import compare_runs
 import finetune
 from coatnet_train.experiments import compare_runs as comparison
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +53,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
             (dict(runs=(runs[0],)), 'two to 5 run folders, got 1'),
             (dict(runs=(runs[0], str(tmp_path))), 'has no summary.json'),
             (dict(runs=tuple(runs), results_file='two.csv'), r'must end in \.json, got two\.csv')):
-        with pytest.raises(SettingsError, match=message):
+        with pytest.raises(ConfigError, match=message):
             compare_runs.main(compare_runs.Settings(**settings))
 
 
@@ -93,7 +93,7 @@ def test_run_that_cannot_be_read_is_refused(runs, tmp_path):
             ('args.json', '{', 'cannot be read'), ('metrics.csv', 'epoch\nfirst\n', 'cannot be read'),
             ('config.json', '{}', r'its config\.json does not give the model'),
             ('metrics.csv', 'epoch\n', 'an epoch in metrics.csv'), ('summary.json', '{"top1": 1}', 'train it again')):
-        with pytest.raises(SettingsError, match=message) as error:
+        with pytest.raises(ConfigError, match=message) as error:
             compare_runs.main(compare_runs.Settings(runs=(runs[0], broken(name, content))))
         assert '\n' not in str(error.value)
         shutil.rmtree(tmp_path / f'broken {content[:5]}')
@@ -102,7 +102,7 @@ def test_run_that_cannot_be_read_is_refused(runs, tmp_path):
 def test_results_file_is_written_into_a_new_folder_or_refused(runs, tmp_path):
     compare_runs.main(compare_runs.Settings(runs=tuple(runs), results_file=str(tmp_path / 'new' / 'two.json')))
     assert {path.name for path in (tmp_path / 'new').iterdir()} == {'two.json', 'two.png'}
-    with pytest.raises(SettingsError, match=r'--results-file .* cannot be written: .*choose another'):
+    with pytest.raises(ConfigError, match=r'--results-file .* cannot be written: .*choose another'):
         compare_runs.main(compare_runs.Settings(
             runs=tuple(runs), results_file=str(tmp_path / 'new' / 'two.png' / 'a.json')))
 

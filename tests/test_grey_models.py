@@ -23,7 +23,7 @@ import transfer
 from coatnet_train.explain import panels
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 CPU = torch.device('cpu')
 
@@ -127,7 +127,7 @@ def test_second_fine_tune_on_a_stream(settings, again, tmp_path):
 def test_initial_checkpoint_of_a_name_that_is_grey_by_its_flag_alone(settings, run):
     finetune.main(dataclasses.replace(
         settings, initial_checkpoint=f'{settings.output}/run/model.safetensors', experiment='from_file'))
-    with pytest.raises(SettingsError, match=r'--initial-checkpoint .* takes images of 1 channels and the model of 3'):
+    with pytest.raises(ConfigError, match=r'--initial-checkpoint .* takes images of 1 channels and the model of 3'):
         finetune.main(dataclasses.replace(
             settings, initial_checkpoint=f'{settings.output}/run/model.safetensors', experiment='other', in_chans=None,
             mean=(), std=()))
@@ -138,7 +138,7 @@ def test_teacher_is_grey_by_itself_and_a_colour_student_refused(settings, run, a
     finetune.main(dataclasses.replace(
         again, teacher=run, kd_loss_weight=1.0, experiment='taught', freeze_trunk=True))
     assert read_metrics(Path(settings.output) / 'taught')[0]['train_loss'] < 1e-3
-    with pytest.raises(SettingsError, match=r'--teacher .* takes 1 channels, --model lightconvnet\S+ takes 3; --in'):
+    with pytest.raises(ConfigError, match=r'--teacher .* takes 1 channels, --model lightconvnet\S+ takes 3; --in'):
         finetune.main(dataclasses.replace(
             settings, teacher=run, in_chans=None, mean=(), std=(), experiment='colour'))
 
@@ -168,7 +168,7 @@ def test_transfer_starts_at_random_with_the_same_model(settings, run, tmp_path):
 
 
 def test_space_refuses_grey_models(run):
-    with pytest.raises(SettingsError, match='reads grey pictures, and the page shows colour ones'):
+    with pytest.raises(ConfigError, match='reads grey images, and the page shows colour ones'):
         answer.open_models((run,), (), CPU)
 
 
@@ -177,7 +177,7 @@ def test_the_flag_wins_and_other_channels_are_refused(run, tmp_path):
     assert config['input_size'] == (3, 32, 32)
     model = timm.create_model('test_resnet', in_chans=2)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    with pytest.raises(SettingsError, match='takes images of 2 channels, and these scripts read RGB'):
+    with pytest.raises(ConfigError, match='takes images of 2 channels, and these scripts read RGB'):
         open_model(ModelSettings(model=f'local-dir:{tmp_path}', pretrained=True))
 
 

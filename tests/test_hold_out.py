@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from hold_out import Settings, main
 
 
@@ -28,24 +28,24 @@ def test_every_picture_goes_to_one_split(pictures, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('per_class', (0, 12))
 def test_a_class_keeps_a_picture_in_each_split(pictures, tmp_path, per_class):
-    with pytest.raises(SettingsError, match='--per-class must be from 1 to 11'):
+    with pytest.raises(ConfigError, match='--per-class must be from 1 to 11'):
         main(Settings(pictures, tmp_path / 'split', per_class=per_class))
 
 
 def test_a_class_of_one_picture_is_refused_before_anything_is_written(pictures, tmp_path):
     (pictures / 'owl').mkdir()
     (pictures / 'owl' / 'one.jpg').write_text('one')
-    with pytest.raises(SettingsError, match=r'TRAIN_DIR .* at least two pictures of a class, .*owl has 1; add some'):
+    with pytest.raises(ConfigError, match=r'TRAIN_DIR .* at least two images of a class, .*owl has 1; add some'):
         main(Settings(pictures, tmp_path / 'split', per_class=1))
     assert not (tmp_path / 'split').exists()
 
 
 def test_no_folder_is_written_over(pictures, tmp_path):
     main(Settings(pictures, tmp_path / 'split', per_class=1))
-    with pytest.raises(SettingsError, match=r'OUTPUT .* exists'):
+    with pytest.raises(ConfigError, match=r'OUTPUT .* exists'):
         main(Settings(pictures, tmp_path / 'split', per_class=1))
 
 
 def test_a_folder_without_classes_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match=r'TRAIN_DIR .* must hold a sub-folder for each class'):
+    with pytest.raises(ConfigError, match=r'TRAIN_DIR .* must hold a sub-folder for each class'):
         main(Settings(tmp_path, tmp_path / 'split'))

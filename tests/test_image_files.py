@@ -15,10 +15,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import upload
 from coatnet_train.data.config import DataSettings, is_stream
-from coatnet_train.data.dataset import Pictures, StreamedPictures, open_pictures
+from coatnet_train.data.dataset import IndexedImageDataset, StreamingImageDataset, create_dataset
 from coatnet_train.data.image_files import to_mode
-from coatnet_train.data.loader import BadPictures
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.data.loader import UnreadableImages
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.runtime.console import printable
 
 SOURCES = ('folder', 'torch', 'hfds', 'hfids', 'wds')
@@ -57,13 +57,13 @@ def read(source: str, content: bytes, suffix: str, folder: Path, mode: str = 'RG
         (folder / '_info.json').write_text(json.dumps(dict(splits=dict(train=split))))
     else:
         settings = DataSettings(**options)
-    dataset, _ = open_pictures(settings, 'train', num_classes=2, num_samples=4)
+    dataset, _ = create_dataset(settings, 'train', num_classes=2, num_samples=4)
     if is_stream(settings):
-        items = list(StreamedPictures(dataset, pil_to_tensor, mode=mode))
+        items = list(StreamingImageDataset(dataset, pil_to_tensor, mode=mode))
     else:
-        pictures = Pictures(dataset, pil_to_tensor, mode=mode)
+        pictures = IndexedImageDataset(dataset, pil_to_tensor, mode=mode)
         items = [pictures[0, index] for index in range(len(pictures))]
-        bad = BadPictures(dataset, 1, lambda line: logging.getLogger('test').warning(line))
+        bad = UnreadableImages(dataset, 1, lambda line: logging.getLogger('test').warning(line))
         bad.add(torch.tensor([index for _, _, index in items]))
     return [image for image, label, _ in items if label == 0]
 
@@ -123,7 +123,7 @@ def test_images_of_32_bits_are_unreadable_from_every_source(source, number, tmp_
     assert len(said) == 3
     for line in said:
         assert f'32 bits a pixel (mode {number}), which have no defined white point; save it with 8 bits' in line
-    with pytest.raises(SettingsError, match=rf'32 bits a pixel \(mode {number}\)'):
+    with pytest.raises(ConfigError, match=rf'32 bits a pixel \(mode {number}\)'):
         upload.read_upload(tmp_path / 'data' / 'train' / 'one' / '0.tiff')
 
 

@@ -20,7 +20,7 @@ import finetune
 from coatnet_train.evaluation.evaluator import Misclassified
 from coatnet_train.plotting import plots
 from coatnet_train.runtime import console
-from coatnet_train.runtime.cli import SettingsError, end_with_sentence
+from coatnet_train.runtime.cli import ConfigError, run_cli
 from coatnet_train.runtime.files import write_csv, write_figure
 
 SHIPPED = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
@@ -80,7 +80,7 @@ def test_a_run_and_its_evaluation_on_names_that_are_no_utf8(tmp_path, capsys):
     (data / 'train' / 'blue' / os.fsdecode(b'bad\xff.png')).write_bytes(b'')
     (data / 'val' / 'blue' / os.fsdecode(b'bad\xff.png')).write_bytes(b'')
     options = dict(img_size=32, batch_size=4, workers=0, device='cpu', data_dir=str(data), max_bad_images=1.0)
-    end_with_sentence('finetune.py', lambda: finetune.main(finetune.Settings(
+    run_cli('finetune.py', lambda: finetune.main(finetune.Settings(
         model='test_resnet', epochs=1, output=str(tmp_path), experiment='run', **options)))
     run = tmp_path / 'run'
     summary = json.loads((run / 'summary.json').read_text())
@@ -90,13 +90,13 @@ def test_a_run_and_its_evaluation_on_names_that_are_no_utf8(tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out.count(r'bad\xff.png: cannot identify') == 2
 
-    end_with_sentence('eval_imagenet.py', lambda: eval_imagenet.main(eval_imagenet.Settings(
+    run_cli('eval_imagenet.py', lambda: eval_imagenet.main(eval_imagenet.Settings(
         model=(f'local-dir:{run}',), output=str(tmp_path / 'eval'), results_file=str(tmp_path / 'table.csv'),
         **options)))
     (classes,) = (tmp_path / 'eval').rglob('classes.csv')
-    with pytest.raises(SettingsError, match=r'--output .*photos\\xff/run must be a path in UTF-8'):
+    with pytest.raises(ConfigError, match=r'--output .*photos\\xff/run must be a path in UTF-8'):
         finetune.main(finetune.Settings(model='test_resnet', output=str(data), experiment='run', **options))
-    with pytest.raises(SettingsError, match=r'--output .*photos\\xff must be a path in UTF-8'):
+    with pytest.raises(ConfigError, match=r'--output .*photos\\xff must be a path in UTF-8'):
         extract_features.main(extract_features.Settings(model='test_resnet', output=str(data), **options))
     with classes.open(encoding='utf-8') as file:
         assert [row['class'] for row in csv.DictReader(file)] == ['blue', 'green', r'r\xe9d']
@@ -108,5 +108,5 @@ def test_csv_and_console_take_any_name(tmp_path, monkeypatch):
     assert (tmp_path / 'a.csv').read_text(encoding='utf-8') == 'name,number\ncaf\\udce9,1\n'
     buffer = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(buffer, encoding='utf-8'))
-    end_with_sentence('a.py', lambda: print(os.fsdecode(b'caf\xe9'), flush=True))
+    run_cli('a.py', lambda: print(os.fsdecode(b'caf\xe9'), flush=True))
     assert buffer.getvalue() == b'caf\\udce9\n'

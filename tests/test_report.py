@@ -63,7 +63,7 @@ def test_releases_fill_the_table_of_weights(tmp_path, monkeypatch):
 
 def test_previews_show_the_last_epoch_of_each_recipe_and_every_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'RESULTS', tmp_path)
-    assert report.previews().count('not measured') == 4 * len(report.ALIKE)
+    assert report.preview_results().count('not measured') == 4 * len(report.COMPARED_MODELS)
     for place, file in enumerate((
             'tin200_preview/resnet18/metrics.csv', 'tin200_preview/resnet18/metrics_more.csv',
             'tin200_preview/coatnet_pico_64/metrics.csv', 'tin200/coatnet_pico_64-seed42/metrics.csv',
@@ -73,7 +73,7 @@ def test_previews_show_the_last_epoch_of_each_recipe_and_every_seed(tmp_path, mo
         (tmp_path / file).write_text(f'epoch,eval_top1\n1,1.0\n2,{place + 5}.126\n')
     for folder, top1 in {'resnet18': 40.0, 'x_64': 50.0, 'x_64-seed43': 53.0}.items():
         (tmp_path / 'tin200_preview' / folder / 'validation.csv').write_text(f'model,top1,top5\nm,{top1},70.0\n')
-    text = report.previews()
+    text = report.preview_results()
     assert '| `resnet18` | 5.13 (2 epochs) | 6.13 (2 epochs) | 40.00 | 10.13 (2 epochs) |' in text
     assert ('| `x_64` | 11.63 (11.13 to 12.13, 2 seeds, 2 epochs) | not measured | 51.50 (50.00 to 53.00, 2 seeds) | '
             'not measured |') in text

@@ -7,7 +7,7 @@ import pytest
 from script_runs import ROOT
 
 from coatnet_train.data.config import DataSettings, default_workers
-from coatnet_train.runtime.cli import SettingsError, check_output
+from coatnet_train.runtime.cli import ConfigError, check_output
 from coatnet_train.runtime.progress import progress_bar
 
 
@@ -44,5 +44,5 @@ def test_output_that_cannot_be_looked_up_is_refused(tmp_path):
     check_output(tmp_path / 'new' / 'run')
     (tmp_path / 'file').write_text('')
     check_output(tmp_path / 'file' / 'run')  # refused where the folder is made, with the reason
-    with pytest.raises(SettingsError, match=r'--output cannot be used: .*File name too long.*; choose another'):
+    with pytest.raises(ConfigError, match=r'--output cannot be used: .*File name too long.*; choose another'):
         check_output(Path(tmp_path, 'x' * 300))

@@ -10,7 +10,7 @@ from script_runs import write_pictures
 import finetune
 import transfer
 from coatnet_train.experiments import transfer as transfer_run
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +43,7 @@ def test_draws_are_even_different_and_repeatable():
 
 def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
     report = transfer.main(settings)
-    assert {way: [row['pictures'] for row in report['rows'] if row['way'] == way] for way in transfer_run.METHODS} == {
+    assert {way: [row['images'] for row in report['rows'] if row['way'] == way] for way in transfer_run.METHODS} == {
         way: [18, 18, 36] for way in transfer_run.METHODS}
     assert all(row['hardware'] == report['hardware'] and row['date'] == report['date'] for row in report['rows'])
     table = report['table']
@@ -77,7 +77,7 @@ def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
     ({'results_file': 'no/such/file.json'}, '--results-file no/such/file.json: its folder does not exist'),
 ])
 def test_bad_settings_are_refused(settings, changes, sentence):
-    with pytest.raises(SettingsError, match=sentence):
+    with pytest.raises(ConfigError, match=sentence):
         transfer.main(dataclasses.replace(settings, **changes))
 
 
@@ -89,5 +89,5 @@ def test_rows_of_other_settings_are_refused(settings):
     for changes, said in (({'model': 'local-dir:other'}, "--model was 'local-dir:.*' and is 'local-dir:other'"),
                           ({'updates': (4, 7)}, '--updates was 6 and is 7 for share 1'),
                           ({'lr': 1.0}, '--lr was 0.0005 and is 1.0')):
-        with pytest.raises(SettingsError, match=said):
+        with pytest.raises(ConfigError, match=said):
             transfer.main(dataclasses.replace(settings, **changes))

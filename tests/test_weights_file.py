@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.models.weights_file import to_flags
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
+from coatnet_train.training.fsdp import prepare_model
 
 NAME = 'coatnet_pico_64'
 SMALL = ('depths=(1,1,1,1)', 'embed_dim=(16,16,32,64)')
@@ -54,9 +55,9 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize('wrap', WRAPPED.values(), ids=list(WRAPPED))
+@pytest.mark.parametrize('prepare_model', WRAPPED.values(), ids=list(WRAPPED))
 def test_state_dicts_load_whatever_they_are_wrapped_in(model, load, wrap):
-    loaded = load(wrap(model.state_dict()))
+    loaded = load(prepare_model(model.state_dict()))
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), model(images)) and model(images).std() > 0
 
@@ -120,7 +121,7 @@ MISFITS = {  # what is in the file, how it is opened, and the start of the messa
 @pytest.mark.parametrize(('make', 'opened', 'message'), MISFITS.values(), ids=list(MISFITS))
 def test_what_does_not_fit_is_said_first(model, load, make, opened, message):
     option, name = opened.get('option', '--checkpoint'), opened.get('name', NAME)
-    with pytest.raises(SettingsError, match=rf'^{option} \S+ does not fit --model {name}: {message}'):
+    with pytest.raises(ConfigError, match=rf'^{option} \S+ does not fit --model {name}: {message}'):
         load(make(model.state_dict()), **opened)
 
 
@@ -129,7 +130,7 @@ class Whole:
 
 
 UNREADABLE = {
-    'whole_model': (Whole(), r'holds pickled objects \(\S*Whole\).*torch\.save\(model\.state_dict\(\), \.\.\.\)'),
+    'full_model': (Whole(), r'holds pickled objects \(\S*Whole\).*torch\.save\(model\.state_dict\(\), \.\.\.\)'),
     'path': ({'state_dict': {}, 'hyper_parameters': pathlib.PurePosixPath('data')}, r'holds pickled objects \(pathlib'),
     'list': ([1, 2], 'holds no weights that torch or safetensors can read'),
     'epoch': ({'state_dict': {'weight': torch.zeros(1), 'epoch': 3}}, r"holds no weights .*\['epoch'\] are no tensors"),
@@ -140,14 +141,14 @@ UNREADABLE = {
 
 @pytest.mark.parametrize(('content', 'message'), UNREADABLE.values(), ids=list(UNREADABLE))
 def test_files_without_a_state_dict_say_how_to_save_one(load, content, message):
-    with pytest.raises(SettingsError, match=rf'^--checkpoint \S+ {message}'):
+    with pytest.raises(ConfigError, match=rf'^--checkpoint \S+ {message}'):
         load(content)
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
 def test_torchscript_is_no_state_dict(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / 'script.pt')
-    with pytest.raises(SettingsError, match='holds a TorchScript model, not weights alone'):
+    with pytest.raises(ConfigError, match='holds a TorchScript model, not weights alone'):
         open_model(ModelSettings(model='test_resnet'), str(tmp_path / 'script.pt'))
 
 
@@ -170,7 +171,7 @@ def test_safetensors_load_as_well(model, tmp_path):
     (dict(model='test_resnet', mean=(.5, .5)), {}, ('--mean must',), ()),
 ], ids=lambda value: value.get('model') if isinstance(value, dict) else None)
 def test_errors_of_models_speak_of_flags(settings, arguments, flags, keywords):
-    with pytest.raises(SettingsError, match='cannot be built: ') as error:
+    with pytest.raises(ConfigError, match='cannot be built: ') as error:
         open_model(ModelSettings(**settings), **arguments)
     message = str(error.value).partition('cannot be built: ')[2]
     assert all(text in message for text in flags) and not any(text in message for text in keywords), message

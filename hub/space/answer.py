@@ -1,4 +1,4 @@
-"""What the page says of a picture: the best guesses, what the stages looked at, and the time that it took."""
+"""What the page says of an image: the best guesses, what the stages looked at, and the time that it took."""
 import io
 import time
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from coatnet_train.explain.panels import Label, explain_image, open_classifier, 
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.plotting.plots import to_pixels
 from coatnet_train.plotting.style import CYAN
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_zoo.models.backbone import Backbone
 
 __all__ = ['Answer', 'Model', 'Panel', 'answer', 'open_models', 'share_of']
 
-SEEN_SIDE = 448  # least width of the picture to click on, in pixels
+SEEN_SIDE = 448  # least width of the image to click on, in pixels
 TEXT = '#7d8590'  # of scales; legible on white and on near black
 
 
@@ -49,7 +49,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Panel:
-    """A map drawn over the picture: PNG and words."""
+    """A map drawn over the image: PNG and words."""
 
     stage: str
     title: str
@@ -59,12 +59,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the page shows of one picture."""
+    """What the page shows of one image."""
 
     guesses: dict[str, float]  # best first
     seen: Image.Image  # what the model sees, with a ring around the chosen position
     panels: list[Panel]
-    milliseconds: float  # of one forward pass of this picture, of this request
+    milliseconds: float  # of one forward pass of this image, of this request
 
 
 def open_models(names: tuple[str, ...], released: tuple[str, ...], device: torch.device) -> dict[str, Model]:
@@ -75,7 +75,7 @@ def open_models(names: tuple[str, ...], released: tuple[str, ...], device: torch
         released: Names that have weights.
         device: Where they run.
 
-    Raises SettingsError for a model that cannot be opened or shown, or two of one title.
+    Raises ConfigError for a model that cannot be opened or shown, or two of one title.
     """
     models = {}
     for name in names:
@@ -86,10 +86,10 @@ def open_models(names: tuple[str, ...], released: tuple[str, ...], device: torch
             architecture, run = network.pretrained_cfg['architecture'], Path(name.removeprefix('local-dir:')).name
             title = architecture if run == architecture else f'{architecture} · {run}'
         if title in models:
-            raise SettingsError(f'--model must not name two models of one title, got {title} twice; leave one out or '
-                                f'rename its folder.')
+            raise ConfigError(f'--model must not name two models of one title, got {title} twice; leave one out or '
+                              f'rename its folder.')
         if data_config['input_size'][0] != 3:
-            raise SettingsError(f'--model {name} reads grey pictures, and the page shows colour ones; leave it out.')
+            raise ConfigError(f'--model {name} reads grey images, and the page shows colour ones; leave it out.')
         word = network.cfg.layout if isinstance(network, Backbone) else ''
         stages = [choose_target(network, name, stage=stage) for stage, letter in enumerate(word, 1) if letter in 'TD']
         models[title] = Model(
@@ -98,15 +98,15 @@ def open_models(names: tuple[str, ...], released: tuple[str, ...], device: torch
     return models
 
 
-def answer(model: Model, picture: Image.Image, at: tuple[float, float] | None = None) -> Answer:
-    """Predict a picture in RGB, and explain the prediction.
+def answer(model: Model, photo: Image.Image, at: tuple[float, float] | None = None) -> Answer:
+    """Predict an image in RGB, and explain the prediction.
 
     Args:
         model: Of `open_models`; one call at a time, for it listens inside the network.
-        picture: Of `read_upload`.
+        photo: Of `read_upload`.
         at: (X, Y) of the query or kernel to show, shares from 0 to 1 of what the model sees; None shows all.
     """
-    image = create_transform(**model.data_config)(picture)
+    image = create_transform(**model.data_config)(photo)
     crop = to_pixels(image, model.data_config['mean'], model.data_config['std'])
     batch = image[None].to(next(model.network.parameters()).device)
     panels = []

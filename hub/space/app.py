@@ -1,4 +1,4 @@
-"""A page to try the models: drop a picture, see the best guesses and what the stages looked at.
+"""A page to try the models: drop an image, see the best guesses and what the stages looked at.
 
     python hub/space/app.py --model coatnet_pico_64.tin200_preview local-dir:output/coatnet_pico
     python app.py
@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 sys.path.append(str(Path(__file__).resolve().parent / '../../scripts'))
 
 from coatnet_train.models.released import released_models
-from coatnet_train.runtime.cli import SettingsError, end_with_sentence, parse_flags
+from coatnet_train.runtime.cli import ConfigError, parse_flags, run_cli
 
 HERE = Path(__file__).resolve().parent
 
@@ -36,8 +36,8 @@ def choose_models(settings: Settings, folder: Path = HERE / 'models') -> tuple[s
     found = settings.model or (
         *released_models(), *(f'local-dir:{config.parent}' for config in sorted(folder.glob('*/config.json'))))
     if not found:
-        raise SettingsError('--model must name at least one model where none are released, and names none; give '
-                            'local-dir:FOLDER.')
+        raise ConfigError('--model must name at least one model where none are released, and names none; give '
+                          'local-dir:FOLDER.')
     return found
 
 
@@ -58,4 +58,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == '__main__':
-    end_with_sentence('app.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('app.py', lambda: main(parse_flags(Settings, __doc__)))

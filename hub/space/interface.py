@@ -1,4 +1,4 @@
-"""The page: what it shows of a picture, its queue, and how it is served."""
+"""The page: what it shows of an image, its queue, and how it is served."""
 import base64
 import os
 import time
@@ -13,7 +13,7 @@ import torch
 
 from answer import Answer, Model, answer, share_of
 from coatnet_train.explain.panels import RANDOM
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from upload import MOST_BYTES, MOST_PIXELS, read_upload
 
 STYLE = Path(__file__).with_name('style.css')
@@ -24,8 +24,8 @@ KEPT = 3600  # seconds after which the next request deletes a user's files
 INTRODUCTION = '''
 <h1>What does it see?</h1>
 <p>Image classifiers of <b>coatnet_zoo</b>: convolution (C), attention (T), LightConv (L) and DynamicConv (D), stage by
-stage. Drop a picture and look inside.</p>'''
-HINT = f'Any picture, up to {MOST_BYTES // 2 ** 20} MiB and {MOST_PIXELS // 10 ** 6} million pixels.'
+stage. Drop an image and look inside.</p>'''
+HINT = f'Any image, up to {MOST_BYTES // 2 ** 20} MiB and {MOST_PIXELS // 10 ** 6} million pixels.'
 
 
 def say(sentences: list[str], kind: str) -> str:
@@ -45,7 +45,7 @@ def show_facts(model: Model, given: Answer) -> str:
         'Input': f'{width} x {height} pixels', 'Stages': ' '.join(model.word) or 'not of this zoo',
         'Classes': f'{len(model.labels):,}', 'Forward pass': f'{given.milliseconds:.1f} ms'}
     rows = ''.join(f'<div><dt>{name}</dt><dd>{escape(value)}</dd></div>' for name, value in facts.items())
-    return (f'<dl class="facts">{rows}</dl><p class="measured">Time of one picture, measured on this request: '
+    return (f'<dl class="facts">{rows}</dl><p class="measured">Time of one image, measured on this request: '
             f'{escape(where)}.</p>')
 
 
@@ -55,7 +55,7 @@ def show_panels(model: Model, given: Answer, at: tuple[float, float] | None) -> 
     if model.positions:
         letters = {'attention': 'where it looks', 'kernels': 'the kernels predicted there'}
         shows = ' and '.join(letters[kind] for kind in dict.fromkeys(target.kind for target in model.targets[:-1]))
-        hint = f'Click {"another" if at else "a"} position of the picture to see {shows}.'
+        hint = f'Click {"another" if at else "a"} position of the image to see {shows}.'
     shown = []
     for panel in given.panels:
         source = base64.b64encode(panel.png).decode()
@@ -67,7 +67,7 @@ def show_panels(model: Model, given: Answer, at: tuple[float, float] | None) -> 
 
 
 def delete_old(folder: Path) -> None:
-    """Delete files of KEPT seconds; gradio's own delete_cache passes over the pictures that it sends."""
+    """Delete files of KEPT seconds; gradio's own delete_cache passes over the images that it sends."""
     for file in folder.rglob('*'):
         if file.is_file() and time.time() - file.stat().st_mtime > KEPT:
             file.unlink(missing_ok=True)
@@ -83,17 +83,17 @@ def build_page(models: dict[str, Model]) -> gr.Blocks:
             return '', gr.update(visible=False), None, None, '', ''
         model = models[title]
         try:
-            picture, notes = read_upload(Path(file))
-        except SettingsError as error:
+            image, notes = read_upload(Path(file))
+        except ConfigError as error:
             return say([str(error)], 'refusal'), gr.update(visible=False), None, None, '', ''
         if model.weights == RANDOM:
             notes.append(f'{RANDOM}.')
-        given = answer(model, picture, at)
+        given = answer(model, image, at)
         return (say(notes, 'note'), gr.update(visible=True), given.seen, given.guesses,
                 show_facts(model, given), show_panels(model, given, at))
 
     def show_position(title: str, file: str | None, click: gr.SelectData) -> tuple:
-        """The same, of the position that was clicked in the picture."""
+        """The same, of the position that was clicked in the image."""
         return show(title, file, at=share_of(models[title], click.index) if models[title].positions else None)
 
     with gr.Blocks(title='coatnet_zoo', analytics_enabled=False) as page:
@@ -102,7 +102,7 @@ def build_page(models: dict[str, Model]) -> gr.Blocks:
             with gr.Column(min_width=280):
                 title = gr.Dropdown(list(models), label='Model', elem_id='model')
             with gr.Column(min_width=280):
-                file = gr.File(label='Picture', type='filepath', height=150, elem_id='file')
+                file = gr.File(label='Image', type='filepath', height=150, elem_id='file')
                 gr.HTML(f'<p class="hint">{HINT}</p>', padding=False)
         message = gr.HTML(elem_id='message', padding=False)
         with gr.Column(visible=False, elem_id='results') as results:

@@ -1,10 +1,10 @@
-"""A stranger's file as a picture to predict: measured before it is decoded, and what is wrong with it is a sentence."""
+"""A stranger's file as an image to predict: measured before it is decoded, and what is wrong with it is a sentence."""
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from coatnet_train.data.image_files import UNREADABLE, to_mode
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 
 __all__ = ['FORMATS', 'MOST_BYTES', 'MOST_PIXELS', 'MOST_SIDE', 'read_upload']
 
@@ -15,21 +15,21 @@ MOST_PIXELS = 60_000_000
 
 
 def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
-    """The picture in a file, upright, in RGB, and a sentence for each thing about it that was changed.
+    """The image in a file, upright, in RGB, and a sentence for each thing about it that was changed.
 
-    Orientation tags are applied, as phones store pictures lying on a side; of several frames the first is taken. All
+    Orientation tags are applied, as phones store images lying on a side; of several frames the first is taken. All
     else is converted as the scripts do, by `image_files.to_mode`, so that a file gets one answer.
 
-    Raises SettingsError for a file that is no picture, damaged or too large.
+    Raises ConfigError for a file that is no image, damaged or too large.
     """
     if not path.is_file():
-        raise SettingsError('This file is kept no longer; choose it again.')
+        raise ConfigError('This file is kept no longer; choose it again.')
     size, notes = path.stat().st_size, []
     if not size:
-        raise SettingsError('This file is empty (0 bytes); choose a picture.')
+        raise ConfigError('This file is empty (0 bytes); choose an image.')
     if size > MOST_BYTES:
-        raise SettingsError(f'This file has {size / 2 ** 20:.1f} MiB, and at most {MOST_BYTES // 2 ** 20} are read; '
-                            f'choose a smaller one.')
+        raise ConfigError(f'This file has {size / 2 ** 20:.1f} MiB, and at most {MOST_BYTES // 2 ** 20} are read; '
+                          f'choose a smaller one.')
     try:
         with Image.open(path, formats=FORMATS) as image:
             check_size(image)
@@ -37,29 +37,29 @@ def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
                 notes.append('This file has several frames: only the first one was read.')
             image.load()
             return upright_rgb(image, notes), notes
-    except SettingsError:
+    except ConfigError:
         raise
     except Image.DecompressionBombError as error:
-        raise SettingsError(f'This picture has too many pixels: at most {MOST_PIXELS // 10 ** 6} million are read; '
-                            f'make it smaller.') from error
+        raise ConfigError(f'This image has too many pixels: at most {MOST_PIXELS // 10 ** 6} million are read; '
+                          f'make it smaller.') from error
     except Image.UnidentifiedImageError as error:
-        raise SettingsError('This is not a picture that can be read here (JPEG, PNG, WebP, GIF, BMP or TIFF); '
-                            'choose another file.') from error
+        raise ConfigError('This is not an image that can be read here (JPEG, PNG, WebP, GIF, BMP or TIFF); '
+                          'choose another file.') from error
     except UNREADABLE as error:
-        raise SettingsError(f'This picture is damaged or cut short ({one_line(error)}); choose another.') from error
+        raise ConfigError(f'This image is damaged or cut short ({one_line(error)}); choose another.') from error
 
 
 def check_size(image: Image.Image) -> None:
     """Refuse what is too large, from the header alone."""
     width, height = image.size
     if max(width, height) > MOST_SIDE or width * height > MOST_PIXELS:
-        raise SettingsError(
-            f'This picture has {width:,} x {height:,} pixels, and at most {MOST_SIDE:,} a side and '
+        raise ConfigError(
+            f'This image has {width:,} x {height:,} pixels, and at most {MOST_SIDE:,} a side and '
             f'{MOST_PIXELS // 10 ** 6} million in all are read; make it smaller.')
 
 
 def upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Turn and convert a decoded picture; `notes` gets a sentence for each change that is worth one."""
+    """Turn and convert a decoded image; `notes` gets a sentence for each change that is worth one."""
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         notes.append('Transparency was dropped, as in training.')

@@ -7,7 +7,7 @@ import timm
 import torch
 from imagenet_runs import SYNSETS, assert_scores, random_model, run, timm_logits, write_fine_tune, write_pictures
 
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 
 def test_some_synsets_are_mapped_to_the_1k_indices_and_said_so(settings, ten, weights, classes_of, capsys):
@@ -86,7 +86,7 @@ def test_fine_tune_is_evaluated_by_its_own_label_names(settings, tmp_path, rando
 def test_folder_of_classes_is_taken_itself_but_never_one_with_a_training_split(settings, ten, tmp_path):
     assert run(settings, data_dir=str(ten / 'val'))['loss'] == run(settings)['loss']
     write_pictures(tmp_path / 'data' / 'train', SYNSETS[:3])
-    with pytest.raises(SettingsError, match='has no folder validation or val'):
+    with pytest.raises(ConfigError, match='has no folder validation or val'):
         run(settings, data_dir=str(tmp_path / 'data'))
 
 
@@ -111,7 +111,7 @@ def test_class_map_may_stand_in_for_the_names_of_a_model(settings, tmp_path, ran
     name, model = write_fine_tune(tmp_path / 'run', randomize, ['rouge', 'vert', 'bleu'])
     write_pictures(tmp_path / 'data' / 'val', ['blue', 'green', 'red'])
     own = dict(model=(name,), checkpoint=(), img_size=None, data_dir=str(tmp_path / 'data'))
-    with pytest.raises(SettingsError, match='expected the model\'s 3 label names'):
+    with pytest.raises(ConfigError, match='expected the model\'s 3 label names'):
         run(settings, **own)
     (tmp_path / 'map.txt').write_text('red\ngreen\nblue\n')
     row = run(settings, class_map=str(tmp_path / 'map.txt'), **own)
@@ -141,22 +141,22 @@ def test_pictures_of_a_data_set_of_the_hub_are_read_with_its_columns(settings, t
 def test_classes_that_do_not_fit_stop_with_what_was_expected(settings, tmp_path, randomize):
     write_pictures(tmp_path / 'animals', ['cat', 'dog'])
     animals = str(tmp_path / 'animals')
-    with pytest.raises(SettingsError, match=r'2 classes \(cat, dog\).*expected ImageNet synsets \(n01440764'):
+    with pytest.raises(ConfigError, match=r'2 classes \(cat, dog\).*expected ImageNet synsets \(n01440764'):
         run(settings, data_dir=animals)
     name, _ = write_fine_tune(tmp_path / 'run', randomize, ['dog', 'fish', 'bird', 'ant', 'bee'])
     own = dict(model=(name,), checkpoint=(), img_size=None)
-    with pytest.raises(SettingsError, match=r'the model\'s 5 label names \(dog, fish, bird, \.\.\.\), but cat'):
+    with pytest.raises(ConfigError, match=r'the model\'s 5 label names \(dog, fish, bird, \.\.\.\), but cat'):
         run(settings, data_dir=animals, **own)
-    with pytest.raises(SettingsError, match='new, random classifier'):
+    with pytest.raises(ConfigError, match='new, random classifier'):
         run(settings, data_dir=animals, num_classes=2, **own)
-    with pytest.raises(SettingsError, match='--real-labels are for the 1000 classes'):
+    with pytest.raises(ConfigError, match='--real-labels are for the 1000 classes'):
         run(settings, data_dir=animals, real_labels='timm', **own)
     torch.save(random_model(randomize, num_classes=3).state_dict(), tmp_path / 'three.pth')
-    with pytest.raises(SettingsError, match='expected 3 classes, for the model has 3 logits without names'):
+    with pytest.raises(ConfigError, match='expected 3 classes, for the model has 3 logits without names'):
         run(settings, data_dir=animals, checkpoint=(str(tmp_path / 'three.pth'),), num_classes=3)
     with (tmp_path / 'map.pkl').open('wb') as file:
         pickle.dump({'cat': 0, 'dog': 2}, file)
-    with pytest.raises(SettingsError, match='without a gap'):
+    with pytest.raises(ConfigError, match='without a gap'):
         run(settings, data_dir=animals, class_map=str(tmp_path / 'map.pkl'))
 
 
@@ -164,13 +164,13 @@ def test_classes_that_do_not_fit_stop_with_what_was_expected(settings, tmp_path,
     ('map.txt', b'a\n\nb\nc\n', 'a class on each line, line 2 is blank; remove it'),
     ('map.txt', b'a\nb\na\nc\n', 'each class once, a stands on lines 1 and 3; remove one'),
     ('map.txt', b'\xff\xfe', 'must be text in UTF-8'),
-    ('map.txt', b'x\ny\n', 'names no folder of .*val that holds pictures; give'),
+    ('map.txt', b'x\ny\n', 'names no folder of .*val that holds images; give'),
     ('map.txt', b'', 'names no folder of'),
     ('map.pkl', b'no pickle', 'must be a .txt file with a class a line'),
     ('map.csv', b'a\n', 'must be a .txt file with a class a line')], ids=str)
 def test_class_map_that_is_none_is_refused(settings, tmp_path, name, content, message):
     write_pictures(tmp_path / 'data' / 'val', ['a', 'b', 'c'], each=1)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SettingsError, match=f'--class-map .*{message}') as error:
+    with pytest.raises(ConfigError, match=f'--class-map .*{message}') as error:
         run(settings, data_dir=str(tmp_path / 'data'), class_map=str(tmp_path / name))
     assert '\n' not in str(error.value)

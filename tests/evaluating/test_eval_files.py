@@ -17,8 +17,8 @@ import eval_imagenet
 from coatnet_train.evaluation import imagenet as evaluate
 from coatnet_train.evaluation import tables
 from coatnet_train.evaluation.evaluator import predict
-from coatnet_train.runtime.accelerator import start
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.accelerator import create_accelerator
+from coatnet_train.runtime.cli import ConfigError
 
 TIMM_COLUMNS = [
     'model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation']
@@ -73,7 +73,7 @@ def test_reliability_plot_is_drawn(settings, tmp_path):
 
 
 def test_pretrained_weights_are_the_default_and_can_be_left_out(settings):
-    with pytest.raises(SettingsError, match='coatnet_pico has no released weights'):
+    with pytest.raises(ConfigError, match='coatnet_pico has no released weights'):
         run(settings, model=('coatnet_pico',), checkpoint=())
     assert run(settings, checkpoint=(), pretrained=False)['images'] == 30
 
@@ -82,7 +82,7 @@ def test_unreadable_pictures_end_the_run_or_are_left_out(settings, tmp_path, wei
     data = write_pictures(tmp_path / 'data', SYNSETS[:5])
     whole = (data / SYNSETS[2] / '1.png').read_bytes()
     (data / SYNSETS[2] / '1.png').write_bytes(whole[:100])
-    with pytest.raises(SettingsError, match='--max-bad-images 0 allows 0'):
+    with pytest.raises(ConfigError, match='--max-bad-images 0 allows 0'):
         run(settings, data_dir=str(data))
     row = run(settings, data_dir=str(data), max_bad_images=0.1)
     assert (row['images'], row['unreadable']) == (9, 1)
@@ -118,7 +118,7 @@ def test_unreadable_pictures_end_the_run_or_are_left_out(settings, tmp_path, wei
     ({'model': ('test_vit',), 'img_size': 37}, '--model test_vit with --img-size 37 cannot be built'),
 ], ids=str)
 def test_settings_that_cannot_work_are_refused_in_a_sentence(settings, changes, message):
-    with pytest.raises(SettingsError, match=message) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         run(settings, **changes)
     assert '\n' not in str(error.value)
 
@@ -127,7 +127,7 @@ def test_output_that_cannot_be_written_is_refused_before_the_first_picture(setti
     (tmp_path / 'file').write_text('in the way')
     monkeypatch.setattr(evaluate, 'evaluate_model', None)
     for changes in ({'output': str(tmp_path / 'file' / 'deep')}, {'results_file': str(tmp_path / 'file' / 'a.json')}):
-        with pytest.raises(SettingsError, match=r'--output or --results-file cannot be written: .*choose another'):
+        with pytest.raises(ConfigError, match=r'--output or --results-file cannot be written: .*choose another'):
             run(settings, **changes)
 
 
@@ -136,7 +136,7 @@ def test_full_disk_takes_no_number_along(settings, tmp_path, monkeypatch, capsys
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(tables, 'write_json', fill)
-    with pytest.raises(SettingsError, match='No space left on device; choose another'):
+    with pytest.raises(ConfigError, match='No space left on device; choose another'):
         run(settings, results_file=str(tmp_path / 'results.json'))
     monkeypatch.undo()
     assert f'{run(settings)["loss"]:.4f}' in capsys.readouterr().out.split('test_resnet ')[-2]
@@ -147,19 +147,19 @@ def test_weights_that_cannot_be_read_or_give_no_numbers_are_refused(settings, tm
     (tmp_path / 'text.pth').write_text('hello')
     (tmp_path / 'empty.pth').touch()
     for name in ('broken.safetensors', 'text.pth', 'empty.pth'):
-        with pytest.raises(SettingsError, match=rf'--checkpoint .*{name} holds no weights that torch or safetensors'):
+        with pytest.raises(ConfigError, match=rf'--checkpoint .*{name} holds no weights that torch or safetensors'):
             run(settings, checkpoint=(str(tmp_path / name),))
     model = random_model(randomize)
     model.get_classifier().bias.data[3] = float('nan')
     save_file(model.state_dict(), tmp_path / 'nan.safetensors')
-    with pytest.raises(SettingsError, match='logits that are not finite'):
+    with pytest.raises(ConfigError, match='logits that are not finite'):
         run(settings, checkpoint=(str(tmp_path / 'nan.safetensors'),))
 
 
 def test_pictures_none_of_which_can_be_read_have_no_score(settings, tmp_path):
     (tmp_path / 'data' / SYNSETS[0]).mkdir(parents=True)
-    (tmp_path / 'data' / SYNSETS[0] / 'a.png').write_text('no picture')
-    with pytest.raises(SettingsError, match='has no picture with a label that can be read'):
+    (tmp_path / 'data' / SYNSETS[0] / 'a.png').write_text('no image')
+    with pytest.raises(ConfigError, match='has no image with a label that can be read'):
         run(settings, data_dir=str(tmp_path / 'data'), max_bad_images=1., output=str(tmp_path / 'out'))
 
 
@@ -171,8 +171,8 @@ def test_pictures_none_of_which_can_be_read_have_no_score(settings, tmp_path):
 def test_labels_that_no_class_stands_for_are_refused(labels, message):
     samples = [(torch.zeros(3, 8, 8), label, -1) for label in labels]
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
-    with pytest.raises(SettingsError, match=message):
-        predict(model, DataLoader(samples, 2), start('cpu'))
+    with pytest.raises(ConfigError, match=message):
+        predict(model, DataLoader(samples, 2), create_accelerator('cpu'))
 
 
 # The command line, and several processes

@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 
 from coatnet_train.evaluation import imagenet as evaluate
 from coatnet_train.evaluation import imagenet_labels
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / 'shared'
@@ -32,7 +32,7 @@ def learn(model: torch.nn.Module, logits: torch.Tensor, labels: torch.Tensor, sh
 
 
 @pytest.mark.skipif(not (SHARED / 'data' / 'imagenet-1k-samples-128.zip').exists(),
-                    reason='needs ../shared/data/imagenet-1k-samples-128.zip, one real picture of each ImageNet class')
+                    reason='needs ../shared/data/imagenet-1k-samples-128.zip, one real image of each ImageNet class')
 def test_agrees_with_timm_on_every_picture_of_a_real_set(settings, tmp_path, randomize, classes_of):
     data = tmp_path / 'in1k'
     subprocess.run([sys.executable, SHARED / 'tools' / 'unpack_data.py', 'imagenet-1k-samples-128', data], check=True,
@@ -132,7 +132,7 @@ def test_memory_format_is_the_one_asked_for(settings, monkeypatch):
 def test_mixed_precision_is_close_but_not_the_same(settings):
     exact, mixed = run(settings), run(settings, amp=True)
     assert 0 < abs(mixed['loss'] / exact['loss'] - 1) < 0.05
-    with pytest.raises(SettingsError, match='--amp-dtype'):
+    with pytest.raises(ConfigError, match='--amp-dtype'):
         run(settings, amp=True, amp_dtype='float16')
 
 
@@ -174,7 +174,7 @@ def test_averaged_weights_are_taken_only_if_asked(settings, tmp_path, randomize)
     both, alone = (str(tmp_path / f'{name}.pth') for name in ('both', 'averaged'))
     assert run(settings, checkpoint=(both,))['loss'] == run(settings)['loss']
     assert run(settings, checkpoint=(both,), use_ema=True)['loss'] == run(settings, checkpoint=(alone,))['loss']
-    with pytest.raises(SettingsError, match='has no averaged weights'):
+    with pytest.raises(ConfigError, match='has no averaged weights'):
         run(settings, checkpoint=(alone,), use_ema=True)
 
 
@@ -217,17 +217,17 @@ def test_real_labels_are_scored_as_by_timm_in_folders_and_flat(settings, tmp_pat
         assert row['top5'] == pytest.approx(reference.get_accuracy(5), abs=1e-4)
         assert row['images'] == 16 and row['loss'] is None and row['ece'] > 0
 
-    with pytest.raises(SettingsError, match=r'flat validation split.*--real-labels'):
+    with pytest.raises(ConfigError, match=r'flat validation split.*--real-labels'):
         run(settings, data_dir=str(data))
-    with pytest.raises(SettingsError, match='all pictures of ImageNet\'s validation split, but the data have 20'):
+    with pytest.raises(ConfigError, match='all images of ImageNet\'s validation split, but the data have 20'):
         run(settings, data_dir=str(data), real_labels='timm')
 
 
 def test_real_labels_need_the_names_of_the_validation_split(settings, ten, tmp_path):
     (tmp_path / 'real.json').write_text(json.dumps([[1]] * 30))
-    with pytest.raises(SettingsError, match=r'ILSVRC2012_val_00000001\.JPEG'):
+    with pytest.raises(ConfigError, match=r'ILSVRC2012_val_00000001\.JPEG'):
         run(settings, real_labels=str(tmp_path / 'real.json'))
-    with pytest.raises(SettingsError, match='cannot be read'):
+    with pytest.raises(ConfigError, match='cannot be read'):
         run(settings, real_labels=str(tmp_path / 'none.json'))
 
 

@@ -19,7 +19,7 @@ def run(settings: extract_features.Settings, **changes) -> Path:
     """Extract and return the folder of --split."""
     settings = dataclasses.replace(settings, **changes)
     extract_features.main(settings)
-    return Path(settings.output) / (settings.split or 'pictures')
+    return Path(settings.output) / (settings.split or 'images')
 
 
 def read_index(folder: Path) -> dict:

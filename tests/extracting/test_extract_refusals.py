@@ -11,7 +11,7 @@ from PIL import Image
 from script_runs import run_main, run_processes, write_pictures
 
 import extract_features
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 
 @pytest.mark.parametrize(('changes', 'parts'), [
@@ -41,10 +41,10 @@ from coatnet_train.runtime.cli import SettingsError
     ({'knn': True, 'val_split': 'train'}, ['--knn', '--val-split', "'train' for both"]),
     ({'knn': True, 'knn_k': 0}, ['--knn-k', 'greater than 0', 'got 0']),
     ({'knn': True, 'knn_temperature': 0.}, ['--knn-temperature', 'greater than 0', 'got 0']),
-    ({'knn': True, 'knn_k': 37}, ['--knn-k', 'at most the 36 pictures', 'got 37']),
+    ({'knn': True, 'knn_k': 37}, ['--knn-k', 'at most the 36 images', 'got 37']),
 ], ids=lambda value: '-'.join(value) if isinstance(value, dict) else '')
 def test_bad_setting_is_refused_in_one_sentence_and_nothing_is_written(settings, changes, parts):
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(ConfigError) as error:
         run(settings, **changes)
     message = str(error.value)
     assert '\n' not in message
@@ -56,28 +56,28 @@ def test_bad_setting_is_refused_in_one_sentence_and_nothing_is_written(settings,
 def test_pictures_beside_folders_of_classes_are_refused(settings, tmp_path):
     data = write_pictures(tmp_path / 'mixed', train=2, val=2)
     (data / 'train' / 'red' / '0.png').rename(data / 'train' / 'stray.png')
-    with pytest.raises(SettingsError, match=r'--data-dir .*stray\.png lies beside folders of classes; move'):
+    with pytest.raises(ConfigError, match=r'--data-dir .*stray\.png lies beside folders of classes; move'):
         run(settings, data_dir=str(data))
 
 
 def test_splits_of_different_classes_or_none_have_no_accuracy(settings, tmp_path):
     data = write_pictures(tmp_path / 'data', train=4, val=2)
     (data / 'val' / 'red').rename(data / 'val' / 'crimson')
-    with pytest.raises(SettingsError, match='--knn needs the same classes in both splits, but crimson, red are'):
+    with pytest.raises(ConfigError, match='--knn needs the same classes in both splits, but crimson, red are'):
         run(settings, data_dir=str(data), knn=True, knn_k=2)
     flat = tmp_path / 'flat'
     (data / 'train' / 'red').rename(tmp_path / 'keep')
     for split in ('train', 'val'):
         (flat / split).mkdir(parents=True)
         Image.new('RGB', (40, 40)).save(flat / split / 'a.png')
-    with pytest.raises(SettingsError, match=r"--linear-probe needs labels, and split 'train' has pictures without"):
+    with pytest.raises(ConfigError, match=r"--linear-probe needs labels, and split 'train' has images without"):
         run(settings, data_dir=str(flat), linear_probe=True)
 
 
 def test_too_few_pictures_for_a_probe(settings, tmp_path):
     pytest.importorskip('sklearn')
     data = write_pictures(tmp_path / 'data', train=1, val=1)
-    with pytest.raises(SettingsError, match='--linear-probe needs more pictures or classes in --split'):
+    with pytest.raises(ConfigError, match='--linear-probe needs more images or classes in --split'):
         run(settings, data_dir=str(data), linear_probe=True)
 
 
@@ -85,13 +85,13 @@ def test_too_few_pictures_for_a_probe(settings, tmp_path):
                                                   ({'linear_probe': True}, 'scikit-learn')])
 def test_missing_package_is_named(settings, monkeypatch, changes, package):
     monkeypatch.setitem(sys.modules, {'scikit-learn': 'sklearn'}.get(package, package), None)
-    with pytest.raises(SettingsError, match=f'needs {package}, which is not installed'):
+    with pytest.raises(ConfigError, match=f'needs {package}, which is not installed'):
         run(settings, **changes)
 
 
 def test_unwritable_output_is_refused(settings, tmp_path):
     (tmp_path / 'file').write_text('in the way')
-    with pytest.raises(SettingsError, match=r'--output .*file.* cannot be written.*choose another'):
+    with pytest.raises(ConfigError, match=r'--output .*file.* cannot be written.*choose another'):
         run(settings, output=str(tmp_path / 'file'))
 
 
@@ -103,13 +103,13 @@ def test_help_explains_each_setting(monkeypatch, capsys):
     out = capsys.readouterr().out
     for field in dataclasses.fields(extract_features.Settings):
         assert f'--{field.name.replace("_", "-")} ' in out or f'--no-{field.name}'.replace('_', '-') in out, field.name
-    for text in ('Pictures in a shard;', 'Processes that read pictures', '(default: pooled)', '--knn, --no-knn'):
+    for text in ('Images in a shard;', 'Processes that read images', '(default: pooled)', '--knn, --no-knn'):
         assert text in out
 
 
 def test_two_processes_write_the_files_of_one(settings, tmp_path):
     data = write_pictures(tmp_path / 'data')
-    (data / 'train' / 'red' / '8.png').write_text('no picture')  # in the second process's part
+    (data / 'train' / 'red' / '8.png').write_text('no image')  # in the second process's part
     arguments = ['--data-dir', str(data), '--model', 'test_resnet', '--img-size', '32', '--batch-size', '4',
                  '--shard-size', '10', '--workers', '0', '--device', 'cpu', '--knn', '--knn-k', '5',
                  '--max-bad-images', '0.1']

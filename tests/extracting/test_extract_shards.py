@@ -16,12 +16,12 @@ from script_runs import CLASSES, write_pictures
 
 from coatnet_train.data import digest as data_digest
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import open_pictures
+from coatnet_train.data.dataset import create_dataset
 from coatnet_train.evaluation import extraction
 from coatnet_train.evaluation.feature_shards import read_column
 from coatnet_train.evaluation.features import PooledFeatures
 from coatnet_train.runtime import files
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 
 def test_safetensors_shards_hold_the_features_of_each_picture(settings, pictures):
@@ -35,7 +35,7 @@ def test_safetensors_shards_hold_the_features_of_each_picture(settings, pictures
     assert [path.name for path in shards_of(folder)] == [f'0000{n}-of-00004.safetensors' for n in range(4)]
 
     index = read_index(folder)
-    assert index['complete'] and index['rows'] == index['pictures'] == 36 and index['unreadable'] == []
+    assert index['complete'] and index['rows'] == index['images'] == 36 and index['unreadable'] == []
     assert list(index['shards'].values()) == [10, 10, 10, 6] and index['class_names'] == list(CLASSES)
     assert index['input_size'] == [3, 32, 32] and index['shapes'] == {'embedding': [values.shape[1]]}
     assert index['model'] == 'test_resnet' and len(index['mean']) == 3 and index['provenance']['torch']
@@ -84,7 +84,7 @@ def test_value_beyond_float16_is_refused_not_written(settings, monkeypatch):
     forward = PooledFeatures.forward
     monkeypatch.setattr(PooledFeatures, 'forward', lambda self, images: {
         name: values + 1e6 * (images.mean() > -9) for name, values in forward(self, images).items()})
-    with pytest.raises(SettingsError, match=r'embedding of blue/0\.png is not finite in --dtype float16; take float32'):
+    with pytest.raises(ConfigError, match=r'embedding of blue/0\.png is not finite in --dtype float16; take float32'):
         run(settings, dtype='float16')
     assert not shards_of(Path(settings.output) / 'train')
     run(settings, output=settings.output + '32')
@@ -127,10 +127,10 @@ def test_hfds_set_with_its_own_columns(settings, tmp_path, names):
     changes = dict(dataset=f'hfds/{source}', data_dir=str(tmp_path / 'cache'), input_key='photo', target_key='kind')
     folder = run(settings, **changes)
     columns, paths = read_rows(folder)
-    assert columns['label'].tolist() == [0, 1, 2, 0, 1, 2] and paths[5] == 'picture 5'
+    assert columns['label'].tolist() == [0, 1, 2, 0, 1, 2] and paths[5] == 'image 5'
     assert read_index(folder)['class_names'] == (['a', 'b', 'c'] if names else [])
     assert columns['embedding'].std(0).max() > 1e-4
-    with pytest.raises(SettingsError, match=r'--target-key nothing.*; name the'):
+    with pytest.raises(ConfigError, match=r'--target-key nothing.*; name the'):
         run(settings, **changes | {'target_key': 'nothing', 'output': settings.output + '2'})
 
 
@@ -144,7 +144,7 @@ def test_hfds_set_without_labels(settings, tmp_path):
 def test_torchvision_set(settings, pictures):
     folder = run(settings, dataset='torch/image_folder', data_dir=str(pictures))
     columns, paths = read_rows(folder)
-    assert columns['label'].tolist() == [0] * 12 + [1] * 12 + [2] * 12 and paths[0] == 'picture 0'
+    assert columns['label'].tolist() == [0] * 12 + [1] * 12 + [2] * 12 and paths[0] == 'image 0'
     assert read_index(folder)['class_names'] == list(CLASSES)
 
 
@@ -198,7 +198,7 @@ def test_other_settings_and_other_data_are_refused_with_both_values(settings, pi
     before = read_bytes(folder), (folder / 'index.json').read_bytes()
 
     def refused(*parts: str, **changes) -> None:
-        with pytest.raises(SettingsError) as error:
+        with pytest.raises(ConfigError) as error:
             run(settings, **changes)
         for part in ('was begun with other settings or data', 'choose another --output', *parts):
             assert part in str(error.value), error.value
@@ -214,7 +214,7 @@ def test_other_settings_and_other_data_are_refused_with_both_values(settings, pi
     refused('mean was', 'is [0.1, 0.2, 0.3]', mean=(0.1, 0.2, 0.3))
     refused('amp was , is bfloat16', amp=True)
     Image.new('RGB', (40, 40)).save(data / 'train' / 'red' / '9.png')
-    refused('pictures was 12, is 13', 'data was')
+    refused('images was 12, is 13', 'data was')
     (data / 'train' / 'red' / '9.png').unlink()
     Image.new('RGB', (40, 40)).save(data / 'train' / 'red' / '0.png')  # the same name, another picture
     refused('data was')
@@ -237,7 +237,7 @@ def test_swapped_images_of_one_size_are_refused_and_a_copy_elsewhere_is_not(sett
     first.rename(data / 'kept')
     second.rename(first)
     (data / 'kept').rename(second)
-    with pytest.raises(SettingsError, match='data was'):
+    with pytest.raises(ConfigError, match='data was'):
         run(settings, data_dir=str(data))
     assert before == (read_bytes(folder), (folder / 'index.json').read_bytes())
 
@@ -250,7 +250,7 @@ def test_what_is_beyond_the_first_bytes_is_compared_by_size_and_middle(tmp_path,
     found = []
     for content in (bytes(10_000), bytes(5000) + b'x' + bytes(4999), bytes(10_001)):
         path.write_bytes(content)
-        dataset, names = open_pictures(DataSettings(data_dir=str(data)), 'train')
+        dataset, names = create_dataset(DataSettings(data_dir=str(data)), 'train')
         found.append(data_digest.compute_digest(dataset, names))
     assert len(set(found)) == 3
 
@@ -273,7 +273,7 @@ def test_every_source_has_a_digest_of_its_content(kind, tmp_path, monkeypatch):
                     tar.addfile(info, io.BytesIO(content))
             settings = DataSettings(data_dir=str(folder), dataset=kind, workers=0)
         split = 'a.tar|1' if kind == 'wds/' else 'train'
-        dataset, names = open_pictures(settings, split, num_classes=3)
+        dataset, names = create_dataset(settings, split, num_classes=3)
         found.append(data_digest.compute_digest(dataset, names))
     assert found[0] == found[1] != found[2]
 
@@ -305,14 +305,14 @@ def test_unreadable_pictures_have_no_row_and_are_listed(settings, tmp_path, kind
     whole = read_rows(run(settings, data_dir=str(data), output=settings.output + '-whole'))[0]['embedding']
     broken = data / 'train' / 'green' / '1.png'
     broken.write_bytes(broken.read_bytes()[:100])
-    (data / 'train' / 'red' / '3.png').write_text('no picture')
+    (data / 'train' / 'red' / '3.png').write_text('no image')
     changes = dict(data_dir=str(data), shard_size=5, batch_size=2, format=kind)
 
-    with pytest.raises(SettingsError, match=r'--max-bad-images 0\.1 allows 1 .* 12 .*red/3\.png is number 2'):
+    with pytest.raises(ConfigError, match=r'--max-bad-images 0\.1 allows 1 .* 12 .*red/3\.png is number 2'):
         run(settings, max_bad_images=0.1, **changes)
     folder = Path(settings.output) / 'train'
     assert len(shards_of(folder)) == 2 and not read_index(folder)['complete']
-    with pytest.raises(SettingsError, match=r'--max-bad-images 0\.1 allows'):  # a finished shard's count as well
+    with pytest.raises(ConfigError, match=r'--max-bad-images 0\.1 allows'):  # a finished shard's count as well
         run(settings, max_bad_images=0.1, **changes)
     capsys.readouterr()
     run(settings, max_bad_images=0.2, **changes)
@@ -322,7 +322,7 @@ def test_unreadable_pictures_have_no_row_and_are_listed(settings, tmp_path, kind
     assert index['unreadable'] == ['green/1.png', 'red/3.png'] and index['rows'] == 10
     assert list(index['shards'].values()) == [5, 4, 1]
     kept = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
-    with pytest.raises(SettingsError, match=r'--max-bad-images 0\.1 allows'):  # nor does a finished set pass
+    with pytest.raises(ConfigError, match=r'--max-bad-images 0\.1 allows'):  # nor does a finished set pass
         run(settings, max_bad_images=0.1, **changes)
     numbers = torch.cat([read_column(path, 'index') for path in shards_of(folder)])
     values = torch.cat([read_column(path, 'embedding') for path in shards_of(folder)])
@@ -336,7 +336,7 @@ def test_shard_without_a_readable_picture(settings, tmp_path, kind):
         pytest.importorskip('pyarrow')
     data = write_pictures(tmp_path / 'data', train=2, val=1)
     for index in range(2):
-        (data / 'train' / 'blue' / f'{index}.png').write_text('no picture')
+        (data / 'train' / 'blue' / f'{index}.png').write_text('no image')
     folder = run(settings, data_dir=str(data), shard_size=2, max_bad_images=1.0, format=kind)
     assert list(read_index(folder)['shards'].values()) == [0, 2, 2]
     assert read_column(shards_of(folder)[0], 'embedding').shape[0] == 0

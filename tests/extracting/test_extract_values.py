@@ -13,7 +13,7 @@ from script_runs import CLASSES
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 from coatnet_train.evaluation.features import PROBE_STRENGTHS, PooledFeatures, PyramidFeatures, knn_top1, linear_probe
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 
 def norm_of(model: torch.nn.Module, values: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_checkpoint_is_loaded_strictly(settings, pictures, tmp_path):
     columns, _ = read_rows(run(settings, **changes))
     values = expected_rows(pictures / 'train', model)[0]
     torch.testing.assert_close(columns['embedding'], values, rtol=1e-4, atol=1e-5)
-    with pytest.raises(SettingsError, match=r'does not fit .*: it has 3 classes and the model 4.*--num-classes 3'):
+    with pytest.raises(ConfigError, match=r'does not fit .*: it has 3 classes and the model 4.*--num-classes 3'):
         run(settings, **changes | {'num_classes': 4, 'output': settings.output + '2'})
     pyramid = run(settings, features='pyramid', out_indices=(4,), output=settings.output + '3', **changes)
     maps = read_rows(pyramid)[0]['level_4']  # the same weights, whose maps have this mean

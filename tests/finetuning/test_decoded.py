@@ -19,24 +19,24 @@ from torchvision.transforms import functional as reference
 
 import eval_imagenet
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import Pictures, open_pictures
+from coatnet_train.data.dataset import IndexedImageDataset, create_dataset
 from coatnet_train.data.device_cache import (
     Augmentation,
-    DecodedPictures,
+    DeviceImageCache,
     Normalize,
     adjust_colors,
-    cut,
-    decoded_batches,
+    create_cached_loader,
+    crop_and_flip,
     draw_crops,
 )
-from coatnet_train.data.loader import EpochSampler, batches
-from coatnet_train.runtime.accelerator import start
-from coatnet_train.runtime.cli import Preempted, SettingsError
-from coatnet_train.training.loaders import create_loaders, open_data, training_transform
+from coatnet_train.data.loader import EpochSampler, create_loader
+from coatnet_train.runtime.accelerator import create_accelerator
+from coatnet_train.runtime.cli import ConfigError, Preempted
+from coatnet_train.training.loaders import create_datasets, create_loaders, training_transform
 from coatnet_train.training.trainer import Trainer
 
 MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816)
-AUGMENTED = dict(decode_once=True, mixup=0.2, cutmix=1.0, reprob=0.5, color_jitter=0.4, train_img_sizes=(16, 32))
+AUGMENTED = dict(cache_images=True, mixup=0.2, cutmix=1.0, reprob=0.5, color_jitter=0.4, train_img_sizes=(16, 32))
 
 
 def noise(count: int = 4, channels: int = 3, size: int = 32) -> torch.Tensor:
@@ -74,16 +74,16 @@ def test_a_whole_picture_stays_what_it_is_or_is_averaged(flipped):
     pictures = noise()
     expected = reference.hflip(pictures) if flipped else pictures
     flipped, crops = torch.full((4,), flipped), torch.tensor([WHOLE] * 4) / 32
-    torch.testing.assert_close(cut(pictures, crops, flipped, 32), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(crop_and_flip(pictures, crops, flipped, 32), expected, atol=1e-5, rtol=0)
     for size in (16, 8):
         small = F.avg_pool2d(expected, 32 // size)
-        torch.testing.assert_close(cut(pictures, crops, flipped, size), small, atol=1e-5, rtol=0)
+        torch.testing.assert_close(crop_and_flip(pictures, crops, flipped, size), small, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize('flipped', [False, True])
 def test_enlarged_crops_are_bilinear(flipped):
     pictures = noise()
-    found = cut(pictures, torch.tensor([HALF, WHOLE, HALF, HALF]) / 32, torch.full((4,), flipped), 32)
+    found = crop_and_flip(pictures, torch.tensor([HALF, WHOLE, HALF, HALF]) / 32, torch.full((4,), flipped), 32)
     expected = F.interpolate(pictures[..., 4:12, 8:24], (32, 32), mode='bilinear')
     expected[1] = pictures[1]
     expected = reference.hflip(expected) if flipped else expected
@@ -117,13 +117,14 @@ def test_augmentation_does_what_it_is_asked_to():
 
 
 def test_evaluation_sees_the_very_pictures(pictures):
-    dataset, _ = open_pictures(DataSettings(data_dir=str(pictures)), 'validation')
+    dataset, _ = create_dataset(DataSettings(data_dir=str(pictures)), 'validation')
     options = dict(input_size=(3, 24, 24), crop_pct=0.9, interpolation='bicubic', mean=MEAN, std=STD)
-    expected = batches(Pictures(dataset, create_transform(**options)), EpochSampler(len(dataset)), 4, 0)
-    decoded = DecodedPictures(Pictures(dataset, create_transform(**options, normalize=False)), Normalize(MEAN, STD),
-                              torch.device('cpu'), quiet=True)
+    images = IndexedImageDataset(dataset, create_transform(**options))
+    expected = create_loader(images, EpochSampler(len(dataset)), 4, 0)
+    images = IndexedImageDataset(dataset, create_transform(**options, normalize=False))
+    decoded = DeviceImageCache(images, Normalize(MEAN, STD), torch.device('cpu'), quiet=True)
     decoded.load()
-    found = decoded_batches(decoded, EpochSampler(len(dataset)), 4)
+    found = create_cached_loader(decoded, EpochSampler(len(dataset)), 4)
     assert decoded.images.dtype == torch.uint8 and len(found) == len(expected) == math.ceil(len(dataset) / 4)
     for batch, other in zip(found, expected, strict=True):
         assert all(map(torch.equal, batch, other))
@@ -144,7 +145,7 @@ class Numbers(Dataset):
 
 @pytest.mark.parametrize('quiet', [False, True])
 def test_every_picture_lies_at_its_place(quiet):
-    decoded = DecodedPictures(Numbers(), lambda pictures: pictures, torch.device('cpu'), quiet=quiet)
+    decoded = DeviceImageCache(Numbers(), lambda pictures: pictures, torch.device('cpu'), quiet=quiet)
     decoded.load()
     places = [699, 0, 3, 256, 511, 512]
     images, labels, bad = decoded.__getitems__([(1, place) for place in places])
@@ -169,7 +170,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(settings, monkeypatch):
 
 
 def test_it_learns_and_its_scores_are_those_of_evaluation(settings, pictures):
-    run_dir = run(settings, decode_once=True, epochs=8, lr=5e-3, scale=(0.3, 1.), color_jitter=0.1, val_interval=8)
+    run_dir = run(settings, cache_images=True, epochs=8, lr=5e-3, scale=(0.3, 1.), color_jitter=0.1, val_interval=8)
     row, = read_metrics(run_dir)
     report, = eval_imagenet.main(eval_imagenet.Settings(
         data_dir=str(pictures), model=(f'local-dir:{run_dir}',), workers=0, device='cpu'))
@@ -179,8 +180,8 @@ def test_it_learns_and_its_scores_are_those_of_evaluation(settings, pictures):
 def test_unreadable_pictures_are_named(settings, tmp_path):
     data = write_pictures(tmp_path / 'own')
     bad = data / 'train' / 'red' / '3.png'
-    bad.write_bytes(b'no picture')
-    run_dir = run(settings, data_dir=str(data), decode_once=True, max_bad_images=0.1)
+    bad.write_bytes(b'no image')
+    run_dir = run(settings, data_dir=str(data), cache_images=True, max_bad_images=0.1)
     assert json.loads((run_dir / 'summary.json').read_text())['unreadable'] == [str(bad)]
     assert len(read_metrics(run_dir)) == 2
 
@@ -191,43 +192,43 @@ def test_settings_reach_the_pictures(settings, tmp_path):
     wide.paste((255, 255, 255), (0, 0, 32, 32))
     wide.save(data / 'train' / 'blue' / '0.png')
     settings = dataclasses.replace(
-        settings, data_dir=str(data), decode_once=True, scale=(0.2, 0.6), hflip=0.3, color_jitter=0.1, reprob=0.7)
+        settings, data_dir=str(data), cache_images=True, scale=(0.2, 0.6), hflip=0.3, color_jitter=0.1, reprob=0.7)
     data_config = dict(
         input_size=(3, 32, 32), interpolation='bilinear', mean=MEAN, std=STD, crop_pct=0.9, crop_mode='center')
     augmentation = dict(mean=MEAN, std=STD, scale=(0.2, 0.6), hflip=0.3, color_jitter=0.1, reprob=0.7)
     assert vars(training_transform(settings, data_config, 16)) == dict(size=16, **augmentation)
-    loader, _, _ = create_loaders(settings, *open_data(settings)[:2], data_config, start('cpu'))
+    loader, _, _ = create_loaders(settings, *create_datasets(settings)[:2], data_config, create_accelerator('cpu'))
     loader.dataset.load()
     assert vars(loader.dataset.transform) == dict(size=32, **augmentation)
     place = next(i for i in range(36) if loader.dataset.dataset.filename(i) == 'blue/0.png')
     picture = loader.dataset.images[place]  # the left third, squeezed, is there
     assert picture.shape == (3, 32, 32) and picture[:, :, :9].min() > 200 and picture[:, :, 13:].max() < 50
     larger = dataclasses.replace(settings, train_img_sizes=(16, 48))
-    loader, _, _ = create_loaders(larger, *open_data(larger)[:2], data_config, start('cpu'))
+    loader, _, _ = create_loaders(larger, *create_datasets(larger)[:2], data_config, create_accelerator('cpu'))
     loader.dataset.load()
     assert loader.dataset.images.shape == (36, 3, 48, 48)
 
 
 def test_what_it_cannot_do_is_refused(settings, tmp_path, monkeypatch):
-    with pytest.raises(SettingsError, match=r'--aa .* got rand-m9; leave it out, or give --no-decode-once'):
-        run(settings, decode_once=True, aa='rand-m9')
-    with pytest.raises(SettingsError, match=r'--decode-once .* the stream --dataset wds/'):
-        run(settings, decode_once=True, dataset='wds/', data_dir=str(write_shards(tmp_path / 'shards')))
+    with pytest.raises(ConfigError, match=r'--aa .* got rand-m9; leave it out, or give --no-cache-images'):
+        run(settings, cache_images=True, aa='rand-m9')
+    with pytest.raises(ConfigError, match=r'--cache-images .* the stream --dataset wds/'):
+        run(settings, cache_images=True, dataset='wds/', data_dir=str(write_shards(tmp_path / 'shards')))
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError('none left')
 
-    dataset, _ = open_pictures(DataSettings(data_dir=settings.data_dir), 'train')
+    dataset, _ = create_dataset(DataSettings(data_dir=settings.data_dir), 'train')
     whole = create_transform((3, 32, 32), normalize=False)
-    decoded = DecodedPictures(Pictures(dataset, whole), Normalize(MEAN, STD), torch.device('cpu'))
+    decoded = DeviceImageCache(IndexedImageDataset(dataset, whole), Normalize(MEAN, STD), torch.device('cpu'))
     monkeypatch.setattr(torch, 'empty', full)
-    with pytest.raises(SettingsError, match=r'--decode-once: 36 pictures of \(3, 32, 32\) take .* GB, more than cpu'):
+    with pytest.raises(ConfigError, match=r'--cache-images: 36 images of \(3, 32, 32\) take .* GB, more than cpu'):
         decoded.load()
     monkeypatch.undo()
     dataset.reader.samples = [(file, 'text') for file, _ in dataset.reader.samples]
-    with pytest.raises(SettingsError, match=r"--target-key must name a column of whole numbers, .* 'text'"):
+    with pytest.raises(ConfigError, match=r"--target-key must name a column of whole numbers, .* 'text'"):
         decoded.load()
     wide = dict(input_size=(3, 32, 48), interpolation='bilinear', mean=MEAN, std=STD, crop_pct=1., crop_mode='center')
-    settings = dataclasses.replace(settings, decode_once=True)
-    with pytest.raises(SettingsError, match=r'--decode-once keeps squares, and --model test_resnet .* 32 x 48'):
-        create_loaders(settings, *open_data(settings)[:2], wide, start('cpu'))
+    settings = dataclasses.replace(settings, cache_images=True)
+    with pytest.raises(ConfigError, match=r'--cache-images keeps squares, and --model test_resnet .* 32 x 48'):
+        create_loaders(settings, *create_datasets(settings)[:2], wide, create_accelerator('cpu'))

@@ -11,9 +11,9 @@ from script_runs import CLASSES, write_pictures
 from torchvision.transforms.functional import pil_to_tensor
 
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import Pictures, open_pictures, read_picture, targets_of
+from coatnet_train.data.dataset import IndexedImageDataset, create_dataset, read_image, read_targets
 from coatnet_train.data.loader import EpochSampler
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 
 def spoil(path: Path) -> Path:
@@ -41,24 +41,24 @@ def test_unreadable_pictures_are_named_skipped_and_counted_once(settings, tmp_pa
 def test_too_many_unreadable_pictures_stop_the_run(settings, tmp_path):
     data = write_pictures(tmp_path / 'own')
     path = spoil(data / 'train' / 'red' / '3.png')
-    with pytest.raises(SettingsError, match=r'--max-bad-images 0.001 allows 0 .* 36 pictures.*red/3.png.*number 1'):
+    with pytest.raises(ConfigError, match=r'--max-bad-images 0.001 allows 0 .* 36 images.*red/3.png.*number 1'):
         run(settings, data_dir=str(data))
     (data / 'train' / 'red' / '3.png').write_bytes(b'')
-    with pytest.raises(SettingsError, match=str(path)):
+    with pytest.raises(ConfigError, match=str(path)):
         run(settings, data_dir=str(data), resume='auto')
 
 
 @pytest.mark.parametrize(
-    'content', [b'', b'no picture', b'\x89PNG\r\n\x1a\n' + bytes(50), b'GIF89a', b'\xff\xd8\xff\xe0junk'])
+    'content', [b'', b'no image', b'\x89PNG\r\n\x1a\n' + bytes(50), b'GIF89a', b'\xff\xd8\xff\xe0junk'])
 def test_every_kind_of_broken_file_is_found(tmp_path, content):
     data = write_pictures(tmp_path / 'own', train=2, val=1)
     (data / 'train' / 'green' / '0.png').write_bytes(content)
-    dataset, _ = open_pictures(DataSettings(data_dir=str(data)), 'train')
+    dataset, _ = create_dataset(DataSettings(data_dir=str(data)), 'train')
     index = next(i for i in range(6) if dataset.filename(i) == 'green/0.png')
-    image, label, bad = Pictures(dataset, pil_to_tensor)[0, index]
+    image, label, bad = IndexedImageDataset(dataset, pil_to_tensor)[0, index]
     assert (label, bad) == (-1, index) and image.shape == (3, 1, 1)
-    image, label, bad = Pictures(dataset, pil_to_tensor, substitute=True)[0, index]
-    assert bad == index and label == targets_of(dataset)[(index + 1) % 6] and image.shape == (3, 36, 40)
+    image, label, bad = IndexedImageDataset(dataset, pil_to_tensor, substitute=True)[0, index]
+    assert bad == index and label == read_targets(dataset)[(index + 1) % 6] and image.shape == (3, 36, 40)
 
 
 def test_order_follows_from_seed_and_epoch_and_goes_on_in_the_middle():
@@ -102,19 +102,19 @@ def test_hub_data_sets_train_whole_and_streamed(settings, tmp_path, monkeypatch)
     (folder / 'val').rename(folder / 'validation')
     whole = run(settings, dataset=f'hfds/{folder}', experiment='whole', **options)
     assert json.loads((whole / 'config.json').read_text())['label_names'] == list(CLASSES)
-    assert read_checkpoint(whole)['facts']['train_images'] == 36
+    assert read_checkpoint(whole)['resume_signature']['train_images'] == 36
     streamed = run(settings, dataset=f'hfids/{folder}', experiment='streamed', train_num_samples=36, val_num_samples=15,
                    **options)
     assert json.loads((streamed / 'config.json').read_text())['label_names'] == list(CLASSES)
     assert len(read_metrics(streamed)) == 1
     # a reader's error would come out of a worker, as its traceback
     for schema in ('hfds', 'hfids'):
-        with pytest.raises(SettingsError, match=r'--input-key photo.*name the columns|cannot be read.*photo'):
+        with pytest.raises(ConfigError, match=r'--input-key photo.*name the columns|cannot be read.*photo'):
             run(settings, dataset=f'{schema}/{folder}', input_key='photo', train_num_samples=36, **options)
-        with pytest.raises(SettingsError, match=r'--target-key breed.*name the columns|cannot be read.*breed'):
+        with pytest.raises(ConfigError, match=r'--target-key breed.*name the columns|cannot be read.*breed'):
             run(settings, dataset=f'{schema}/{folder}', target_key='breed', train_num_samples=36, num_classes=3,
                 **options)
-    with pytest.raises(SettingsError, match=r'--workers must be at most the shards .*, 1, got 2'):
+    with pytest.raises(ConfigError, match=r'--workers must be at most the shards .*, 1, got 2'):
         run(settings, dataset=f'hfids/{folder}', train_num_samples=36, val_num_samples=15, workers=2, **options)
 
 
@@ -124,13 +124,13 @@ def test_shards_train_the_same_twice(settings, tmp_path):
     first, second = (run(settings, experiment=name, **options) for name in ('first', 'second'))
     assert_same_run(first, second)
     assert json.loads((first / 'config.json').read_text())['label_names'] == ['0', '1', '2']
-    with pytest.raises(SettingsError, match='--num-classes is needed'):
+    with pytest.raises(ConfigError, match='--num-classes is needed'):
         run(settings, data_dir=str(folder), dataset='wds/', experiment='third')
     for changes, sentence in (
             (dict(num_classes=2), r'--num-classes: labels must be from 0 to 1, found 0 to 2'),
             (dict(target_key='breed'), r'--target-key breed.*name the columns'),
             (dict(workers=3), r'--workers must be at most the shards .*, 2, got 3')):
-        with pytest.raises(SettingsError, match=sentence):
+        with pytest.raises(ConfigError, match=sentence):
             run(settings, **options | changes | dict(experiment='-'.join(changes)))
 
 
@@ -146,17 +146,17 @@ def test_folders_hold_more_than_jpeg_and_png(tmp_path, extension):
     for path in list((data / 'train').rglob('*.png')):
         Image.open(path).save(path.with_suffix(f'.{extension}'))
         path.unlink()
-    dataset, found = open_pictures(DataSettings(data_dir=str(data)), 'train')
+    dataset, found = create_dataset(DataSettings(data_dir=str(data)), 'train')
     assert len(dataset) == 6 and found == sorted(CLASSES)
-    assert read_picture(dataset, 0)[0].size == (40, 36)
+    assert read_image(dataset, 0)[0].size == (40, 36)
 
 
 def test_names_that_differ_by_case_have_one_order_and_formulas_stay_names(settings, tmp_path):
     names = ('a', 'A', 'b', 'B', '$1', '$5')
     data = write_pictures(tmp_path / 'own', classes=names, train=2, val=1)
-    dataset, found = open_pictures(DataSettings(data_dir=str(data)), 'train')
+    dataset, found = create_dataset(DataSettings(data_dir=str(data)), 'train')
     assert found == ['$1', '$5', 'A', 'a', 'B', 'b']
-    assert all(Path(dataset.filename(i)).parent.name == found[label] for i, label in enumerate(targets_of(dataset)))
+    assert all(Path(dataset.filename(i)).parent.name == found[label] for i, label in enumerate(read_targets(dataset)))
     run_dir = run(settings, data_dir=str(data), epochs=1)
     assert json.loads((run_dir / 'config.json').read_text())['label_names'] == found
 
@@ -165,8 +165,8 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path):
     data = write_pictures(tmp_path / 'own', train=2, val=1)
     values = (np.arange(36 * 40, dtype=np.uint16) * 45).reshape(36, 40)
     Image.fromarray(values).save(data / 'train' / 'blue' / '0.png')
-    dataset, _ = open_pictures(DataSettings(data_dir=str(data)), 'train')
-    image, _ = read_picture(dataset, 0)
+    dataset, _ = create_dataset(DataSettings(data_dir=str(data)), 'train')
+    image, _ = read_image(dataset, 0)
     assert np.array_equal(np.asarray(image)[..., 0], values >> 8)
 
 
@@ -174,7 +174,7 @@ def test_pictures_beside_the_classes_are_refused(settings, tmp_path):
     data = write_pictures(tmp_path / 'own', train=2, val=1)
     for split in ('train', 'val'):
         (data / split / 'stray.png').write_bytes((data / 'train' / 'red' / '0.png').read_bytes())
-    with pytest.raises(SettingsError, match='in the folder of its class'):
+    with pytest.raises(ConfigError, match='in the folder of its class'):
         run(settings, data_dir=str(data))
 
 

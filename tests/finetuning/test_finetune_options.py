@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from script_runs import needs_inductor
 from timm.utils import random_seed
 
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training import run as training_run
 
 
@@ -63,8 +63,8 @@ def test_torchvision_data_train_in_grey_and_in_colour(settings, tmp_path, in_cha
     model = timm.create_model(f'local-dir:{run_dir}', pretrained=True)
     assert model.pretrained_cfg['label_names'][:2] == ['0 - zero', '1 - one'] and model.num_classes == 10
     assert model.conv1[0].in_channels == in_chans == model.pretrained_cfg['input_size'][0]
-    facts = read_checkpoint(run_dir)['facts']
-    assert (facts['train_images'], facts['val_images']) == (40, 20)
+    signature = read_checkpoint(run_dir)['resume_signature']
+    assert (signature['train_images'], signature['val_images']) == (40, 20)
 
 
 def test_mixed_pictures_train_on_soft_targets_until_the_epoch_that_ends_it(settings, monkeypatch):
@@ -179,7 +179,7 @@ def test_evaluation_may_be_rare_and_changes_no_weight(settings):
 
 def test_teacher_must_take_every_size_of_the_pictures(settings):
     teacher = run(settings, model='test_vit', experiment='teacher', epochs=1)
-    with pytest.raises(SettingsError, match=r'--teacher .* cannot look at pictures of \(3, 32, 32\) \(24, 32\)'):
+    with pytest.raises(ConfigError, match=r'--teacher .* cannot look at images of \(3, 32, 32\) \(24, 32\)'):
         run(settings, teacher=f'local-dir:{teacher}', train_img_sizes=(24, 32))
 
 

@@ -11,7 +11,7 @@ import finetune
 from coatnet_train.benchmarks.config import LoaderSettings
 from coatnet_train.benchmarks.models import check_machine
 from coatnet_train.runtime import accelerator as processes
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training.trainer import Trainer
 from finetune import read_settings
 
@@ -36,8 +36,8 @@ def arguments(settings) -> list[str]:
 def precision_of(run_dir: Path) -> set:
     """What every record of a run says of its precision."""
     args, summary = (json.loads((run_dir / f'{name}.json').read_text()) for name in ('args', 'summary'))
-    facts = read_checkpoint(run_dir)['facts']
-    return {args['amp'], facts['amp'], summary['precision'] == 'bfloat16'}
+    signature = read_checkpoint(run_dir)['resume_signature']
+    return {args['amp'], signature['amp'], summary['precision'] == 'bfloat16'}
 
 
 @pytest.mark.parametrize('emulated, flags, expected, warnings', [
@@ -78,7 +78,7 @@ def test_run_goes_on_in_its_precision_on_another_cpu_and_says_so(
     said = capsys.readouterr().err
     assert (f'--amp: {EMULATED}' if began_native else 'the run began in float32') in said
     assert said.count('warning: ') == 1
-    with pytest.raises(SettingsError, match=r'amp was .*, is .*restore them, or start another --experiment'):
+    with pytest.raises(ConfigError, match=r'amp was .*, is .*restore them, or start another --experiment'):
         finetune.main(read_settings([*arguments, '--resume', 'auto', '--no-amp' if began_native else '--amp']))
 
 
@@ -100,17 +100,17 @@ def test_query_tells_emulation_from_instructions(monkeypatch):
 
 
 def test_float16_on_a_cpu_names_both_ways_out():
-    with pytest.raises(SettingsError, match=r'float16 needs a GPU, .*bfloat16, or --no-amp'):
-        processes.start('cpu', amp=True, amp_dtype='float16')
+    with pytest.raises(ConfigError, match=r'float16 needs a GPU, .*bfloat16, or --no-amp'):
+        processes.create_accelerator('cpu', amp=True, amp_dtype='float16')
 
 
 def test_benchmarks_and_scripts_warn_of_emulation_and_compute_in_float32_by_themselves(native, capsys):
     native(False)
     assert not LoaderSettings(data_dir='images').amp
     check_machine('cpu', amp=True)
-    processes.start('cpu', amp=True)  # as eval_imagenet.py, extract_features.py and robustness.py do
+    processes.create_accelerator('cpu', amp=True)  # as eval_imagenet.py, extract_features.py and robustness.py do
     assert capsys.readouterr().err.count(f'--amp: {EMULATED}') == 2
-    check_machine('cpu'), processes.start('cpu')
+    check_machine('cpu'), processes.create_accelerator('cpu')
     native(True)
-    check_machine('cpu', amp=True), processes.start('cpu', amp=True)
+    check_machine('cpu', amp=True), processes.create_accelerator('cpu', amp=True)
     assert capsys.readouterr().err == ''

@@ -12,12 +12,12 @@ from script_runs import ROOT, write_pictures
 from timm.data import create_transform
 
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import Pictures, open_pictures
-from coatnet_train.data.loader import EpochSampler, batches
+from coatnet_train.data.dataset import IndexedImageDataset, create_dataset
+from coatnet_train.data.loader import EpochSampler, create_loader
 from coatnet_train.evaluation.evaluator import predict
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
-from coatnet_train.runtime.accelerator import start
+from coatnet_train.runtime.accelerator import create_accelerator
 
 MODEL = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
@@ -67,7 +67,7 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path):
 def test_decoded_pictures_are_shared_out(tmp_path):
     # as they are: what is drawn for a picture depends on those beside it
     data = write_pictures(tmp_path / 'pictures', train=8, val=5)
-    flags = ('--decode-once', '--scale', '1', '1', '--hflip', '0', '--color-jitter', '0', '--epochs', '4',
+    flags = ('--cache-images', '--scale', '1', '1', '--hflip', '0', '--color-jitter', '0', '--epochs', '4',
              '--warmup-epochs', '1', '--lr', '1e-3')
     one, two = train(data, tmp_path, 1, 8, *flags), train(data, tmp_path, 2, 4, *flags)
     for first, second in zip(one, two, strict=True):
@@ -89,8 +89,9 @@ def test_released_weights_are_those_that_were_evaluated(tmp_path):
                  model=('--model', 'test_resnet'))
     best = max(rows, key=lambda row: (row['eval_top1'], -row['eval_loss']))
     model, data_config = open_model(ModelSettings(model=f'local-dir:{tmp_path / "2"}', pretrained=True))
-    dataset, _ = open_pictures(DataSettings(data_dir=str(data)), 'validation')
-    accelerator = start('cpu')
-    loader = batches(Pictures(dataset, create_transform(**data_config)), EpochSampler(len(dataset)), 5, 0)
+    dataset, _ = create_dataset(DataSettings(data_dir=str(data)), 'validation')
+    accelerator = create_accelerator('cpu')
+    images = IndexedImageDataset(dataset, create_transform(**data_config))
+    loader = create_loader(images, EpochSampler(len(dataset)), 5, 0)
     scores = predict(model, accelerator.prepare(loader), accelerator).scores
     assert scores['loss'] == pytest.approx(best['eval_loss'], abs=1e-5) and scores['top1'] == best['eval_top1']

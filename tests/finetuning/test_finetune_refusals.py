@@ -5,7 +5,7 @@ import pytest
 from runs import run
 from script_runs import write_pictures
 
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 
 @pytest.mark.parametrize(('changes', 'parts'), [
@@ -62,7 +62,7 @@ from coatnet_train.runtime.cli import SettingsError
     ({'resume': 'no/run'}, ['--resume', 'no/run', 'last', 'auto']),
 ], ids=lambda value: '-'.join(value) if isinstance(value, dict) else '')
 def test_bad_setting_is_refused_in_one_sentence_and_nothing_is_written(settings, changes, parts):
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(ConfigError) as error:
         run(settings, **changes)
     message = str(error.value)
     assert '\n' not in message
@@ -73,28 +73,28 @@ def test_bad_setting_is_refused_in_one_sentence_and_nothing_is_written(settings,
 
 def test_unwritable_output_is_refused(settings, tmp_path):
     (tmp_path / 'file').write_text('in the way')
-    with pytest.raises(SettingsError, match=r'--output .*file.* cannot be written.*choose another'):
+    with pytest.raises(ConfigError, match=r'--output .*file.* cannot be written.*choose another'):
         run(settings, output=str(tmp_path / 'file'))
     for resume in ('', 'auto'):  # before there is a run to go on with
-        with pytest.raises(SettingsError, match=r'--output cannot be used: .*File name too long') as told:
+        with pytest.raises(ConfigError, match=r'--output cannot be used: .*File name too long') as told:
             run(settings, output=str(tmp_path / ('x' * 300)), resume=resume)
         assert '--resume' not in str(told.value)
 
 
 def test_folder_without_pictures_is_refused(settings, tmp_path):
     (tmp_path / 'empty' / 'train' / 'red').mkdir(parents=True)
-    with pytest.raises(SettingsError, match=r'no pictures found in .*empty/train; expected .*/CLASS/'):
+    with pytest.raises(ConfigError, match=r'no images found in .*empty/train; expected .*/CLASS/'):
         run(settings, data_dir=str(tmp_path / 'empty'))
 
 
 def test_single_class_is_refused(settings, tmp_path):
     data = write_pictures(tmp_path / 'single', classes=('blue',), train=2, val=2)
-    with pytest.raises(SettingsError, match=r'--data-dir .*at least 2 classes.* found 1'):
+    with pytest.raises(ConfigError, match=r'--data-dir .*at least 2 classes.* found 1'):
         run(settings, data_dir=str(data))
 
 
 def test_classes_of_one_split_only_are_named(settings, tmp_path):
     data = write_pictures(tmp_path / 'uneven', train=2, val=2)
     (data / 'val' / 'red').rename(data / 'val' / 'crimson')
-    with pytest.raises(SettingsError, match='same classes, but crimson, red are in one only'):
+    with pytest.raises(ConfigError, match='same classes, but crimson, red are in one only'):
         run(settings, data_dir=str(data))

@@ -26,8 +26,8 @@ from timm.task import ClassificationTask
 
 import finetune
 from coatnet_train.runtime import files
-from coatnet_train.runtime.cli import Preempted, SettingsError
-from coatnet_train.training import trainer
+from coatnet_train.runtime.cli import ConfigError, Preempted
+from coatnet_train.training.checkpoint import write_state
 
 
 class Killed(BaseException):
@@ -110,7 +110,7 @@ def test_finished_run_resumes_to_the_same_summary_from_its_path(settings, tmp_pa
 def test_changed_settings_are_refused_on_resume_with_both_values(settings):
     run_dir = run(settings)
     before = (run_dir / 'args.json').read_bytes()
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(ConfigError) as error:
         run(settings, resume='auto', lr=0.5, epochs=7)
     for part in ('--resume', 'lr was 0.001, is 0.5', 'epochs was 2, is 7', 'another --experiment'):
         assert part in str(error.value)
@@ -121,7 +121,7 @@ def test_changed_data_are_refused_on_resume(settings, tmp_path):
     data = write_pictures(tmp_path / 'own', train=4, val=2)
     run(settings, data_dir=str(data))
     (data / 'train' / 'red' / '0.png').unlink()
-    with pytest.raises(SettingsError, match='train_images was 12, is 11'):
+    with pytest.raises(ConfigError, match='train_images was 12, is 11'):
         run(settings, data_dir=str(data), resume='auto')
 
 
@@ -141,36 +141,42 @@ def test_the_same_data_elsewhere_resume_and_renamed_or_replaced_images_do_not(se
     contents = first.read_bytes(), second.read_bytes()
     for path, content in zip((first, second), reversed(contents), strict=True):
         path.write_bytes(content)
-    with pytest.raises(SettingsError, match='needs the training images that the run began with'):
+    with pytest.raises(ConfigError, match='needs the training images that the run began with'):
         run(settings, data_dir=str(local), resume='auto')
     for path, content in zip((first, second), contents, strict=True):
         path.write_bytes(content)
     run(settings, data_dir=str(local), resume='auto')
     (local / 'val' / 'red' / '0.bmp').rename(local / 'val' / 'red' / 'z.bmp')
-    with pytest.raises(SettingsError, match='needs the held-out images that the run began with'):
+    with pytest.raises(ConfigError, match='needs the held-out images that the run began with'):
         run(settings, data_dir=str(local), resume='auto')
 
 
-def test_a_checkpoint_without_digests_goes_on_with_a_warning(settings, capsys):
+def test_a_checkpoint_of_earlier_names_and_without_digests_goes_on_with_a_warning(settings, capsys):
     run_dir = run(settings, last_epoch=1)
     path = run_dir / 'last' / 'checkpoint.pt'
     state = read_checkpoint(run_dir)
-    state['facts'] = {name: value for name, value in state['facts'].items() if not name.startswith('digest')}
+    signature = state.pop('resume_signature')
+    state['facts'] = {{'cache_images': 'decode_once'}.get(name, name): value for name, value in signature.items()
+                      if not name.startswith('digest')}
     state['facts']['data_dir'] = 'elsewhere'  # what was compared before
     torch.save(state, path)
     capsys.readouterr()
     run(settings, resume='auto')
     assert json.loads((run_dir / 'summary.json').read_text())['epochs'] == 2
     assert 'began before data were compared by their content' in capsys.readouterr().err
+    state['facts']['decode_once'] = True
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match='cache_images was True, is False'):
+        run(settings, resume='auto')
 
 
 def test_older_run_is_never_overwritten(settings):
     run_dir = run(settings)
     before = {path: path.read_bytes() for path in run_dir.rglob('*') if path.is_file()}
-    with pytest.raises(SettingsError, match=r'already holds a run.*--resume auto.*--experiment'):
+    with pytest.raises(ConfigError, match=r'already holds a run.*--resume auto.*--experiment'):
         run(settings)
     (run_dir / 'last' / 'checkpoint.pt').rename(run_dir.parent / 'taken_away.pt')
-    with pytest.raises(SettingsError, match='already holds a run'):
+    with pytest.raises(ConfigError, match='already holds a run'):
         run(settings, resume='auto')
     del before[run_dir / 'last' / 'checkpoint.pt']
     assert {path: path.read_bytes() for path in before} == before and len(before) == 9
@@ -304,14 +310,14 @@ def test_full_disk_loses_nothing_that_was_saved(settings, monkeypatch):
 
 def test_checkpoint_that_finds_no_room_is_an_os_error():
     with pytest.raises(OSError, match='No space left'):
-        trainer.write_state({'weights': torch.zeros(10 ** 6)}, Path('/dev/full'))
+        write_state({'weights': torch.zeros(10 ** 6)}, Path('/dev/full'))
 
 
 def test_half_a_checkpoint_is_refused_by_name(settings):
     run_dir = run(settings, epochs=1)
     path = run_dir / 'last' / 'checkpoint.pt'
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(SettingsError, match=r'last/checkpoint.pt cannot be read'):
+    with pytest.raises(ConfigError, match=r'last/checkpoint.pt cannot be read'):
         run(settings, epochs=1, resume='auto')
 
 

@@ -17,7 +17,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 
 import finetune
 from coatnet_train.plotting import plots
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training import recipes
 from coatnet_train.training import run as training_run
 
@@ -123,7 +123,7 @@ def test_help_explains_each_setting():
         assert f'--{field.name.replace("_", "-")} ' in result.stdout or f'--no-{field.name}'.replace('_', '-') in (
             result.stdout), field.name
     said = ' '.join(result.stdout.replace('│', ' ').split())  # lines break anywhere
-    for text in ('Label smoothing.', 'Processes that read pictures', '(default: adamw)', '--amp, --no-amp'):
+    for text in ('Label smoothing.', 'Processes that read images', '(default: adamw)', '--amp, --no-amp'):
         assert text in said
 
 
@@ -146,7 +146,7 @@ def test_command_trains_and_a_bad_one_ends_with_code_2(settings):
 @pytest.mark.parametrize('recipe', recipes.RECIPES)
 def test_recipe_holds_settings_that_can_work(recipe):
     finetune.check_values(finetune.Settings(
-        model='coatnet_0', data_dir='pictures', **recipes.settings_of(recipe, 'coatnet_0')))
+        model='coatnet_0', data_dir='pictures', **recipes.recipe_settings(recipe, 'coatnet_0')))
 
 
 def test_recipe_is_taken_from_the_command_line_and_flags_win():
@@ -158,7 +158,7 @@ def test_recipe_is_taken_from_the_command_line_and_flags_win():
     larger = finetune.read_settings([*arguments[:4], '--recipe', 'coatnet_in1k_384'])
     assert (larger.img_size, larger.epochs, larger.lr, larger.min_lr, larger.model_ema) == (384, 30, 5e-5, 5e-5, True)
     assert finetune.read_settings(arguments) == finetune.Settings(data_dir='imagenet', model='coatnet_1', lr=0.002)
-    with pytest.raises(SettingsError, match=r'--recipe must be one of coatnet_in1k, .*, got .coatnet.'):
+    with pytest.raises(ConfigError, match=r'--recipe must be one of coatnet_in1k, .*, got .coatnet.'):
         finetune.read_settings([*arguments, '--recipe', 'coatnet'])
 
 

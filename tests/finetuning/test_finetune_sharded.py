@@ -15,12 +15,12 @@ from script_runs import ROOT, write_pictures
 from timm.data import create_transform
 
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import Pictures, open_pictures
-from coatnet_train.data.loader import EpochSampler, batches
+from coatnet_train.data.dataset import IndexedImageDataset, create_dataset
+from coatnet_train.data.loader import EpochSampler, create_loader
 from coatnet_train.evaluation.evaluator import predict
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
-from coatnet_train.runtime.accelerator import start
+from coatnet_train.runtime.accelerator import create_accelerator
 
 LIGHT = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
@@ -44,7 +44,7 @@ def sharded(*arguments: object, blocks: str = 'MBConv,TransformerBlock', script:
         ROOT / 'tests' / 'finetuning' / 'as_gpus.py', ROOT / 'scripts' / script, *arguments)))
 
 
-def settings_of(data: Path, output: Path, experiment: str, *flags: object) -> tuple:
+def recipe_settings(data: Path, output: Path, experiment: str, *flags: object) -> tuple:
     return (
         '--data-dir', data, '--img-size', 32, '--device', 'cpu', '--workers', 0, '--output', output, '--experiment',
         experiment, *flags)
@@ -60,24 +60,24 @@ def run(command: list[object], code: int | None = 0) -> str:
 def test_first_20_losses_equal_those_of_one_process(tmp_path, data):
     # two groups of two batches an epoch, so that gradients are added up in shards too
     flags = (*LIGHT, '--drop-path', 0, '--epochs', 10, '--warmup-epochs', 2, '--lr', '1e-3', '--grad-accum-steps', 2)
-    run([sys.executable, ROOT / 'scripts' / 'finetune.py', *settings_of(
+    run([sys.executable, ROOT / 'scripts' / 'finetune.py', *recipe_settings(
         data, tmp_path, 'one', '--batch-size', 6, *flags)])
-    run(sharded(*settings_of(data, tmp_path, 'two', '--batch-size', 3, *flags), blocks='LightConvBlock'))
+    run(sharded(*recipe_settings(data, tmp_path, 'two', '--batch-size', 3, *flags), blocks='LightConvBlock'))
     one, two = read_metrics(tmp_path / 'one'), read_metrics(tmp_path / 'two')
     assert len(one) == 10 and one[0]['train_loss'] > one[-1]['train_loss'] + 0.05
     for first, second in zip(one, two, strict=True):
         assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
     # names, where a process with all weights counts its parameters: these were gathered
-    assert read_checkpoint(tmp_path / 'two')['facts']['sharded']
+    assert read_checkpoint(tmp_path / 'two')['resume_signature']['sharded']
     assert 'stem.conv1.weight' in read_checkpoint(tmp_path / 'two')['optimizer']['state']
 
 
 def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(tmp_path, data):
     flags = (
         *COAT, '--batch-size', 3, '--epochs', 6, '--lr', '5e-3', '--amp', '--layer-decay', 0.9, '--head-lr-scale', 2)
-    run(sharded(*settings_of(data, tmp_path, 'whole', *flags)))
-    stopped, command = tmp_path / 'stopped', sharded(*settings_of(
+    run(sharded(*recipe_settings(data, tmp_path, 'whole', *flags)))
+    stopped, command = tmp_path / 'stopped', sharded(*recipe_settings(
         data, tmp_path, 'stopped', *flags, '--resume', 'auto', '--recovery-interval', 1))
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -98,9 +98,10 @@ def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(t
 
     best = max(read_metrics(stopped), key=lambda row: (row['eval_top1'], -row['eval_loss']))
     model, data_config = open_model(ModelSettings(model=f'local-dir:{stopped}', pretrained=True))
-    dataset, _ = open_pictures(DataSettings(data_dir=str(data)), 'validation')
-    accelerator = start('cpu', amp=True)
-    loader = batches(Pictures(dataset, create_transform(**data_config)), EpochSampler(len(dataset)), 6, 0)
+    dataset, _ = create_dataset(DataSettings(data_dir=str(data)), 'validation')
+    accelerator = create_accelerator('cpu', amp=True)
+    images = IndexedImageDataset(dataset, create_transform(**data_config))
+    loader = create_loader(images, EpochSampler(len(dataset)), 6, 0)
     scores = predict(model, accelerator.prepare(loader), accelerator).scores
     assert scores['loss'] == pytest.approx(best['eval_loss'], abs=1e-3) and scores['top1'] == best['eval_top1']
 
@@ -113,7 +114,7 @@ def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(t
 def test_what_shards_cannot_do_is_a_sentence(tmp_path, data, flags, options, said):
     arguments = (*COAT, '--data-dir', data, '--device', 'cpu')
     if not options.get('script'):
-        arguments = (*COAT, *settings_of(data, tmp_path, 'run', '--batch-size', 6, *flags))
+        arguments = (*COAT, *recipe_settings(data, tmp_path, 'run', '--batch-size', 6, *flags))
     errors = run(sharded(*arguments, **options), code=None)
     assert said in errors and '[rank0]: Traceback' not in errors
     assert not (tmp_path / 'run' / 'last' / 'checkpoint.pt').exists()

@@ -10,7 +10,7 @@ from runs import run
 from safetensors.torch import load_file
 
 import finetune
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training import trainer
 from coatnet_train.training.schedule import MIN_UPDATES, advice, with_schedule
 from finetune import read_settings
@@ -38,7 +38,7 @@ def test_flags_win_and_processes_share_the_batch():
 
 
 def test_a_stream_cannot_be_counted_first():
-    with pytest.raises(SettingsError, match=r'--batch-size and --epochs of None follow from .*give both'):
+    with pytest.raises(ConfigError, match=r'--batch-size and --epochs of None follow from .*give both'):
         finetune.check_values(read_settings([*SMALL, '--dataset', 'wds/shards']))
 
 
@@ -48,7 +48,7 @@ def test_small_data_records_what_it_chose_and_the_images_decide_late_checks(sett
     finetune.main(read_settings([*arguments, '--epochs', '2']))
     args = json.loads((Path(settings.output) / 'run' / 'args.json').read_text())
     assert (args['batch_size'], args['epochs'], args['warmup_epochs'], args['bn_momentum']) == (8, 2, 0.2, 0.1)
-    with pytest.raises(SettingsError, match=r'--last-epoch must be from 1 to 75, got 80'):  # 36 images
+    with pytest.raises(ConfigError, match=r'--last-epoch must be from 1 to 75, got 80'):  # 36 images
         finetune.main(read_settings([*arguments[:-1], 'other', '--last-epoch', '80']))
 
 

@@ -12,7 +12,7 @@ from names import NAME
 from PIL import Image
 
 import card
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 
 def rewrite(folder: Path, cfg: dict | None = None, metrics: dict | None = None, **release) -> str:
@@ -48,7 +48,7 @@ def test_text_tells_results_and_training(folder):
         evaluated_on='Tiny-ImageNet-200, validation', teacher='coatnet_0',
         data_license='research only', trained_on='Tiny | ImageNet')
     for part in (
-            '| top-1 accuracy (%) | 65.91 |', '| expected calibration error (%) | 3.46 |', '| pictures | 10000 |',
+            '| top-1 accuracy (%) | 65.91 |', '| expected calibration error (%) | 3.46 |', '| images | 10000 |',
             '| cross-entropy (nats) | 1.5000 |', 'Measured on: Tiny-ImageNet-200, validation.',
             '| hours in all | 2.50 |', '| recipe | tin200_preview |', '| teacher | coatnet_0 |',
             '| data | Tiny \\| ImageNet |', '| seed | 42 |',
@@ -58,7 +58,7 @@ def test_text_tells_results_and_training(folder):
             'Others must be multiples of 16', 'Weights: apache-2.0.'):
         assert part in text, part
     assert 'too good' not in text and 'not measured' in text  # robustness never is
-    assert 'These pictures also picked the best epoch' in rewrite(folder, picked_best_epoch=True)
+    assert 'These images also picked the best epoch' in rewrite(folder, picked_best_epoch=True)
 
 
 def test_figures_that_are_missing_are_not_measured(folder):
@@ -66,7 +66,7 @@ def test_figures_that_are_missing_are_not_measured(folder):
     keep = ('metrics', 'evaluated_on', 'dtype')
     text = rewrite(folder, metrics=dict.fromkeys(release['metrics']),
                    **{name: None for name in release if name not in keep})
-    for title in ('top-1 accuracy (%)', 'top-5 accuracy (%)', 'cross-entropy (nats)', 'pictures', 'hours in all',
+    for title in ('top-1 accuracy (%)', 'top-5 accuracy (%)', 'cross-entropy (nats)', 'images', 'hours in all',
                   'hardware', 'epochs', 'expected calibration error (%)'):
         assert f'| {title} | not measured |' in text, title
     for title in ('data', 'seed', 'commit of coatnet_zoo', 'day', 'versions', 'starting from'):
@@ -128,12 +128,12 @@ def test_counts_are_those_of_the_model(exported):
 
 
 def test_folder_without_a_usable_config_is_refused(tmp_path, exported):
-    with pytest.raises(SettingsError, match=r'FOLDER .* must be one that export.py made.*No such file.*export anew'):
+    with pytest.raises(ConfigError, match=r'FOLDER .* must be one that export.py made.*No such file.*export anew'):
         card.main(card.Settings(folder=tmp_path))
     shutil.copy(exported / 'config.json', tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
     del config['release']
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(SettingsError, match=r"config.json cannot be used: 'release'"):
+    with pytest.raises(ConfigError, match=r"config.json cannot be used: 'release'"):
         card.main(card.Settings(folder=tmp_path))
     assert not (tmp_path / 'README.md').exists()

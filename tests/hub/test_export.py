@@ -23,7 +23,7 @@ import finetune
 import model_card
 import onnx_files
 import verification
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_zoo.models import coatnet
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -187,7 +187,7 @@ def test_what_started_from_released_weights_keeps_their_licence(run_dir, tmp_pat
     for start in (dict(pretrained=False, initial_checkpoint=str(weights)), dict(
             pretrained=True, initial_checkpoint='', model='hf-hub:owner/other'), dict(model=f'local-dir:{tmp_path}')):
         change_json(run_dir / 'args.json', **start)
-        with pytest.raises(SettingsError, match='--license must be named: the run started from'):
+        with pytest.raises(ConfigError, match='--license must be named: the run started from'):
             make(run_dir)
 
 
@@ -268,7 +268,7 @@ def test_values_beyond_float16_are_refused(run_dir):
     state = load_file(run_dir / 'model.safetensors')
     state['head.fc.weight'][0, 0] = 1e5
     save_file(state, run_dir / 'model.safetensors', metadata={'format': 'pt'})
-    with pytest.raises(SettingsError, match=r'--dtype float16 cannot hold the values of head.fc.weight; use bfloat16'):
+    with pytest.raises(ConfigError, match=r'--dtype float16 cannot hold the values of head.fc.weight; use bfloat16'):
         make(run_dir, dtype='float16')
     assert not (run_dir.parent / 'made').exists()
 
@@ -300,7 +300,7 @@ def test_figures_of_an_evaluation_come_first(run_dir, pictures, tmp_path):
     ({}, {'top1': float('nan')}, 'top1 is not'), ({}, {'provenance': None}, 'not as')])
 def test_evaluation_of_something_else_is_refused(run_dir, pictures, options, changes, said):
     change_json(evaluate(run_dir, pictures, **options), **changes)
-    with pytest.raises(SettingsError, match='RUN_DIR.*evaluation.json.*' + said if 'top1' not in changes else said):
+    with pytest.raises(ConfigError, match='RUN_DIR.*evaluation.json.*' + said if 'top1' not in changes else said):
         make(run_dir)
 
 
@@ -327,7 +327,7 @@ def test_evaluation_of_something_else_is_refused(run_dir, pictures, options, cha
     ({'run_dir': Path('no/run')}, ['RUN_DIR no/run', 'summary.json', '--resume auto']),
 ], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '')
 def test_bad_setting_is_refused_in_one_sentence(trained, tmp_path, changes, parts):
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(ConfigError) as error:
         export.main(export.Settings(**{'run_dir': trained, 'name': NAME, 'output': tmp_path / 'made', **changes}))
     for part in parts:
         assert part in str(error.value) and '\n' not in str(error.value)
@@ -366,7 +366,7 @@ def change_eps(run_dir):
 ])
 def test_damaged_or_different_run_is_refused_and_leaves_nothing(run_dir, damage, said):
     damage(run_dir)
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(ConfigError, match=said):
         make(run_dir)
     assert [path.name for path in run_dir.parent.iterdir()] == ['run']
 
@@ -386,7 +386,7 @@ def test_second_export_takes_the_place_of_the_first_with_the_same_bytes(folder, 
     assert [path.name for path in folder.parent.iterdir()] == [NAME]
 
 
-@pytest.mark.parametrize('step', ['write_golden', 'write_card', 'swap'])
+@pytest.mark.parametrize('step', ['write_golden', 'write_card', 'replace_dir'])
 def test_interrupted_export_leaves_the_earlier_one(folder, trained, monkeypatch, step):
     first = digests(folder)
 
@@ -408,7 +408,7 @@ def test_swap_that_fails_half_way_puts_the_earlier_export_back(folder, trained, 
         return rename(path, target)
 
     monkeypatch.setattr(Path, 'rename', fail)
-    with pytest.raises(SettingsError, match=r'--output .* cannot be written: .*No space left.*choose another'):
+    with pytest.raises(ConfigError, match=r'--output .* cannot be written: .*No space left.*choose another'):
         make(trained, output=folder, license='mit')
     assert digests(folder) == first and [path.name for path in folder.parent.iterdir()] == [NAME]
 
@@ -420,7 +420,7 @@ def test_output_that_is_no_export_is_left_alone(trained, folder, tmp_path):
     (tmp_path / 'other' / 'config.json').write_text('{}')
     (tmp_path / 'empty').mkdir()
     for output in (folder, tmp_path / 'file', tmp_path / 'other', trained):
-        with pytest.raises(SettingsError, match=r'--output .* must not exist, be empty, or be an earlier export'):
+        with pytest.raises(ConfigError, match=r'--output .* must not exist, be empty, or be an earlier export'):
             make(trained, output=output)
     assert (folder / 'notes.txt').read_text() == (tmp_path / 'file').read_text() == 'mine'
     assert {path.name for path in make(trained, output=tmp_path / 'empty').iterdir()} == FILES
@@ -481,7 +481,7 @@ def test_onnx_and_torch_export_give_the_golden_logits(run_settings, tmp_path, mo
     finetune.main(dataclasses.replace(run_settings, output=str(tmp_path)))
     try:
         folder = make(tmp_path / 'run', with_onnx=True)
-    except SettingsError as error:
+    except ConfigError as error:
         if torch.__version__ >= '2.15' or 'writes pickled data into model.pt2' not in str(error):
             raise
         pytest.skip(str(error))
@@ -502,10 +502,10 @@ def test_onnx_and_torch_export_give_the_golden_logits(run_settings, tmp_path, mo
     program = torch.export.load(folder / 'model.pt2')
     program.example_inputs = ((IMAGES,), {})
     torch.export.save(program, tmp_path / 'pickled.pt2')
-    with pytest.raises(SettingsError, match=r'pickled.pt2 must hold no pickled data, but .*sample_inputs'):
+    with pytest.raises(ConfigError, match=r'pickled.pt2 must hold no pickled data, but .*sample_inputs'):
         onnx_files.check_no_pickles(tmp_path / 'pickled.pt2')
     (folder / 'model.onnx').unlink()
-    with pytest.raises(SettingsError, match=r'lacks model.onnx'):
+    with pytest.raises(ConfigError, match=r'lacks model.onnx'):
         verification.list_files(folder)
     model_card.write_card(folder)
     assert 'model.onnx' not in (folder / 'README.md').read_text()

@@ -20,7 +20,7 @@ import model_card
 import publish
 import publish_run
 import verification
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 NAME = 'coatnet_pico_64.digits'
 REPO = f'owner/{NAME}'
@@ -47,7 +47,7 @@ def made(tmp_path_factory) -> Path:
     with torch.no_grad():
         save_file({'input': golden, 'logits': model(golden)}, folder / 'golden.safetensors')
     (folder / 'README.md').write_text(CARD)
-    (folder / 'curves.png').write_bytes(b'a picture')
+    (folder / 'curves.png').write_bytes(b'an image')
     return folder
 
 
@@ -80,7 +80,7 @@ def recorded() -> dict:
 
 
 def refused(settings: publish.Settings) -> str:
-    with pytest.raises(SettingsError) as told:
+    with pytest.raises(ConfigError) as told:
         publish.main(settings)
     sentence = str(told.value)
     assert '\n' not in sentence and 'hf_' not in sentence.replace('hf_hub', '') and sentence.endswith('.')
@@ -198,7 +198,7 @@ def test_a_download_cut_in_the_middle_is_resumed(hub, settings, monkeypatch):
     hub.fail('GET', '/cdn/', 'half')
     try:
         publish.main(settings)
-    except SettingsError:  # clients before 1.0 give up
+    except ConfigError:  # clients before 1.0 give up
         publish.main(settings)
     assert_published(hub, settings.folder)
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_input_data_config
 
 from coatnet_train.models.released import best_release
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training.run_dir import write_config
 
 gradio = pytest.importorskip('gradio', reason='gradio comes with the space extra')
@@ -106,10 +106,10 @@ def test_two_classes_of_one_word_are_told_apart(models, tmp_path):
 
 def test_refusals_of_models(runs, tmp_path, monkeypatch):
     run = f'local-dir:{runs / "coatnet_pico_64"}'
-    with pytest.raises(SettingsError, match='two models of one title, got coatnet_pico_64 twice'):
+    with pytest.raises(ConfigError, match='two models of one title, got coatnet_pico_64 twice'):
         answer.open_models((run, run), (), CPU)
     monkeypatch.setattr(app, 'released_models', lambda: ())
-    with pytest.raises(SettingsError, match='--model must name at least one model where none are released'):
+    with pytest.raises(ConfigError, match='--model must name at least one model where none are released'):
         app.choose_models(app.Settings(), tmp_path)
     shutil.copytree(runs / 'coatnet_pico_64', tmp_path / 'digits')
     assert app.choose_models(app.Settings(), tmp_path) == (f'local-dir:{tmp_path / "digits"}',)
@@ -207,7 +207,7 @@ def test_bad_files_get_a_sentence_and_no_results(connect, models, tmp_path, capf
     file = tmp_path / 'notes.png'
     file.write_text('these are my notes')
     result = connect(next(iter(models)), file).result(timeout=60)
-    assert 'class="refusal" role="alert">This is not a picture that can be read' in result[0]
+    assert 'class="refusal" role="alert">This is not an image that can be read' in result[0]
     assert not any(result[1:])
     assert 'Traceback' not in capfd.readouterr().err
 
@@ -320,7 +320,7 @@ def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
 
     # a bad file gets its sentence
     upload.set_input_files(tmp_path / 'notes.jpg')
-    refusal = page.get_by_role('alert').filter(has_text='not a picture')
+    refusal = page.get_by_role('alert').filter(has_text='not an image')
     refusal.wait_for()
     assert not page.locator('#results').is_visible() and fits()
     page.screenshot(path=tmp_path / 'refused.png')

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms
 
 import upload
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_zoo.releases import RELEASES
 
 if sys.version_info >= (3, 11):
@@ -50,9 +50,9 @@ def read(tmp_path: Path, content: bytes, name: str = 'picture') -> tuple[Image.I
 
 @pytest.mark.parametrize(('content', 'message'), [
     (b'', r'empty \(0 bytes\); choose'),
-    (b'hello, this is a text' * 100, 'not a picture that can be read'),
-    (b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'not a picture that can be read'),
-    (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n', 'not a picture that can be read'),  # ghostscript's
+    (b'hello, this is a text' * 100, 'not an image that can be read'),
+    (b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'not an image that can be read'),
+    (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n', 'not an image that can be read'),  # ghostscript's
     (png_without_pixels(100, 100), 'damaged or cut short'),
     (png_without_pixels(20_000, 10), r'20,000 x 10 pixels, and at most 12,000 a side'),
     (png_without_pixels(10_000, 10_000), r'10,000 x 10,000 pixels, .* 60 million in all'),
@@ -64,7 +64,7 @@ def read(tmp_path: Path, content: bytes, name: str = 'picture') -> tuple[Image.I
         'float'])
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
 def test_bad_files_get_a_sentence(content, message, tmp_path):
-    with pytest.raises(SettingsError, match=message) as refused:
+    with pytest.raises(ConfigError, match=message) as refused:
         read(tmp_path, content)
     sentence = str(refused.value)
     assert str(tmp_path) not in sentence and re.search(r'(choose|make it smaller|save it)', sentence)
@@ -72,9 +72,9 @@ def test_bad_files_get_a_sentence(content, message, tmp_path):
 
 def test_large_files_are_not_opened_and_lost_ones_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(upload.Image, 'open', lambda *args, **kwargs: pytest.fail('opened'))
-    with pytest.raises(SettingsError, match=r'10\.0 MiB, and at most 10 are read'):
+    with pytest.raises(ConfigError, match=r'10\.0 MiB, and at most 10 are read'):
         read(tmp_path, bytes(upload.MOST_BYTES + 1))
-    with pytest.raises(SettingsError, match='kept no longer; choose it again'):
+    with pytest.raises(ConfigError, match='kept no longer; choose it again'):
         upload.read_upload(tmp_path / 'nowhere')
 
 

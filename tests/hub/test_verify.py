@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 import verification as verify
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FILES = ('README.md', 'config.json', 'curves.png', 'golden.safetensors', 'model.safetensors')
@@ -53,7 +53,7 @@ def test_weights_that_changed_are_found_by_their_logits(folder):
     state = load_file(path)
     state['stages.2.blocks.3.norm1.bias'] += 0.01
     save_file(state, path, metadata={'format': 'pt'})
-    with pytest.raises(SettingsError, match=r'^golden.safetensors has logits that timm does not give: .* anew\.$'):
+    with pytest.raises(ConfigError, match=r'^golden.safetensors has logits that timm does not give: .* anew\.$'):
         verify.check_answers(folder)
 
 
@@ -67,7 +67,7 @@ def test_what_the_fresh_process_says_is_passed_on(folder, tmp_path, monkeypatch,
     python.chmod(0o755)
     monkeypatch.setattr(verify.sys, 'executable', str(python))
     monkeypatch.setenv('HF_TOKEN', 'hf_secret')
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(ConfigError, match=said):
         verify.verify(folder)
 
 
@@ -77,7 +77,7 @@ def test_what_the_fresh_process_says_is_passed_on(folder, tmp_path, monkeypatch,
 def test_missing_file_is_named(folder, no_process):
     for name in FILES:
         (folder / name).rename(folder.parent / name)
-        with pytest.raises(SettingsError, match=f'lacks {name}; export anew'):
+        with pytest.raises(ConfigError, match=f'lacks {name}; export anew'):
             verify.verify(folder)
         (folder.parent / name).rename(folder / name)
 
@@ -99,14 +99,14 @@ def link(folder: Path) -> None:
 ], ids=range(8))
 def test_anything_off_the_list_is_refused(folder, no_process, damage, said):
     damage(folder)
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(ConfigError, match=said):
         verify.verify(folder)
 
 
 def test_folder_that_is_none_is_refused(folder):
     (folder.parent / 'link').symlink_to(folder)
     for path in (folder / 'none', folder / 'README.md', folder.parent / 'link'):
-        with pytest.raises(SettingsError, match=r'FOLDER .* must be a folder that export.py made'):
+        with pytest.raises(ConfigError, match=r'FOLDER .* must be a folder that export.py made'):
             verify.verify(path)
 
 
@@ -122,7 +122,7 @@ def test_pickled_program_is_refused(folder, no_process, members, said):
         with zipfile.ZipFile(folder / 'model.pt2', 'w') as archive:
             for name, content in members.items():
                 archive.writestr(name, content)
-    with pytest.raises(SettingsError, match=f'model.pt2 .*{said}'):
+    with pytest.raises(ConfigError, match=f'model.pt2 .*{said}'):
         verify.verify(folder)
 
 
@@ -149,7 +149,7 @@ def test_tensors_that_are_not_the_models_are_named(folder, no_process, damage, s
     state = load_file(path)
     damage(state)
     save_file(state, path, metadata={'format': 'pt'})
-    with pytest.raises(SettingsError, match=f'model.safetensors .*{said}.* export anew'):
+    with pytest.raises(ConfigError, match=f'model.safetensors .*{said}.* export anew'):
         verify.verify(folder)
 
 
@@ -158,11 +158,11 @@ def test_safetensors_files_are_whole_and_say_that_they_are_torchs(folder, no_pro
     path = folder / name
     for metadata in (None, {'format': 'np'}):
         save_file(load_file(path), path, metadata=metadata)
-        with pytest.raises(SettingsError, match=f'{name} must carry the metadata format: pt'):
+        with pytest.raises(ConfigError, match=f'{name} must carry the metadata format: pt'):
             verify.verify(folder)
     for content in (path.read_bytes()[:-1], path.read_bytes() + b'\0', b'', b'\x80\x04.'):
         path.write_bytes(content)
-        with pytest.raises(SettingsError, match=f'{name} cannot be read'):
+        with pytest.raises(ConfigError, match=f'{name} cannot be read'):
             verify.verify(folder)
 
 
@@ -181,7 +181,7 @@ def test_golden_tensors_that_prove_nothing_are_refused(folder, no_process, damag
     golden = load_file(folder / 'golden.safetensors')
     damage(golden)
     save_file(golden, folder / 'golden.safetensors', metadata={'format': 'pt'})
-    with pytest.raises(SettingsError, match=f'golden.safetensors must .*{said}'):
+    with pytest.raises(ConfigError, match=f'golden.safetensors must .*{said}'):
         verify.verify(folder)
 
 
@@ -194,7 +194,7 @@ def test_logits_may_differ_by_a_hundred_thousandth_of_the_largest(folder, share,
     if passes:
         assert verify.check_answers(folder)[0].startswith('timm ')
     else:
-        with pytest.raises(SettingsError, match=r'has logits that timm does not give: .* (1.9|2.[01])e-05'):
+        with pytest.raises(ConfigError, match=r'has logits that timm does not give: .* (1.9|2.[01])e-05'):
             verify.check_answers(folder)
 
 
@@ -247,14 +247,14 @@ def test_config_that_says_too_little_or_too_much_is_refused(folder, no_process, 
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
-    with pytest.raises(SettingsError, match=f'config.json.*{said}'):
+    with pytest.raises(ConfigError, match=f'config.json.*{said}'):
         verify.verify(folder)
 
 
 def test_config_that_is_no_json_is_refused(folder, no_process):
     for content in (b'{"architecture"', b'[]', b'', b'\xff\xfe'):
         (folder / 'config.json').write_bytes(content)
-        with pytest.raises(SettingsError, match=r'config.json cannot be used'):
+        with pytest.raises(ConfigError, match=r'config.json cannot be used'):
             verify.verify(folder)
 
 
@@ -270,7 +270,7 @@ def test_card_that_disagrees_with_the_config_is_refused(folder, no_process, old,
     text = (folder / 'README.md').read_text()
     assert old in text
     (folder / 'README.md').write_text(text.replace(old, new, 1))
-    with pytest.raises(SettingsError, match=f'README.md must .*{said}'):
+    with pytest.raises(ConfigError, match=f'README.md must .*{said}'):
         verify.verify(folder)
 
 
@@ -280,5 +280,5 @@ def test_16_bit_folder_passes(trained, tmp_path):
     verify.check_tensors(verify.read_tensors(folder / 'model.safetensors'), verify.read_config(folder))
     assert verify.check_answers(folder)[0].startswith('timm ')
     shutil.copy(trained / 'model.safetensors', folder / 'model.safetensors')
-    with pytest.raises(SettingsError, match=r'head.fc.weight is float32 .* for float16'):
+    with pytest.raises(ConfigError, match=r'head.fc.weight is float32 .* for float16'):
         verify.check_tensors(verify.read_tensors(folder / 'model.safetensors'), verify.read_config(folder))

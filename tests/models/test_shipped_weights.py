@@ -146,7 +146,7 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.mark.skipif(not (SHARED / 'data' / 'tiny-imagenet-val.zip').exists(),
-                    reason='needs ../shared/data/tiny-imagenet-val.zip, the 10,000 pictures that the top-1 is of')
+                    reason='needs ../shared/data/tiny-imagenet-val.zip, the 10,000 images that the top-1 is of')
 @pytest.mark.parametrize('name', SHIPPED)
 def test_recorded_top1_is_found_again(name, pictures):
     row = eval_imagenet.main(eval_imagenet.Settings(

@@ -6,7 +6,7 @@ from overlay_runs import Colours, zoo
 from torch import nn
 
 from coatnet_train.explain import maps as explain
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_zoo.ops.dynamicconv2d.naive import naive
 
 
@@ -162,7 +162,7 @@ def test_gradcam_refuses_models_without_a_map():
         num_prefix_tokens = 0
 
     for model, message in ((Pyramid(), 'needs one map'), (ClassToken(), 'depends on'), (Uneven(), 'form a grid')):
-        with pytest.raises(SettingsError, match=f'{message}.*NAME has'):
+        with pytest.raises(ConfigError, match=f'{message}.*NAME has'):
             explain.gradcam(model, torch.rand(1, 3, 32, 32), 'NAME')
 
 

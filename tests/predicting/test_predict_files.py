@@ -18,7 +18,7 @@ from timm.data import create_transform, resolve_input_data_config
 
 import predict
 from coatnet_train.models import released
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_zoo.releases import RELEASES
 
 
@@ -26,7 +26,7 @@ def test_folders_are_searched_and_bad_pictures_named_while_others_go_on(settings
     folder = picture.parent
     write_picture(folder / 'deeper' / 'KITE.JPG', seed=1)
     write_picture(folder / 'deeper' / 'kite.png', seed=2)
-    (folder / 'deeper' / 'notes.txt').write_text('no picture')
+    (folder / 'deeper' / 'notes.txt').write_text('no image')
     (folder / 'empty.png').write_bytes(b'')
     whole = write_picture(folder / 'cut.jpg', size=(200, 200)).read_bytes()
     (folder / 'cut.jpg').write_bytes(whole[:len(whole) // 2])
@@ -68,7 +68,7 @@ def test_table_has_a_row_for_each_image_that_was_read(settings, picture, tmp_pat
         assert described['n01440764'] == 'tench, Tinca tinca' and described['my own class'] == ''
     (settings.output / 'predictions.csv').unlink()
     (settings.output / 'predictions.csv').mkdir()
-    with pytest.raises(SettingsError, match=r'--output: .*predictions.csv cannot be written'):
+    with pytest.raises(ConfigError, match=r'--output: .*predictions.csv cannot be written'):
         predict.main(dataclasses.replace(settings, **own))
 
 
@@ -83,7 +83,7 @@ def test_the_best_release_is_opened_unless_another_is_named(tmp_path, monkeypatc
     package = tmp_path / 'coatnet_zoo'
     (package / 'weights').mkdir(parents=True)
     monkeypatch.setattr(released, 'find_spec', lambda name: SimpleNamespace(origin=package / '__init__.py'))
-    with pytest.raises(SettingsError, match='--model must be given where no weights are released'):
+    with pytest.raises(ConfigError, match='--model must be given where no weights are released'):
         released.best_release()
     releases = {'worse': entry(30.), 'digits': entry(99., 10), 'far': entry(80., 1000, None), 'best': entry(40.),
                 'unknown': entry(None)}
@@ -91,7 +91,7 @@ def test_the_best_release_is_opened_unless_another_is_named(tmp_path, monkeypatc
     assert released.released_models() == ('best', 'worse', 'unknown', 'digits', 'far')
     assert predict.Settings(images=()).model == 'best'
     (package / 'weights' / 'releases.json').write_text('{"best": {}}')
-    with pytest.raises(SettingsError, match=r'releases\.json is damaged .*reinstall coatnet_zoo'):
+    with pytest.raises(ConfigError, match=r'releases\.json is damaged .*reinstall coatnet_zoo'):
         released.best_release()
 
 
@@ -149,44 +149,44 @@ def test_overlays_are_whole_or_absent(settings, monkeypatch):
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (dict(images=()), 'IMAGES must name at least one picture'),
+    (dict(images=()), 'IMAGES must name at least one image'),
     (dict(explain='saliency'), "--explain must be auto, attention, kernels, gradcam, got 'saliency'"),
     (dict(explain='kernels'), '--explain kernels needs a stage of letter D, but coatnet_pico_64 has the stages CCTT'),
     (dict(stage=2), '--explain auto needs --stage 2 to be one of letter T or D, but .* the stages CCTT'),
     (dict(stage=5), '--stage must be from 1 to 4, got 5'),
     (dict(explain='gradcam', stage=4), '--stage chooses a stage .* Grad-CAM is shown'),
     (dict(explain='gradcam', at=(0.5, 0.5)), '--at chooses a query or a kernel'),
-    (dict(at=(0.5, 1.5)), r'--at must be two shares of the picture from 0 to 1.*got \(0.5, 1.5\)'),
+    (dict(at=(0.5, 1.5)), r'--at must be two shares of the image from 0 to 1.*got \(0.5, 1.5\)'),
     (dict(model='test_vit', model_kwargs=(), explain='attention'), 'test_vit is not a model of this zoo'),
     (dict(model='coatnet_pico_65'), 'did you mean coatnet_pico_64'),
     (dict(num_classes=0), 'has no classes to predict'),
     (dict(device='tpu'), '--device must be auto, cpu or cuda'),
     (dict(checkpoint='nowhere.pth'), '--checkpoint nowhere.pth is not a file'),
-    (dict(images=(Path('nowhere.png'),)), 'IMAGES must name at least one picture that can be read'),
+    (dict(images=(Path('nowhere.png'),)), 'IMAGES must name at least one image that can be read'),
 ])
 def test_refusals_name_the_option_and_the_way_out(settings, changes, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(ConfigError, match=message):
         predict.main(dataclasses.replace(settings, **changes))
     assert not list(settings.output.glob('*'))
 
 
 def test_output_that_cannot_be_written_is_refused(settings, picture):
-    with pytest.raises(SettingsError, match=r'--output .* cannot be written'):
+    with pytest.raises(ConfigError, match=r'--output .* cannot be written'):
         predict.main(dataclasses.replace(settings, output=picture / 'overlays'))
     (settings.output / 'kite-attention.png').mkdir(parents=True)
-    with pytest.raises(SettingsError, match=r'--output: .*kite-attention.png cannot be written'):
+    with pytest.raises(ConfigError, match=r'--output: .*kite-attention.png cannot be written'):
         predict.main(settings)
 
 
 @pytest.mark.parametrize('content', [b'', b'hello'])
 def test_a_file_without_weights_is_refused(settings, tmp_path, content):
     (tmp_path / 'weights.pth').write_bytes(content)
-    with pytest.raises(SettingsError, match=r'--checkpoint .*weights.pth holds no weights that torch or safetensors'):
+    with pytest.raises(ConfigError, match=r'--checkpoint .*weights.pth holds no weights that torch or safetensors'):
         predict.main(dataclasses.replace(settings, checkpoint=str(tmp_path / 'weights.pth')))
 
 
 def test_pretrained_is_passed_on_and_its_failure_is_a_sentence(settings):
-    with pytest.raises(SettingsError, match=r'cannot be built: .*[Pp]retrained'):
+    with pytest.raises(ConfigError, match=r'cannot be built: .*[Pp]retrained'):
         predict.main(dataclasses.replace(settings, model='coatnet_pico', pretrained=True))
 
 
@@ -199,7 +199,7 @@ def test_a_name_with_a_tag_means_its_weights(picture, tmp_path, capsys):
     assert '--pretrained' not in (said := capsys.readouterr().out) and 'RANDOM WEIGHTS' in said
     assert predict.main(dataclasses.replace(settings, model=settings.model.partition('.')[0])) == 0
     assert 'RANDOM WEIGHTS: the predictions mean nothing; --pretrained loads its weights' in capsys.readouterr().out
-    with pytest.raises(SettingsError, match=rf"has no tag 'nonsense'; give one of {re.escape(settings.model)}, "):
+    with pytest.raises(ConfigError, match=rf"has no tag 'nonsense'; give one of {re.escape(settings.model)}, "):
         predict.main(dataclasses.replace(settings, model=f'{settings.model.partition(".")[0]}.nonsense'))
 
 
@@ -229,7 +229,7 @@ def test_command_line_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, 'predict.py', tmp_path / 'a.png', tmp_path / 'b.png', '--model', 'test_resnet',
                     '--img-size', 32, '--output', tmp_path / 'out', '--device', 'cpu') == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        'predict.py: IMAGES must name at least one picture that can be read, and none of these can; see above for the '
+        'predict.py: IMAGES must name at least one image that can be read, and none of these can; see above for the '
         'reasons.')
 
 

@@ -15,8 +15,8 @@ from coatnet_train.evaluation.evaluator import Misclassified
 from coatnet_train.explain import maps as explain
 from coatnet_train.explain import panels, prediction
 from coatnet_train.plotting import overlay
-from coatnet_train.plotting.plots import confusion_figure, in_words, misclassified_figure
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.plotting.plots import confusion_figure, misclassified_figure, synset_names
+from coatnet_train.runtime.cli import ConfigError
 
 
 def test_predictions_of_a_run_folder_are_those_of_the_model(
@@ -42,14 +42,14 @@ def test_predictions_of_a_run_folder_are_those_of_the_model(
         [str(rank), words[NAMES[index]]] for rank, index in enumerate(best.tolist(), 1)]
     assert [float(percent) for _, percent, _, _ in columns] == pytest.approx((100 * shares).tolist(), abs=0.0501)
     assert [panel['draw'] for panel in drawn] == ['draw_image', 'draw_heatmap', 'draw_top5']
-    assert drawn[2]['shares'] == pytest.approx(shares.tolist())
+    assert drawn[2]['probabilities'] == pytest.approx(shares.tolist())
     assert drawn[2]['labels'] == [words[NAMES[index]].split('  ')[-1].split(',')[0] for index in best]
     # the picture is the crop that the model was given
     config = resolve_input_data_config(model, {}, use_test_size=True)
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
     crop = (image * std + mean).clamp(0, 1)
     np.testing.assert_allclose(drawn[0]['pixels'], crop.permute(1, 2, 0), atol=1e-6)
-    with pytest.raises(SettingsError, match='--num-classes must be that of the weights, 4, got 5'):
+    with pytest.raises(ConfigError, match='--num-classes must be that of the weights, 4, got 5'):
         predict.main(dataclasses.replace(own, num_classes=5))
 
 
@@ -127,7 +127,7 @@ def test_a_kernel_lies_on_what_its_taps_see(monkeypatch):
 
 
 def test_maps_and_kernels_lie_upright_on_the_picture():
-    _, row = overlay.create_panels('headline', 2, 0.5)
+    _, row = overlay.create_panels('title', 2, 0.5)
     overlay.draw_heatmap(row[0], np.zeros((8, 16, 3)), np.eye(2, 4), 'title', 'subtitle', 'unit', frame=(1, 2))
     overlay.draw_kernels(row[1], np.zeros((8, 16, 3)), np.eye(3)[..., None, None], 'title', 'subtitle')
     for axes in row[:2]:
@@ -209,22 +209,22 @@ def test_logits_that_are_not_finite_are_refused(settings, tmp_path):
     model = zoo()
     model.get_classifier().bias.data[0] = float('nan')
     torch.save(model.state_dict(), tmp_path / 'weights.pth')
-    with pytest.raises(SettingsError, match=r'logits that are not finite for .*kite\.png; give sound weights'):
+    with pytest.raises(ConfigError, match=r'logits that are not finite for .*kite\.png; give sound weights'):
         predict.main(dataclasses.replace(settings, checkpoint=str(tmp_path / 'weights.pth')))
 
 
 def test_long_headline_stays_on_the_figure():
     figure, _ = overlay.create_panels(f'{"x" * 80}.jpg  ·  test_resnet  ·  {prediction.RANDOM}', 2)
     figure.draw_without_rendering()
-    headline = figure.findobj(lambda artist: getattr(artist, 'get_text', str)().endswith('mean nothing'))[0]
-    box = headline.get_window_extent()
-    assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and '\n' in headline.get_text()
+    title = figure.findobj(lambda artist: getattr(artist, 'get_text', str)().endswith('mean nothing'))[0]
+    box = title.get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and '\n' in title.get_text()
 
 
 def test_synsets_are_words_where_pictures_name_classes():
     synsets = ['n01440764', 'n02012849', 'n03126707']
-    assert in_words(synsets) == ['tench', 'crane n02012849', 'crane n03126707']
-    assert in_words(['n01440764', 'mine']) == ['n01440764', 'mine']
+    assert synset_names(synsets) == ['tench', 'crane n02012849', 'crane n03126707']
+    assert synset_names(['n01440764', 'mine']) == ['n01440764', 'mine']
     axes = confusion_figure(torch.arange(3), torch.arange(3), synsets).axes[0]
     assert axes.get_yticklabels()[0].get_text() == axes.get_xticklabels()[0].get_text() == 'tench'
     wrong = [Misclassified(0.9, 7, torch.zeros(3, 8, 8), 0, 1)]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from coatnet_train.runtime.cli import SettingsError, flag
+from coatnet_train.runtime.cli import ConfigError, flag
 
 __all__ = [
     'Backend', 'LoaderSettings', 'ModelPairSettings', 'OpsSettings', 'Pass', 'ScalingSettings', 'check_benchmark',
@@ -101,13 +101,13 @@ class ScalingSettings:
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """Time the reading of pictures by itself, as finetune.py reads them, and training on them: which of the two waits?
+    """Time the reading of images by itself, as finetune.py reads them, and training on them: which of the two waits?
 
         python scripts/benchmark.py loader --data-dir imagenette --model coatnet_pico_64
     python scripts/benchmark.py loader --data-dir imagenette --model coatnet_pico_64 --workers 0 1 2 --device cuda --amp
 
     Decoding, augmentation and collation run alone for each number of --workers; then the model trains on one batch
-    that is already there. The windows of all take turns, and the median one counts. Recipes that decode once are
+    that is already there. The windows of all take turns, and the median one counts. Recipes that cache their images are
     timed as if they did not.
     """
 
@@ -115,7 +115,7 @@ class LoaderSettings:
     model: str = 'coatnet_pico_64'  # What trains.
     recipe: str = 'imagenette_64'  # Whose augmentation and size, see coatnet_train/training/recipes.py.
     workers: tuple[int, ...] = (0, 1, 2)  # Processes that read.
-    batch_size: int = 64  # Pictures a step.
+    batch_size: int = 64  # Images a step.
     rounds: int = 3  # Windows of each; the median counts.
     window: float = 5.0  # Least seconds a window lasts.
     threads: int = 1  # CPU threads that train.
@@ -125,42 +125,42 @@ class LoaderSettings:
 
 
 def check_benchmark(settings: Any, counts: tuple[str, ...]) -> None:
-    """Raise SettingsError where one of the fields `counts` is not above 0, or there is no folder for the results."""
+    """Raise ConfigError where one of the fields `counts` is not above 0, or there is no folder for the results."""
     for name in counts:
         if (value := getattr(settings, name)) is not None and not value > 0:
-            raise SettingsError(f'{flag(name)} must be greater than 0, got {value}.')
+            raise ConfigError(f'{flag(name)} must be greater than 0, got {value}.')
     if settings.results_file and not Path(settings.results_file).parent.is_dir():
-        raise SettingsError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
+        raise ConfigError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
 
 
 def check_ops(settings: OpsSettings) -> None:
-    """Raise SettingsError for operators, shapes or kernels that cannot be timed."""
+    """Raise ConfigError for operators, shapes or kernels that cannot be timed."""
     check_benchmark(settings, ('batch_size', 'threads', 'rounds', 'window'))
     for name in ('shapes', 'kernels', 'passes', 'backends'):
         if not getattr(settings, name):
-            raise SettingsError(f'--{name} must name one or more, got none.')
+            raise ConfigError(f'--{name} must name one or more, got none.')
     for kernel in settings.kernels:
         if kernel < 1 or kernel % 2 == 0:
-            raise SettingsError(f'--kernels must be odd and positive, got {kernel}.')
+            raise ConfigError(f'--kernels must be odd and positive, got {kernel}.')
     for shape in settings.shapes:
         found = re.fullmatch('([1-9][0-9]*)x([1-9][0-9]*)', shape)
         if found is None or int(found[2]) % HEAD_DIM:
-            raise SettingsError(f'--shapes must be height x channels, channels a multiple of {HEAD_DIM}, such as '
-                                f'28x192, got {shape}.')
+            raise ConfigError(f'--shapes must be height x channels, channels a multiple of {HEAD_DIM}, such as '
+                              f'28x192, got {shape}.')
     if settings.results_file and Path(settings.results_file).suffix != '.csv':
-        raise SettingsError(f'--results-file must end in .csv, got {settings.results_file}.')
+        raise ConfigError(f'--results-file must end in .csv, got {settings.results_file}.')
     if settings.op == 'dynamic' and min(settings.kernels) > MAX_DYNAMIC_KERNEL:
-        raise SettingsError(f'--kernels must have one up to {MAX_DYNAMIC_KERNEL} for --op dynamic, '
-                            f'got {" ".join(map(str, settings.kernels))}.')
+        raise ConfigError(f'--kernels must have one up to {MAX_DYNAMIC_KERNEL} for --op dynamic, '
+                          f'got {" ".join(map(str, settings.kernels))}.')
 
 
 def check_scaling(settings: ScalingSettings) -> None:
-    """Raise SettingsError where there is no curve to fit."""
+    """Raise ConfigError where there is no curve to fit."""
     check_benchmark(settings, ('batch_size', 'threads', 'rounds', 'window'))
     if not settings.models:
-        raise SettingsError('--models must name one model or more, got none.')
+        raise ConfigError('--models must name one model or more, got none.')
     if len(set(settings.sizes)) < 2 or min(settings.sizes) < 1:
-        raise SettingsError(f'--sizes must be two or more different sizes above 0, '
-                            f'got {" ".join(map(str, settings.sizes)) or "none"}.')
+        raise ConfigError(f'--sizes must be two or more different sizes above 0, '
+                          f'got {" ".join(map(str, settings.sizes)) or "none"}.')
     if settings.results_file and Path(settings.results_file).suffix != '.json':
-        raise SettingsError(f'--results-file must end in .json, got {settings.results_file}.')
+        raise ConfigError(f'--results-file must end in .json, got {settings.results_file}.')

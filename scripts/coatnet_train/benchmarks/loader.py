@@ -10,19 +10,19 @@ from torch.utils.data import DataLoader
 
 from coatnet_train.benchmarks.config import LoaderSettings, ModelPairSettings, check_benchmark
 from coatnet_train.benchmarks.models import build, check_machine, measure_window
-from coatnet_train.data.dataset import Pictures
-from coatnet_train.data.loader import EpochSampler, batches
+from coatnet_train.data.dataset import IndexedImageDataset
+from coatnet_train.data.loader import EpochSampler, create_loader
 from coatnet_train.models.open_model import image_mode, open_model
 from coatnet_train.runtime.files import write_json
 from coatnet_train.runtime.progress import progress_bar
 from coatnet_train.runtime.provenance import provenance
 from coatnet_train.training.config import Settings
-from coatnet_train.training.loaders import open_data, training_transform
-from coatnet_train.training.recipes import settings_of
+from coatnet_train.training.loaders import create_datasets, training_transform
+from coatnet_train.training.recipes import recipe_settings
 
 
 def read(loader: DataLoader, sampler: EpochSampler, window: float) -> float:
-    """Pictures a second of one window, after a first batch has come."""
+    """Images a second of one window, after a first batch has come."""
     sampler.epoch += 1
     batches_, count = iter(loader), 0
     next(batches_)
@@ -40,19 +40,19 @@ def main(settings: LoaderSettings) -> dict:
     check_machine(settings.device, (settings.model,), settings.amp)
     torch.set_num_threads(settings.threads)
     recipe = Settings(
-        **settings_of(settings.recipe, settings.model) | dict(
-            data_dir=settings.data_dir, model=settings.model, batch_size=settings.batch_size, decode_once=False))
-    train_set, _, class_names = open_data(recipe)
+        **recipe_settings(settings.recipe, settings.model) | dict(
+            data_dir=settings.data_dir, model=settings.model, batch_size=settings.batch_size, cache_images=False))
+    train_set, _, class_names = create_datasets(recipe)
     _, data_config = open_model(recipe, use_train_size=True, num_classes=len(class_names))
-    pictures = Pictures(
+    images = IndexedImageDataset(
         train_set, training_transform(recipe, data_config), mode=image_mode(data_config), substitute=True)
-    sampler = EpochSampler(len(pictures), shuffle=True)
+    sampler = EpochSampler(len(images), shuffle=True)
     timing = ModelPairSettings(
         model='', against='', batch_size=settings.batch_size, img_size=data_config['input_size'][-1],
         threads=settings.threads, window=settings.window, amp=settings.amp, device=settings.device)
     step = build(timing, settings.model, recipe.model_kwargs, 'training')
     turns = {f'{workers} workers': partial(
-        read, batches(pictures, sampler, settings.batch_size, workers), sampler, settings.window)
+        read, create_loader(images, sampler, settings.batch_size, workers), sampler, settings.window)
         for workers in settings.workers}
     turns['training'] = partial(measure_window, step, timing)
     windows: dict[str, list[float]] = {name: [] for name in turns}

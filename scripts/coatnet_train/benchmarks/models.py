@@ -15,7 +15,7 @@ from timm.utils import reparameterize_model
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 from coatnet_train.benchmarks.config import ModelPairSettings, check_benchmark
 from coatnet_train.runtime.accelerator import warn_if_emulated
-from coatnet_train.runtime.cli import SettingsError, parse_argument
+from coatnet_train.runtime.cli import ConfigError, parse_argument
 from coatnet_train.runtime.files import write_json
 from coatnet_train.runtime.progress import progress_bar
 from coatnet_train.runtime.provenance import provenance
@@ -84,12 +84,12 @@ def peak_memory(settings: ModelPairSettings, name: str, kwargs: tuple[str, ...],
 
 
 def check_machine(device: str, models: tuple[str, ...] = (), amp: bool = False) -> None:
-    """Raise SettingsError for a device that is not there or a model that timm does not know; warn of slow --amp."""
+    """Raise ConfigError for a device that is not there or a model that timm does not know; warn of slow --amp."""
     for name in models:
         if not timm.is_model(name):
-            raise SettingsError(f'{name} is not a name in timm.list_models().')
+            raise ConfigError(f'{name} is not a name in timm.list_models().')
     if device != 'cpu' and not torch.cuda.is_available():
-        raise SettingsError(f'--device {device} needs CUDA, which is not available; use --device cpu.')
+        raise ConfigError(f'--device {device} needs CUDA, which is not available; use --device cpu.')
     warn_if_emulated(device, amp)
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator
 from coatnet_train.benchmarks.config import ModelPairSettings, ScalingSettings, check_scaling
 from coatnet_train.benchmarks.models import build, check_machine, measure_window
 from coatnet_train.plotting.style import BLUE, DARK, GREY, clean_axes
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.runtime.files import write_file, write_json
 from coatnet_train.runtime.progress import progress_bar
 from coatnet_train.runtime.provenance import provenance
@@ -31,7 +31,7 @@ def measure(settings: ScalingSettings) -> dict[str, dict[int, float]]:
             try:
                 steps[name, size] = build(timing[size], name, (), 'inference')
             except ValueError as error:  # a size that the model does not take
-                raise SettingsError(f'--sizes {size}: {name}: {error}') from error
+                raise ConfigError(f'--sizes {size}: {name}: {error}') from error
     windows: dict[tuple[str, int], list[float]] = {turn: [] for turn in steps}
     with progress_bar(total=len(steps) * (settings.rounds + 1), unit='window', desc='benchmark scaling') as bar:
         for step in steps.values():

@@ -5,25 +5,25 @@ from dataclasses import dataclass, field
 __all__ = ['DataSettings', 'default_workers', 'is_stream']
 
 
-def default_workers(most: int = 4) -> int:
-    """Processes that read images, at most `most` and one for each core that this process, one of several, may use."""
+def default_workers(max_workers: int = 4) -> int:
+    """Number of processes that read images: one for each core that this process may use, at most `max_workers`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return min(most, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    return min(max_workers, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Where pictures come from."""
+    """Where images come from."""
 
     data_dir: str = ''  # Folder with a sub-folder a split and in it one a class, or where --dataset keeps its files.
     dataset: str = ''  # Empty for a folder; torch/cifar10, hfds/OWNER/NAME, hfids/OWNER/NAME (streamed), wds/ (shards).
     dataset_download: bool = False  # Let torchvision download the data set.
     class_map: str = ''  # File of class names in label order, for folders and streams.
-    input_key: str = ''  # Column of the pictures in hfds/, hfids/ and wds/ (image if not given; in wds/ any image).
+    input_key: str = ''  # Column of the images in hfds/, hfids/ and wds/ (image if not given; in wds/ any image).
     target_key: str = ''  # Column of the labels there (label if not given).
-    workers: int = field(default_factory=default_workers)  # Processes that read pictures; 0 reads in the main one.
+    workers: int = field(default_factory=default_workers)  # Processes that read images; 0 reads in the main one.
 
 
 def is_stream(settings: DataSettings) -> bool:
-    """Whether pictures come in an order of their own, without an index."""
+    """Whether images come in an order of their own, without an index."""
     return settings.dataset.startswith(('hfids/', 'wds/', 'tfds/'))

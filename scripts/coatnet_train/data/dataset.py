@@ -1,6 +1,6 @@
-"""Pictures by timm's schemas: opened with checks, read so that a run repeats, unreadable ones counted and named.
+"""Image datasets by timm's schemas: opened with checks, and read so that a run can be repeated.
 
-Whatever worker or process reads it, the augmentation of a picture follows from (seed, epoch, index) alone. Streams
+The augmentation of an image follows from (seed, epoch, index) alone, whatever worker or process reads it. Streams
 (hfids/, wds/, tfds/) have no index: theirs follows from (seed, epoch, process, worker, position).
 """
 import logging
@@ -9,44 +9,55 @@ from functools import partial
 from io import BytesIO
 
 import numpy as np
+import timm.data
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data import ImageDataset, IterableImageDataset
 from timm.utils import random_seed
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from coatnet_train.data.config import DataSettings, is_stream
 from coatnet_train.data.folder_dataset import open_folder
 from coatnet_train.data.image_files import UNREADABLE, image_suffixes, to_mode
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.console import printable
 from coatnet_train.runtime.packages import is_installed
 
 __all__ = [
-    'Pictures', 'StreamedPictures', 'check_labels', 'open_pictures', 'picture_name', 'read_picture', 'seed_of',
-    'targets_of', 'unreadable_reason']
+    'IndexedImageDataset',
+    'StreamingImageDataset',
+    'check_labels',
+    'create_dataset',
+    'derive_seed',
+    'image_name',
+    'read_image',
+    'read_targets',
+    'unreadable_reason',
+]
 
 SCHEMAS = ('torch/', 'hfds/', 'hfids/', 'wds/', 'tfds/')
 _logger = logging.getLogger(__name__)
 
 
-def open_pictures(
+def create_dataset(
         settings: DataSettings, split: str, *, batch_size: int = 1, is_training: bool = False, seed: int = 0,
         num_samples: int | None = None, num_classes: int | None = None,
 ) -> tuple[Dataset, list[str]]:
-    """Open one split and return timm's data set with its class names in label order.
+    """Open one split and return timm's dataset with its class names in label order.
 
     Args:
-        settings: Where the pictures come from.
+        settings: Where the images come from.
         split: Name of the split; of a folder, 'validation' is also val/, valid/, eval/ or test/; '' the folder itself.
-        batch_size: Of the loader; streams split their pictures by it.
-        is_training: Streams shuffle.
-        seed: Of the order of a stream.
-        num_samples: Pictures of a stream that does not say it.
-        num_classes: Classes of a stream that has no names for them.
+        batch_size: Batch size of the loader, by which streams split their images.
+        is_training: Whether streams shuffle.
+        seed: Seed of the order of a stream.
+        num_samples: Number of images in a stream that does not say it.
+        num_classes: Number of classes in a stream that has no names for them.
+
+    Raises ConfigError for a source that cannot be opened, or whose first image cannot be read.
     """
     if settings.dataset and not settings.dataset.startswith(SCHEMAS):
-        raise SettingsError(
+        raise ConfigError(
             f'--dataset must be empty (a folder) or start with {", ".join(SCHEMAS)}, got {settings.dataset!r}.')
     if not settings.dataset:
         return open_folder(settings, split)
@@ -56,36 +67,36 @@ def open_pictures(
     if not settings.dataset.startswith('tfds/'):  # which TensorFlow decodes
         options |= dict(input_img_mode='')  # as it is in the file, for to_mode
     create = partial(
-        _create, settings.dataset, root=settings.data_dir or None, split=split,
+        _create_unconverted, settings.dataset, root=settings.data_dir or None, split=split,
         download=settings.dataset_download, class_map=settings.class_map or None, batch_size=batch_size,
         seed=seed, num_samples=num_samples,
         **({} if settings.dataset.startswith('torch/') else options))
     package = {'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset'}.get(settings.dataset.partition('/')[0])
     if package and not is_installed(package):
-        raise SettingsError(f"--dataset {settings.dataset} needs the package {package}; in a checkout of coatnet_zoo: "
-                            f"pip install '.[data]'.")
+        raise ConfigError(f"--dataset {settings.dataset} needs the package {package}; in a checkout of coatnet_zoo: "
+                          f"pip install '.[data]'.")
     try:
         dataset = create(is_training=is_training)
         if settings.dataset.startswith('torch/'):
             # torchvision's ImageNet has tuples of synonyms
             return dataset, [name if isinstance(name, str) else name[0] for name in dataset.classes]
     except (ImportError, RuntimeError, AssertionError, AttributeError, OSError, ValueError, KeyError) as error:
-        raise SettingsError(
+        raise ConfigError(
             f'--dataset {settings.dataset} cannot be read from --data-dir {settings.data_dir}: {one_line(error)}; '
             f'--dataset-download fetches what torchvision offers.') from error
     _try_first(partial(create, is_training=False), settings, split, is_training, labelled=num_classes != 0)
     labels = dataset.reader.class_to_idx
     if not labels and num_classes is None:
-        raise SettingsError(f'--num-classes is needed: --dataset {settings.dataset} has no names for its classes.')
+        raise ConfigError(f'--num-classes is needed: --dataset {settings.dataset} has no names for its classes.')
     if is_stream(settings) and not len(dataset):
-        raise SettingsError(f'--dataset {settings.dataset} does not say how many pictures {split} has; give the '
-                            f'number after a |, as in train-{{0000..0099}}.tar|100000.')
+        raise ConfigError(f'--dataset {settings.dataset} does not say how many images {split} has; give the '
+                          f'number after a |, as in train-{{0000..0099}}.tar|100000.')
     return dataset, sorted(labels, key=labels.get) or [str(label) for label in range(num_classes)]
 
 
 def _try_first(create: Callable[[], Dataset], settings: DataSettings, split: str, is_training: bool,
                labelled: bool) -> None:
-    """Read one picture, and count the shards: what is wrong with either would show in a worker, or in none."""
+    """Read one image, and count the shards: what is wrong with either would show in a worker, or in none."""
     try:
         dataset = create()  # another one, because timm's streams are set up for good by the first read
         image = next(iter(dataset))[0]
@@ -93,12 +104,12 @@ def _try_first(create: Callable[[], Dataset], settings: DataSettings, split: str
             raise TypeError(f'found {type(image).__name__}, which is no image')
     except (StopIteration, KeyError, ValueError, TypeError, RuntimeError, AssertionError, OSError) as error:
         if not labelled and not settings.target_key and error.args == ('label',):
-            return  # the picture was read, and no label is asked for
-        raise SettingsError(
-            f'--dataset {settings.dataset}: no picture of {split} can be read with --input-key '
+            return  # the image was read, and no label is asked for
+        raise ConfigError(
+            f'--dataset {settings.dataset}: no image of {split} can be read with --input-key '
             f'{settings.input_key or "left out"} and --target-key {settings.target_key or "left out"}'
             f'{"" if isinstance(error, StopIteration) else f": {one_line(error)}"}; name the columns that hold the '
-            f'pictures and their labels.') from error
+            f'images and their labels.') from error
     reader = dataset.reader
     if not is_stream(settings) or (not is_training and reader.dist_num_replicas == 1):
         return  # a reader without a shard is idle, no more
@@ -107,14 +118,14 @@ def _try_first(create: Callable[[], Dataset], settings: DataSettings, split: str
     else:
         shards = getattr(getattr(reader, 'ds', None), 'num_shards', settings.workers)
     if max(settings.workers, 1) > shards:
-        raise SettingsError(f'--workers must be at most the shards that {split} of --dataset {settings.dataset} has '
-                            f'for each process, {shards}, got {settings.workers}: a reader without a shard would wait '
-                            f'for ever; give fewer, or more shards.')
+        raise ConfigError(f'--workers must be at most the shards that {split} of --dataset {settings.dataset} has '
+                          f'for each process, {shards}, got {settings.workers}: a reader without a shard would wait '
+                          f'for ever; give fewer, or more shards.')
 
 
-def _create(name: str, **options: object) -> Dataset:
-    """timm's create_dataset, for a data set whose images come as they are in their files."""
-    dataset = create_dataset(name, **options)
+def _create_unconverted(name: str, **options: object) -> Dataset:
+    """timm's create_dataset, changed so that images come as they are in their files."""
+    dataset = timm.data.create_dataset(name, **options)
     if name.startswith('hfids/'):
         dataset.reader._lazy_init = partial(_open_encoded, dataset.reader)
     elif hasattr(dataset, 'loader'):  # torchvision's folders, which would convert to RGB themselves
@@ -137,24 +148,24 @@ def _open_encoded(reader: object) -> None:
         reader.ds = reader.ds.cast_column(reader.input_key, datasets.Image(decode=False))
 
 
-def seed_of(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """One seed out of several whole numbers, such as (seed, epoch, index)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def check_labels(labels: torch.Tensor | Sequence, num_classes: int, least: int = -1) -> None:
-    """Refuse a batch of labels that are no whole numbers from `least` to the classes; -1 marks what cannot be read."""
+def check_labels(labels: torch.Tensor | Sequence, num_classes: int, min_label: int = -1) -> None:
+    """Raise ConfigError unless labels are whole numbers from `min_label` (-1: unreadable) to num_classes - 1."""
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-        raise SettingsError(f'--target-key must name a column of whole numbers, got labels such as {labels[0]!r}; '
-                            f'name the one with the labels.')
-    if not least <= labels.min() <= labels.max() < num_classes:
-        raise SettingsError(f'--num-classes: labels must be from 0 to {num_classes - 1}, found {int(labels.min())} to '
-                            f'{int(labels.max())}; name the column of the labels by --target-key, or give their '
-                            f'number.')
+        raise ConfigError(f'--target-key must name a column of whole numbers, got labels such as {labels[0]!r}; '
+                          f'name the one with the labels.')
+    if not min_label <= labels.min() <= labels.max() < num_classes:
+        raise ConfigError(f'--num-classes: labels must be from 0 to {num_classes - 1}, found {int(labels.min())} to '
+                          f'{int(labels.max())}; name the column of the labels by --target-key, or give their '
+                          f'number.')
 
 
-def read_picture(dataset: Dataset, index: int, mode: str = 'RGB') -> tuple[Image.Image, int]:
-    """Picture and label, without a transform; raises one of UNREADABLE."""
+def read_image(dataset: Dataset, index: int, mode: str = 'RGB') -> tuple[Image.Image, int]:
+    """Image and label, without a transform; raises one of UNREADABLE."""
     if not isinstance(dataset, ImageDataset):
         image, label = dataset[index]
         return to_mode(image, mode), label
@@ -163,16 +174,16 @@ def read_picture(dataset: Dataset, index: int, mode: str = 'RGB') -> tuple[Image
         return to_mode(image, mode), -1 if label is None else label
 
 
-def picture_name(dataset: Dataset, index: int) -> str:
-    """The path of a picture if it has one, else its place."""
+def image_name(dataset: Dataset, index: int) -> str:
+    """The path of an image if it has one, else its place."""
     name = dataset.filename(index, absolute=True) if isinstance(dataset, ImageDataset) else None
-    return printable(str(name or f'picture {index}'))
+    return printable(str(name or f'image {index}'))
 
 
 def unreadable_reason(dataset: Dataset, index: int) -> str:
-    """Why a picture cannot be read, by reading it once more."""
+    """Why an image cannot be read, by reading it once more."""
     try:
-        read_picture(dataset, index)
+        read_image(dataset, index)
     except UnidentifiedImageError:
         return 'cannot identify the image format'  # its own message repeats the path
     except UNREADABLE as error:
@@ -180,8 +191,8 @@ def unreadable_reason(dataset: Dataset, index: int) -> str:
     return 'it could be read at a second attempt'
 
 
-def targets_of(dataset: Dataset) -> list[int]:
-    """The label of every picture of a data set that is not streamed."""
+def read_targets(dataset: Dataset) -> list[int]:
+    """The label of every image of a data set that is not streamed."""
     if isinstance(dataset, ImageDataset):
         samples = getattr(dataset.reader, 'samples', None)
         return [label for _, label in samples] if samples is not None else list(dataset.reader.iter_targets())
@@ -189,18 +200,18 @@ def targets_of(dataset: Dataset) -> list[int]:
     return [int(label) for label in (targets if targets is not None else (label for _, label in dataset))]
 
 
-class Pictures(Dataset):
-    """(epoch, index) -> (image, label, index of the picture asked for if it is unreadable, else -1).
+class IndexedImageDataset(Dataset):
+    """(epoch, index) -> (image, label, index of the image asked for if it is unreadable, else -1).
 
-    In training the next readable picture takes the place of an unreadable one; in evaluation nothing does: the image
+    In training the next readable image takes the place of an unreadable one; in evaluation nothing does: the image
     is blank and the label -1, to be left out.
 
     Args:
-        dataset: What `open_pictures` returned.
+        dataset: What `create_dataset` returned.
         transform: PIL image to tensor.
         seed: Of the augmentation.
         mode: 'RGB' or 'L'.
-        substitute: Whether another picture takes the place of an unreadable one.
+        substitute: Whether another image takes the place of an unreadable one.
     """
 
     def __init__(self, dataset: Dataset, transform: Callable, seed: int = 0, mode: str = 'RGB',
@@ -214,22 +225,22 @@ class Pictures(Dataset):
         epoch, index = key
         for step in range(len(self) if self.substitute else 1):
             try:
-                image, label = read_picture(self.dataset, (index + step) % len(self), self.mode)
+                image, label = read_image(self.dataset, (index + step) % len(self), self.mode)
                 bad = index if step else -1
                 break
             except UNREADABLE:
                 continue
         else:
             image, label, bad = Image.new(self.mode, (1, 1)), -1, index
-        random_seed(seed_of(self.seed, epoch, index))
+        random_seed(derive_seed(self.seed, epoch, index))
         return self.transform(image), label, bad
 
 
-class StreamedPictures(IterableDataset):
+class StreamingImageDataset(IterableDataset):
     """(image, label, -1) from a stream of timm; what cannot be read is reported and passed over, as timm does.
 
     Args:
-        dataset: What `open_pictures` returned.
+        dataset: What `create_dataset` returned.
         transform: PIL image to tensor.
         seed: Of the augmentation.
         rank: Of this process.
@@ -252,7 +263,7 @@ class StreamedPictures(IterableDataset):
             except UNREADABLE as error:
                 _logger.warning(f'unreadable, skipped: image {position} of this stream: {one_line(error)}')
                 continue
-            random_seed(seed_of(self.seed, self.epoch, self.rank, worker, position))
+            random_seed(derive_seed(self.seed, self.epoch, self.rank, worker, position))
             yield self.transform(image), label, -1
 
 

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from timm.data import ImageDataset, IterableImageDataset
 from torch.utils.data import Dataset
 
-from coatnet_train.data.dataset import targets_of
+from coatnet_train.data.dataset import read_targets
 
 __all__ = ['data_digest']
 
@@ -31,7 +31,7 @@ def data_digest(dataset: Dataset, class_names: list[str], accelerator: Accelerat
     names and length alone.
 
     Args:
-        dataset: What `open_pictures` returned.
+        dataset: What `create_dataset` returned.
         class_names: In label order.
         accelerator: Whose processes share the digest.
     """
@@ -40,7 +40,7 @@ def data_digest(dataset: Dataset, class_names: list[str], accelerator: Accelerat
 
 
 def compute_digest(dataset: Dataset, class_names: list[str]) -> str:
-    targets = targets_of(dataset) if isinstance(dataset, ImageDataset) else list(getattr(dataset, 'targets', ()))
+    targets = read_targets(dataset) if isinstance(dataset, ImageDataset) else list(getattr(dataset, 'targets', ()))
     digest = hashlib.sha256(json.dumps([class_names, len(dataset), targets], default=str).encode())
     left = HASHED
     for name, open_file in files_of(dataset):

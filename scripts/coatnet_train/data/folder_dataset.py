@@ -9,7 +9,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from coatnet_train.data.config import DataSettings
 from coatnet_train.data.image_folder import list_images, natural_key
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.console import printable
 
 __all__ = ['SPLIT_FOLDERS', 'FolderReader', 'open_folder']
@@ -41,30 +41,30 @@ def open_folder(settings: DataSettings, split: str) -> tuple[ImageDataset, list[
     """Open one split of a folder and return timm's data set with its class names in label order."""
     root = Path(settings.data_dir)
     if not root.is_dir() or not settings.data_dir:
-        raise SettingsError(f'--data-dir {settings.data_dir} is not a folder; give the one that holds the pictures.')
+        raise ConfigError(f'--data-dir {settings.data_dir} is not a folder; give the one that holds the images.')
     names = SPLIT_FOLDERS.get(split, (split,))
     folder = next((path for name in names if (path := root / name).is_dir()), None)
-    layout = f'expected {root / names[0]}/CLASS/PICTURE.jpg (or .png)'
+    layout = f'expected {root / names[0]}/CLASS/IMAGE.jpg (or .png)'
     if folder is None:
-        raise SettingsError(f'--data-dir {settings.data_dir} has no folder {" or ".join(names)}; {layout}'
-                            f'{_hold_out(root, split)}.')
+        raise ConfigError(f'--data-dir {settings.data_dir} has no folder {" or ".join(names)}; {layout}'
+                          f'{_hold_out(root, split)}.')
     if settings.class_map and not Path(settings.class_map).is_file():
-        raise SettingsError(f'--class-map {settings.class_map} is not a file; give one line for each class.')
+        raise ConfigError(f'--class-map {settings.class_map} is not a file; give one line for each class.')
     if settings.class_map.lower().endswith('.txt'):
         _check_names(settings.class_map)
     try:
         dataset = ImageDataset(str(folder), FolderReader(folder, settings.class_map))
-    except SettingsError:
+    except ConfigError:
         raise
     except OSError as error:
-        raise SettingsError(f'--data-dir {settings.data_dir} cannot be read: {one_line(error)}.') from error
+        raise ConfigError(f'--data-dir {settings.data_dir} cannot be read: {one_line(error)}.') from error
     except (AssertionError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise SettingsError(f'--class-map {settings.class_map} must be a .txt file with a class a line.') from error
+        raise ConfigError(f'--class-map {settings.class_map} must be a .txt file with a class a line.') from error
     if not len(dataset):
         if settings.class_map:
-            raise SettingsError(f'--class-map {settings.class_map} names no folder of {folder} that holds pictures; '
-                                f'give the names of its folders, one a line.')
-        raise SettingsError(f'--data-dir {settings.data_dir}: no pictures found in {folder}; {layout}.')
+            raise ConfigError(f'--class-map {settings.class_map} names no folder of {folder} that holds images; '
+                              f'give the names of its folders, one a line.')
+        raise ConfigError(f'--data-dir {settings.data_dir}: no images found in {folder}; {layout}.')
     return dataset, sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
 
 
@@ -85,11 +85,11 @@ def _check_names(class_map: str) -> None:
         with Path(class_map).open(encoding='utf-8') as file:
             names = [line.strip() for line in file]
     except ValueError as error:
-        raise SettingsError(f'--class-map {class_map} must be text in UTF-8: {one_line(error)}; save it so.') from error
+        raise ConfigError(f'--class-map {class_map} must be text in UTF-8: {one_line(error)}; save it so.') from error
     for number, name in enumerate(names, 1):
         if not name:
-            raise SettingsError(f'--class-map {class_map} must have a class on each line, line {number} is blank; '
-                                f'remove it.')
+            raise ConfigError(f'--class-map {class_map} must have a class on each line, line {number} is blank; '
+                              f'remove it.')
         if places.setdefault(name, number) != number:
-            raise SettingsError(f'--class-map {class_map} must name each class once, {name} stands on lines '
-                                f'{places[name]} and {number}; remove one.')
+            raise ConfigError(f'--class-map {class_map} must name each class once, {name} stands on lines '
+                              f'{places[name]} and {number}; remove one.')

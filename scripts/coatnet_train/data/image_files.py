@@ -7,11 +7,11 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 __all__ = ['UNREADABLE', 'image_suffixes', 'is_image_name', 'to_mode']
 
-# What PIL raises for a file that is no image, cut short, or garbled; SettingsError, of to_mode, is a ValueError.
+# What PIL raises for a file that is no image, cut short, or garbled; ConfigError, of to_mode, is a ValueError.
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 # Formats that Pillow recognises without decoding any pixels, and EPS, which it hands to Ghostscript.
 NOT_DECODED = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')
@@ -34,7 +34,7 @@ def to_mode(image: Image.Image, mode: str = 'RGB') -> Image.Image:
 
     16-bit grey is scaled linearly, to its upper byte. Transparency is dropped and CMYK is 255 - ink without a colour
     profile, as in timm's training and evaluation, so that accuracies are those of timm. 32-bit images (modes I and F)
-    raise SettingsError, since no value of theirs is known to be white.
+    raise ConfigError, since no value of theirs is known to be white.
 
     EXIF orientation is no part of this conversion: training, evaluation, feature extraction and predict.py ignore it
     for every source, as timm does, because published accuracies were measured so. The page (hub/space) alone applies
@@ -43,8 +43,8 @@ def to_mode(image: Image.Image, mode: str = 'RGB') -> Image.Image:
     if image.mode.startswith('I;16'):  # convert() would cut all above 255 off
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ('I', 'F'):
-        raise SettingsError(f'This image has 32 bits a pixel (mode {image.mode}), which have no defined white point; '
-                            f'save it with 8 bits a channel.')
+        raise ConfigError(f'This image has 32 bits a pixel (mode {image.mode}), which have no defined white point; '
+                          f'save it with 8 bits a channel.')
     if 'transparency' in image.info:
         image.load()  # decoders may set it late
         image.info.pop('transparency')  # or convert() would warn, and carry it on

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coatnet_train.data.image_files import is_image_name
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.console import note, printable
 
 __all__ = ['ImageFolder', 'find_images', 'list_images', 'look_alikes', 'natural_key']
@@ -122,7 +122,7 @@ def list_images(root: Path, name: str = '--data-dir') -> ImageFolder:
         root: Folder of the split.
         name: Flag or argument that an error message names.
 
-    Raises SettingsError for an image that is not at CLASS/IMAGE, or classes whose names cannot be told apart.
+    Raises ConfigError for an image that is not at CLASS/IMAGE, or classes whose names cannot be told apart.
     """
     found, above = ImageFolder(root), holders(root)
     files, folders = scan(root)
@@ -141,13 +141,13 @@ def list_images(root: Path, name: str = '--data-dir') -> ImageFolder:
         else:
             found.empty.append(folder.name)
     if stray and found.images:
-        raise SettingsError(f'{name} {printable(str(root))}: {printable(stray[0].name)} lies beside folders of '
-                            f'classes; move it, every image must lie in the folder of its class.')
+        raise ConfigError(f'{name} {printable(str(root))}: {printable(stray[0].name)} lies beside folders of '
+                          f'classes; move it, every image must lie in the folder of its class.')
     if stray:
         found.images[''] = sorted(stray, key=order)
     for first, second in look_alikes(found.images):
-        raise SettingsError(f'{name} {printable(str(root))}: the class folders {first!a} and {second!a} look '
-                            f'alike, but are spelled differently in Unicode; move the images of both into one.')
+        raise ConfigError(f'{name} {printable(str(root))}: the class folders {first!a} and {second!a} look '
+                          f'alike, but are spelled differently in Unicode; move the images of both into one.')
     found.report()
     return found
 
@@ -169,8 +169,8 @@ def list_class(found: ImageFolder, folder: Path, above: set[tuple[int, int]], na
             found.loops.append(inner)
         for file in walk(inner, above | {place_of(folder)}):
             if is_image_name(file.name):
-                raise SettingsError(f'{name} {printable(str(found.root))}: {shown(file, found.root)} lies deeper than '
-                                    f'CLASS/IMAGE; move it into {printable(folder.name)}, or make its folder a class.')
+                raise ConfigError(f'{name} {printable(str(found.root))}: {shown(file, found.root)} lies deeper than '
+                                  f'CLASS/IMAGE; move it into {printable(folder.name)}, or make its folder a class.')
             found.leave_out(file)
     return sorted(images, key=order)
 
@@ -187,8 +187,8 @@ def read_annotations(root: Path, name: str) -> dict[str, list[Path]]:
         for file, synset, *_ in (line.split('\t') for line in lines if line.strip()):
             images.setdefault(synset, []).append(root / 'images' / file)
     except (OSError, ValueError) as error:
-        raise SettingsError(f'{name} {printable(str(root))}: {ANNOTATIONS} must have IMAGE, a tab and a class in each '
-                            f'line: {one_line(error)}; repair it, or move the images to CLASS/IMAGE.') from error
+        raise ConfigError(f'{name} {printable(str(root))}: {ANNOTATIONS} must have IMAGE, a tab and a class in each '
+                          f'line: {one_line(error)}; repair it, or move the images to CLASS/IMAGE.') from error
     return {synset: sorted(files, key=order) for synset, files in images.items()}
 
 

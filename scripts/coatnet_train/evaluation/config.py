@@ -4,7 +4,7 @@ from pathlib import Path
 
 from coatnet_train.data.config import DataSettings
 from coatnet_train.models.config import ModelSettings, check_model_settings
-from coatnet_train.runtime.cli import SettingsError, check_range
+from coatnet_train.runtime.cli import ConfigError, check_range
 
 __all__ = ['Settings', 'check_values']
 
@@ -14,10 +14,10 @@ class EvaluationDataSettings(DataSettings):
     """What is evaluated on."""
 
     split: str = 'validation'  # Name of the split; a folder with neither this nor train/ is taken itself.
-    num_samples: int | None = None  # Pictures of a stream that does not say it.
+    num_samples: int | None = None  # Images of a stream that does not say it.
     valid_labels: str = 'auto'  # Logits that compete: all, folder, imagenet_a, imagenet_r, a file; auto knows -A, -R.
     real_labels: str = ''  # Score against ReaL labels: timm for those bundled with it, or a file such as real.json.
-    max_bad_images: float = 0.0  # Share of unreadable pictures that is reported and left out before the run stops.
+    max_bad_images: float = 0.0  # Share of unreadable images that is reported and left out before the run stops.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class RunSettings:
 
     output: str = ''  # Folder for classes.csv, reliability.png and corruptions.csv of each row (none if not given).
     results_file: str = ''  # File for the table, .json or .csv, with the columns of timm's validate.py first.
-    batch_size: int = 256  # Pictures per step and process.
+    batch_size: int = 256  # Images per step and process.
     device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
     amp: bool = False  # Mixed precision.
     amp_dtype: str = 'bfloat16'  # bfloat16 or float16.
-    channels_last: bool = True  # Memory format of pictures and weights.
+    channels_last: bool = True  # Memory format of images and weights.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +51,20 @@ class Settings(RunSettings, EvaluationModelSettings, EvaluationDataSettings):
 
 def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
-    for name, least, most in (('batch_size', 1, 2**31), ('workers', 0, 2**10), ('max_bad_images', 0, 1)):
-        check_range(settings, name, least, most)
+    for name, minimum, maximum in (('batch_size', 1, 2**31), ('workers', 0, 2**10), ('max_bad_images', 0, 1)):
+        check_range(settings, name, minimum, maximum)
     if not settings.model:
-        raise SettingsError('--model needs at least one name.')
+        raise ConfigError('--model needs at least one name.')
     if settings.checkpoint and len(settings.model) not in (1, len(settings.checkpoint)):
-        raise SettingsError(f'--checkpoint must be as many files as --model has names, or any number for one name, got '
-                            f'{len(settings.checkpoint)} for {len(settings.model)}; leave some out.')
+        raise ConfigError(f'--checkpoint must be as many files as --model has names, or any number for one name, got '
+                          f'{len(settings.checkpoint)} for {len(settings.model)}; leave some out.')
     if missing := [path for path in settings.checkpoint if not Path(path).is_file()]:
-        raise SettingsError(f'--checkpoint {missing[0]} is not a file; give one or leave it.')
+        raise ConfigError(f'--checkpoint {missing[0]} is not a file; give one or leave it.')
     if settings.use_ema and not settings.checkpoint:
-        raise SettingsError('--use-ema is about a --checkpoint; give one or leave it.')
+        raise ConfigError('--use-ema is about a --checkpoint; give one or leave it.')
     if settings.results_file and Path(settings.results_file).suffix not in ('.json', '.csv'):
-        raise SettingsError(f'--results-file must end in .json or .csv, got {settings.results_file!r}.')
+        raise ConfigError(f'--results-file must end in .json or .csv, got {settings.results_file!r}.')
     if settings.real_labels and settings.valid_labels not in ('auto', 'all'):
-        raise SettingsError(f'--real-labels is scored over all logits, got --valid-labels {settings.valid_labels}; '
-                            f'leave one of them.')
+        raise ConfigError(f'--real-labels is scored over all logits, got --valid-labels {settings.valid_labels}; '
+                          f'leave one of them.')
     check_model_settings(settings)

@@ -1,6 +1,6 @@
-"""What a model says of held-out pictures: timm's scores, and every prediction in the order of the data.
+"""Evaluate a classifier: timm's metrics plus per-image predictions in dataset order.
 
-Several processes share the batches and give the numbers of a single one: what pads the last batch is taken off again.
+Several processes share the batches and give the numbers of a single one: the padding of the last batch is removed.
 """
 import heapq
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from coatnet_train.data.dataset import check_labels
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 __all__ = ['Misclassified', 'Predictions', 'expected_calibration_error', 'predict', 'reliability']
 
@@ -32,10 +32,10 @@ class Misclassified(NamedTuple):
 
 @dataclass
 class Predictions:
-    """Predictions for N pictures in the order of the data; a label of -1 marks one that could not be read.
+    """Predictions for N images in the order of the data; a label of -1 marks one that could not be read.
 
     scores: loss (nats), top1 and top5 (%) of timm's evaluator over what could be read.
-    wrong: the images misclassified with most confidence, the surest first.
+    wrong: misclassified images, the most confident first.
     """
 
     scores: dict[str, float]
@@ -52,15 +52,15 @@ def predict(
 
     Args:
         model: (B, C, H, W) -> (B, classes) logits; put into eval mode.
-        loader: Of `pictures.batches`; unless it is a stream, prepared by the accelerator.
+        loader: Of `images.batches`; unless it is a stream, prepared by the accelerator.
         accelerator: Its precision and its processes are used.
         classes: Indices of the logits that count, in the order of the labels; all if not given.
-        on_batch: Called with the third item of every batch, for `BadPictures.add`.
+        on_batch: Called with the third item of every batch, for `UnreadableImages.add`.
         keep_wrong: Number of misclassified images to keep in `wrong`.
     """
     streamed = isinstance(loader.dataset, IterableDataset)  # a process reads its own part, of any length
     evaluator = ClassificationEvaluator(device=accelerator.device)
-    parts, wrong, share = [], [], 0
+    parts, wrong, local_batch = [], [], 0
     model.eval()
     for images, labels, bad in loader:
         with torch.inference_mode(), accelerator.autocast():
@@ -68,16 +68,17 @@ def predict(
         logits = logits.float() if classes is None else logits.float()[:, classes.to(logits.device)]
         check_labels(labels, logits.shape[-1])
         labels = labels.to(accelerator.device)
-        share = share or len(images)  # of this process in every batch but the last
+        local_batch = local_batch or len(images)  # of this process, in every batch but the last
         if keep_wrong:
-            first = (len(parts) * accelerator.num_processes + accelerator.process_index) * share
+            first = (len(parts) * accelerator.num_processes + accelerator.process_index) * local_batch
             probabilities = logits.softmax(-1)
             for i in (logits.argmax(-1) != labels).nonzero().flatten().tolist():
                 # what pads the last batch is another process's too
                 if labels[i] >= 0 and (streamed or first + i < len(loader.dataset)):
-                    guess = int(logits[i].argmax())
-                    # the place decides between equals: tensors have no order
-                    item = (float(probabilities[i, guess]), -(first + i), images[i].cpu(), int(labels[i]), guess)
+                    predicted = int(logits[i].argmax())
+                    # the index decides between equals: tensors have no order
+                    confidence = float(probabilities[i, predicted])
+                    item = confidence, -(first + i), images[i].cpu(), int(labels[i]), predicted
                     (heapq.heappush if len(wrong) < keep_wrong else heapq.heappushpop)(wrong, item)
         if not streamed:
             logits, labels, bad = accelerator.gather_for_metrics((logits, labels, bad.to(accelerator.device)))
@@ -91,35 +92,35 @@ def predict(
     if across:
         parts = gather_object(parts)
     if not parts:
-        raise SettingsError('no picture of the stream can be read; see above for the reasons.')
-    labels, top5, confidence = (torch.cat(column) for column in zip(*parts, strict=True))
+        raise ConfigError('no image of the stream can be read; see above for the reasons.')
+    labels, top5, confidences = (torch.cat(column) for column in zip(*parts, strict=True))
     if keep_wrong and accelerator.num_processes > 1:
         wrong = gather_object(wrong)
-    ranked = [Misclassified(sure, None if streamed else -place, *rest)
-              for sure, place, *rest in sorted(wrong, key=lambda item: item[:2], reverse=True)[:keep_wrong]]
-    return Predictions(dict(evaluator.compute(distributed=across)), labels, top5, confidence, ranked)
+    ranked = [Misclassified(confidence, None if streamed else -index, *rest)
+              for confidence, index, *rest in sorted(wrong, key=lambda item: item[:2], reverse=True)[:keep_wrong]]
+    return Predictions(dict(evaluator.compute(distributed=across)), labels, top5, confidences, ranked)
 
 
 def reliability(predictions: Predictions, bins: int = 15) -> list[tuple[int, float, float]]:
-    """(pictures, mean confidence, share predicted right) of each bin of equal width over the confidence, 0 if empty."""
+    """(images, mean confidence, accuracy in 0..1) of each of `bins` equal intervals of the confidence, 0 if empty."""
     read = predictions.labels >= 0
     confidence = predictions.confidence[read].double()
-    right = (predictions.top5[read, 0] == predictions.labels[read]).double()
+    correct = (predictions.top5[read, 0] == predictions.labels[read]).double()
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are (low, high], as in Guo et al.
     rows = []
     for i in range(bins):
         inside = place == i
         count = int(inside.sum())
         rows.append((count, confidence[inside].mean().item() if count else 0.,
-                     right[inside].mean().item() if count else 0.))
+                     correct[inside].mean().item() if count else 0.))
     return rows
 
 
 def expected_calibration_error(predictions: Predictions, bins: int = 15) -> float:
-    """ECE in percent: mean gap between confidence and accuracy over the bins, weighted by their pictures.
+    """ECE in percent: mean gap between confidence and accuracy over the bins, weighted by their images.
 
     Guo et al., "On Calibration of Modern Neural Networks", equation 3 (https://arxiv.org/abs/1706.04599).
     """
     rows = reliability(predictions, bins)
     total = sum(count for count, _, _ in rows)
-    return 100 * sum(count * abs(right - sure) for count, sure, right in rows) / max(total, 1)
+    return 100 * sum(count * abs(accuracy - confidence) for count, confidence, accuracy in rows) / max(total, 1)

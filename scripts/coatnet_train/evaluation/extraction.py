@@ -1,4 +1,4 @@
-"""Features from settings to shards, and what they tell of the classes."""
+"""Feature extraction: settings -> splits -> extractor -> shards, then k-NN and linear probe on them."""
 import hashlib
 import json
 import time
@@ -15,15 +15,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from coatnet_train.data.dataset import Pictures, open_pictures, targets_of
+from coatnet_train.data.dataset import IndexedImageDataset, create_dataset, read_targets
 from coatnet_train.data.digest import data_digest
-from coatnet_train.data.loader import BadPictures
+from coatnet_train.data.loader import UnreadableImages
 from coatnet_train.evaluation.extraction_config import Settings, check_values
 from coatnet_train.evaluation.feature_shards import read_column, write_shard
 from coatnet_train.evaluation.features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
 from coatnet_train.models.open_model import image_mode, means_weights, open_model
-from coatnet_train.runtime.accelerator import start
-from coatnet_train.runtime.cli import SettingsError, check_output, one_line
+from coatnet_train.runtime.accelerator import create_accelerator
+from coatnet_train.runtime.cli import ConfigError, check_output, one_line
 from coatnet_train.runtime.console import check_utf8, printable
 from coatnet_train.runtime.files import write_json
 from coatnet_train.runtime.progress import progress_bar
@@ -34,7 +34,7 @@ from coatnet_train.runtime.provenance import provenance
 
 @dataclass(frozen=True)
 class Split:
-    """One split of the data: its name, pictures, labels (-1 without classes) and class names in label order."""
+    """One split of the data: its name, images, labels (-1 without classes) and class names in label order."""
 
     name: str
     dataset: Dataset
@@ -42,15 +42,15 @@ class Split:
     class_names: list[str]
 
     def path(self, index: int) -> str:
-        """The path of a picture inside the split if it has one, else its place."""
+        """The path of an image inside the split if it has one, else its place."""
         name = self.dataset.filename(index) if isinstance(self.dataset, ImageDataset) else None
-        return printable(str(name or f'picture {index}'))
+        return printable(str(name or f'image {index}'))
 
 
 def open_split(settings: Settings, name: str) -> Split:
     """Open a split; a folder without sub-folders, or a hfds/ set without a column of labels, has no classes."""
     # 0: a set without names for its labels needs none here
-    dataset, class_names = open_pictures(settings, name, num_classes=0)
+    dataset, class_names = create_dataset(settings, name, num_classes=0)
     if settings.dataset.startswith('hfds/') and not settings.target_key:
         table = dataset.reader.dataset
         if 'label' not in table.column_names:
@@ -58,10 +58,10 @@ def open_split(settings: Settings, name: str) -> Split:
     if class_names == ['']:
         return Split(name, dataset, [-1] * len(dataset), [])
     try:
-        labels = [-1 if label is None else int(label) for label in targets_of(dataset)]
+        labels = [-1 if label is None else int(label) for label in read_targets(dataset)]
     except (KeyError, TypeError, ValueError) as error:
-        raise SettingsError(f'--target-key {settings.target_key or "label"} of --dataset {settings.dataset} is no '
-                            f'column of whole numbers: {one_line(error)}; name the one with the labels.') from error
+        raise ConfigError(f'--target-key {settings.target_key or "label"} of --dataset {settings.dataset} is no '
+                          f'column of whole numbers: {one_line(error)}; name the one with the labels.') from error
     return Split(name, dataset, labels, class_names)
 
 
@@ -70,15 +70,15 @@ def check_classes(settings: Settings, train: Split, val: Split) -> None:
     name = '--knn' if settings.knn else '--linear-probe'
     for split in (train, val):
         if min(split.labels) < 0:
-            raise SettingsError(f'{name} needs labels, and split {split.name!r} has pictures without; put the '
-                                f'pictures of each class into a sub-folder of its own.')
+            raise ConfigError(f'{name} needs labels, and split {split.name!r} has images without; put the '
+                              f'images of each class into a sub-folder of its own.')
     if train.class_names != val.class_names:
         differing = sorted(set(train.class_names) ^ set(val.class_names))
-        raise SettingsError(f'{name} needs the same classes in both splits, but {", ".join(differing[:10])} are in one '
-                            f'only; add pictures, or give the names of all in a --class-map.')
+        raise ConfigError(f'{name} needs the same classes in both splits, but {", ".join(differing[:10])} are in one '
+                          f'only; add images, or give the names of all in a --class-map.')
     if settings.knn and settings.knn_k > len(train.labels):
-        raise SettingsError(f'--knn-k must be at most the {len(train.labels)} pictures of --split {train.name}, '
-                            f'got {settings.knn_k}.')
+        raise ConfigError(f'--knn-k must be at most the {len(train.labels)} images of --split {train.name}, '
+                          f'got {settings.knn_k}.')
 
 
 # Model
@@ -109,8 +109,8 @@ def open_extractor(settings: Settings) -> tuple[nn.Module, dict, str, dict[str, 
             raise ValueError(f'a feature has shape {wrong[0]}, not {dimensions} dimension{"s" * (dimensions > 1)}')
     except (AttributeError, RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         indices = f' --out-indices {" ".join(map(str, settings.out_indices))}' if settings.out_indices else ''
-        raise SettingsError(f'--features {settings.features}{indices} cannot be had from --model {settings.model}: '
-                            f'{one_line(error)}; try other levels or the other kind.') from error
+        raise ConfigError(f'--features {settings.features}{indices} cannot be had from --model {settings.model}: '
+                          f'{one_line(error)}; try other levels or the other kind.') from error
     return extractor, data_config, digest, shapes
 
 
@@ -118,47 +118,49 @@ def open_extractor(settings: Settings) -> tuple[nn.Module, dict, str, dict[str, 
 
 
 def shard_paths(settings: Settings, split: Split) -> dict[Path, range]:
-    """The file of each shard and the pictures that belong to it."""
-    folder = Path(settings.output) / (safe_model_name(split.name, remove_source=False) or 'pictures')
+    """The file of each shard and the images that belong to it."""
+    folder = Path(settings.output) / (safe_model_name(split.name, remove_source=False) or 'images')
     starts = range(0, len(split.labels), settings.shard_size)
     return {folder / f'{number:05}-of-{len(starts):05}.{settings.format}':
             range(start, min(start + settings.shard_size, len(split.labels))) for number, start in enumerate(starts)}
 
 
 def batches_of(shards: dict[Path, range], batch_size: int) -> Iterator[range]:
-    """Pictures of each batch; a batch ends where its shard ends, so that what shares one depends on nothing else."""
+    """Images of each batch; a batch ends where its shard ends, so that what shares one depends on nothing else."""
     for members in shards.values():
         for first in range(0, len(members), batch_size):
             yield members[first:first + batch_size]
 
 
-def read_index(path: Path, facts: dict) -> dict:
+def read_index(path: Path, signature: dict) -> dict:
     """The index of a split, empty if there is none; refuses one that was begun with other settings or data."""
     if not path.exists():
         return {}
     index = json.loads(path.read_text(encoding='utf-8'))
-    if changed := [f'{name} was {index.get(name)}, is {value}' for name, value in facts.items()
+    if changed := [f'{name} was {index.get(name)}, is {value}' for name, value in signature.items()
                    if index.get(name) != value]:
-        raise SettingsError(f'--output {path.parent} was begun with other settings or data: {"; ".join(changed)}; '
-                            f'restore them, or choose another --output.')
+        raise ConfigError(f'--output {path.parent} was begun with other settings or data: {"; ".join(changed)}; '
+                          f'restore them, or choose another --output.')
     return index
 
 
 def extract(settings: Settings, accelerator: Accelerator, extractor: nn.Module, data_config: dict, split: Split,
-            facts: dict) -> dict:
+            signature: dict) -> dict:
     """Write the shards of a split that are missing, and its index, which the main process returns complete."""
     shards = shard_paths(settings, split)
     index_path = next(iter(shards)).parent / 'index.json'
     data = data_digest(split.dataset, split.class_names, accelerator)
-    facts = facts | {'split': split.name, 'data': data, 'pictures': len(split.labels)}
-    index = read_index(index_path, facts)
+    signature = signature | {'split': split.name, 'data': data, 'images': len(split.labels)}
+    index = read_index(index_path, signature)
     missing = {path: members for path, members in shards.items() if not path.exists()}
-    writes = accelerator.is_main_process
-    bad = BadPictures(split.dataset, settings.max_bad_images, tqdm.write if writes else lambda line: None)
+    is_main_process = accelerator.is_main_process
+    log = tqdm.write if is_main_process else lambda _: None
+    unreadable_images = UnreadableImages(split.dataset, settings.max_bad_images, log)
 
     def add_unreadable(finished: dict[Path, range]) -> None:
         for path, members in finished.items():
-            bad.add(torch.tensor(sorted(set(members) - set(read_column(path, 'index').tolist())), dtype=torch.long))
+            missing_rows = sorted(set(members) - set(read_column(path, 'index').tolist()))
+            unreadable_images.add(torch.tensor(missing_rows, dtype=torch.long))
 
     try:
         index_path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,41 +168,42 @@ def extract(settings: Settings, accelerator: Accelerator, extractor: nn.Module, 
         if index.get('complete') and not missing:
             return index
         accelerator.wait_for_everyone()  # now every process has seen which shards are missing
-        index = facts | {'class_names': split.class_names, 'complete': False}
-        if writes:
+        index = signature | {'class_names': split.class_names, 'complete': False}
+        if is_main_process:
             write_json(index_path, index)
         with accelerator.split_between_processes(list(missing.items())) as share:
-            write_shards(settings, accelerator, extractor, data_config, split, dict(share), bad)
+            write_shards(settings, accelerator, extractor, data_config, split, dict(share), unreadable_images)
         accelerator.wait_for_everyone()
-        if writes:
+        if is_main_process:
             add_unreadable(missing)  # those of the other processes too
-            index |= {'complete': True, 'rows': len(split.labels) - len(bad.found),
-                      'unreadable': [split.path(number) for number in sorted(bad.found)],
-                      'shards': {path.name: len(set(members) - bad.found) for path, members in shards.items()},
+            index |= {'complete': True, 'rows': len(split.labels) - len(unreadable_images.found),
+                      'unreadable': [split.path(number) for number in sorted(unreadable_images.found)],
+                      'shards': {path.name: len(set(members) - unreadable_images.found)
+                                 for path, members in shards.items()},
                       'provenance': provenance(accelerator.device.type)}
             write_json(index_path, index)
     except OSError as error:
-        raise SettingsError(f'--output {index_path.parent} cannot be written: {one_line(error)}; choose '
-                            f'another.') from error
+        raise ConfigError(f'--output {index_path.parent} cannot be written: {one_line(error)}; choose '
+                          f'another.') from error
     return index
 
 
 def write_shards(settings: Settings, accelerator: Accelerator, extractor: nn.Module, data_config: dict, split: Split,
-                 shards: dict[Path, range], bad: BadPictures) -> None:
+                 shards: dict[Path, range], unreadable_images: UnreadableImages) -> None:
     """Write these shards, one after the other."""
-    pictures = Pictures(split.dataset, create_transform(**data_config), settings.seed,
-                        image_mode(data_config))
+    dataset = IndexedImageDataset(
+        split.dataset, create_transform(**data_config), settings.seed, image_mode(data_config))
     keys = ([(0, number) for number in batch] for batch in batches_of(shards, settings.batch_size))
-    loaded = iter(DataLoader(pictures, batch_sampler=keys, num_workers=settings.workers,
+    loaded = iter(DataLoader(dataset, batch_sampler=keys, num_workers=settings.workers,
                              pin_memory=accelerator.device.type == 'cuda'))
     labels = torch.tensor(split.labels)
-    bar = progress_bar(total=sum(map(len, shards.values())), unit='img', desc=split.name or 'pictures',
+    bar = progress_bar(total=sum(map(len, shards.values())), unit='img', desc=split.name or 'images',
                        quiet=not accelerator.is_main_process)
     for path, members in shards.items():
         rows, parts = [], []
         for batch in batches_of({path: members}, settings.batch_size):
             images, _, unreadable = next(loaded)
-            bad.add(unreadable)
+            unreadable_images.add(unreadable)
             with torch.inference_mode(), accelerator.autocast():
                 features = extractor(images.to(accelerator.device, non_blocking=True))
             read = unreadable < 0
@@ -209,8 +212,8 @@ def write_shards(settings: Settings, accelerator: Accelerator, extractor: nn.Mod
                           for name, values in features.items()})
             for name, values in parts[-1].items():
                 if len(wrong := rows[-1][~values.flatten(1).isfinite().all(1)]):
-                    raise SettingsError(f'{name} of {split.path(int(wrong[0]))} is not finite in '
-                                        f'--dtype {settings.dtype}; take float32 and no --amp, or sound weights.')
+                    raise ConfigError(f'{name} of {split.path(int(wrong[0]))} is not finite in '
+                                      f'--dtype {settings.dtype}; take float32 and no --amp, or sound weights.')
             bar.update(len(images))
         rows = torch.cat(rows)
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -233,31 +236,31 @@ def extract_features(settings: Settings) -> dict:
     settings = replace(settings, pretrained=settings.pretrained or stored)
     check_utf8(settings.output, '--output')
     check_output(Path(settings.output))
-    accelerator = start(settings.device, settings.amp, settings.amp_dtype)
+    accelerator = create_accelerator(settings.device, settings.amp, settings.amp_dtype)
     with accelerator.main_process_first():  # a download is done once
         splits = [open_split(settings, settings.split)]
         if settings.knn or settings.linear_probe:
             splits.append(open_split(settings, settings.val_split))
             check_classes(settings, *splits)
     extractor, data_config, weights, shapes = open_extractor(settings)
-    facts = {name: asdict(settings)[name] for name in (
+    signature = {name: asdict(settings)[name] for name in (
         'model', 'model_kwargs', 'features', 'dtype', 'format', 'shard_size', 'dataset', 'input_key')}
-    facts |= {'weights': weights, 'shapes': shapes, 'amp': settings.amp_dtype if settings.amp else '', **{
+    signature |= {'weights': weights, 'shapes': shapes, 'amp': settings.amp_dtype if settings.amp else '', **{
         name: data_config[name] for name in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}}
-    facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file they are compared with
+    signature = json.loads(json.dumps(signature))  # tuples become lists, as in the file they are compared with
 
     random = '' if settings.pretrained or settings.checkpoint else 'RANDOM WEIGHTS, '
     accelerator.print(f'{settings.model}: {random}{settings.features} features {shapes}, '
-                      f'{" + ".join(str(len(split.labels)) for split in splits)} pictures, '
+                      f'{" + ".join(str(len(split.labels)) for split in splits)} images, '
                       f'{accelerator.num_processes} x {accelerator.device.type} -> {settings.output}')
     extractor.to(accelerator.device)
     begun = time.perf_counter()
-    indices = [extract(settings, accelerator, extractor, data_config, split, facts) for split in splits]
+    indices = [extract(settings, accelerator, extractor, data_config, split, signature) for split in splits]
     seconds = time.perf_counter() - begun
     summary = {'model': settings.model, 'weights': weights, 'features': settings.features, 'seconds': seconds}
     if accelerator.is_main_process:
         for split, index in zip(splits, indices, strict=True):
-            print(f'{split.name or "pictures"}: {index["rows"]} rows, {len(index["unreadable"])} unreadable, '
+            print(f'{split.name or "images"}: {index["rows"]} rows, {len(index["unreadable"])} unreadable, '
                   f'{len(index["shards"])} x {settings.format}')
         summary['rows'] = {split.name: index['rows'] for split, index in zip(splits, indices, strict=True)}
         summary |= measure(settings, splits, accelerator.device)

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 from coatnet_train.data.config import DataSettings, is_stream
 from coatnet_train.models.config import ModelSettings
-from coatnet_train.runtime.cli import SettingsError, check_range, flag
+from coatnet_train.runtime.cli import ConfigError, check_range, flag
 
 __all__ = ['Settings', 'check_values']
 
@@ -12,9 +12,9 @@ __all__ = ['Settings', 'check_values']
 class SplitDataSettings(DataSettings):
     """What features are written of."""
 
-    split: str = 'train'  # Split to extract; '' takes the pictures of --data-dir itself, in class folders or not.
+    split: str = 'train'  # Split to extract; '' takes the images of --data-dir itself, in class folders or not.
     val_split: str = 'validation'  # Split that --knn and --linear-probe test on; extracted only for them.
-    max_bad_images: float = 0.001  # Share of unreadable pictures that is reported and left out before the run stops.
+    max_bad_images: float = 0.001  # Share of unreadable images that is reported and left out before the run stops.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,11 @@ class CheckpointModelSettings(ModelSettings):
 class FeatureSettings:
     """Which features, and what is measured of them."""
 
-    features: str = 'pooled'  # pooled (a vector a picture) or pyramid (maps).
+    features: str = 'pooled'  # pooled (a vector an image) or pyramid (maps).
     out_indices: tuple[int, ...] = ()  # Levels of the pyramid, as in timm (the last five if not given).
     dtype: str = 'float32'  # float32 or float16, of what is written.
     format: str = 'safetensors'  # safetensors or parquet.
-    shard_size: int = 1024  # Pictures in a shard; their features have to fit into memory.
+    shard_size: int = 1024  # Images in a shard; their features have to fit into memory.
     knn: bool = False  # Print the accuracy of the nearest neighbours in --split on --val-split.
     knn_k: int = 20  # Neighbours that vote.
     knn_temperature: float = 0.07  # A neighbour's vote weighs exp(cosine similarity / temperature).
@@ -44,11 +44,11 @@ class RunSettings:
     """How it is computed, and where it goes."""
 
     output: str = 'output/features'  # Folder for the shards.
-    batch_size: int = 64  # Pictures per step of each process.
+    batch_size: int = 64  # Images per step of each process.
     device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
     amp: bool = False  # Mixed precision.
     amp_dtype: str = 'bfloat16'  # bfloat16 or float16.
-    seed: int = 42  # Of weights that are not loaded, and of the pictures held out by --linear-probe.
+    seed: int = 42  # Of weights that are not loaded, and of the images held out by --linear-probe.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,24 +64,24 @@ def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
     for name, known in CHOICES.items():
         if getattr(settings, name) not in known:
-            raise SettingsError(f'{flag(name)} must be {" or ".join(known)}, got {getattr(settings, name)!r}.')
+            raise ConfigError(f'{flag(name)} must be {" or ".join(known)}, got {getattr(settings, name)!r}.')
     for name in ('shard_size', 'batch_size', 'knn_k', 'knn_temperature'):
         if not getattr(settings, name) > 0:
-            raise SettingsError(f'{flag(name)} must be greater than 0, got {getattr(settings, name)}.')
+            raise ConfigError(f'{flag(name)} must be greater than 0, got {getattr(settings, name)}.')
     check_range(settings, 'workers', 0, 2**10)
     check_range(settings, 'max_bad_images', 0, 1)
     check_range(settings, 'seed', 0, 2**32 - 1)
     if settings.out_indices and settings.features != 'pyramid':
-        raise SettingsError(f'--out-indices {settings.out_indices} needs --features pyramid, got {settings.features}.')
+        raise ConfigError(f'--out-indices {settings.out_indices} needs --features pyramid, got {settings.features}.')
     if is_stream(settings):
-        raise SettingsError(f'--dataset {settings.dataset} is a stream, whose pictures have no index to resume at; '
-                            f'use a folder, torch/ or hfds/.')
+        raise ConfigError(f'--dataset {settings.dataset} is a stream, whose images have no index to resume at; '
+                          f'use a folder, torch/ or hfds/.')
     if settings.knn or settings.linear_probe:
         name = '--knn' if settings.knn else '--linear-probe'
         if settings.features != 'pooled':
-            raise SettingsError(f'{name} needs --features pooled, got {settings.features}.')
+            raise ConfigError(f'{name} needs --features pooled, got {settings.features}.')
         if settings.val_split == settings.split:
-            raise SettingsError(f'{name} needs a --val-split other than --split, got {settings.split!r} for both.')
+            raise ConfigError(f'{name} needs a --val-split other than --split, got {settings.split!r} for both.')
     for wanted, package, name in (
             (settings.format == 'parquet', 'pyarrow', '--format parquet'),
             (settings.linear_probe, 'sklearn', '--linear-probe')):
@@ -89,5 +89,5 @@ def check_values(settings: Settings) -> None:
             try:
                 __import__(package)
             except ImportError as error:
-                raise SettingsError(f'{name} needs {package.replace("sklearn", "scikit-learn")}, which is not '
-                                    f'installed; install it with pip, or leave the option.') from error
+                raise ConfigError(f'{name} needs {package.replace("sklearn", "scikit-learn")}, which is not '
+                                  f'installed; install it with pip, or leave the option.') from error

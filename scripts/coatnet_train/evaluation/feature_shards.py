@@ -1,4 +1,4 @@
-"""Shards of features: columns of numbers and the paths of their pictures, as safetensors or Parquet."""
+"""Shards of features: columns of numbers and the paths of their images, as safetensors or Parquet."""
 import json
 from pathlib import Path
 

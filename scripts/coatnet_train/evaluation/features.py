@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 
 __all__ = ['PooledFeatures', 'PyramidFeatures', 'knn_top1', 'linear_probe']
 
@@ -80,7 +80,7 @@ def linear_probe(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, v
     """Logistic regression on standardised features: its top-1 (%) on val, and how it was fitted.
 
     The strength C of the L2 penalty is the best of PROBE_STRENGTHS on a fifth of train held out of each class, at least
-    one picture of it; then all of train is fitted with it. Val has no part in either.
+    one image of it; then all of train is fitted with it. Val has no part in either.
 
     Args:
         train, val: Features (N, C) and (M, C).
@@ -103,7 +103,7 @@ def linear_probe(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, v
             warnings.simplefilter('ignore', ConvergenceWarning)  # told by 'converged'
             search.fit(train, train_labels)
     except ValueError as error:
-        raise SettingsError(f'--linear-probe needs more pictures or classes in --split: {one_line(error)}.') from error
+        raise ConfigError(f'--linear-probe needs more images or classes in --split: {one_line(error)}.') from error
     return {
         'top1': 100 * float(search.score(val, val_labels)), 'C': search.best_params_['logisticregression__C'],
         'held_out_top1': 100 * float(search.best_score_),

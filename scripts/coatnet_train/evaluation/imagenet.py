@@ -1,4 +1,4 @@
-"""An evaluation from its settings to its table: timm's scores of every model on every folder of images."""
+"""Evaluation on ImageNet and its relatives: settings -> datasets -> models -> predictions -> table."""
 import dataclasses
 import math
 import time
@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from coatnet_train.data.config import is_stream
-from coatnet_train.data.dataset import Pictures, StreamedPictures, open_pictures, picture_name
+from coatnet_train.data.dataset import IndexedImageDataset, StreamingImageDataset, create_dataset, image_name
 from coatnet_train.data.folder_dataset import SPLIT_FOLDERS
-from coatnet_train.data.loader import BadPictures, EpochSampler, batches
+from coatnet_train.data.loader import EpochSampler, UnreadableImages, create_loader
 from coatnet_train.evaluation.config import Settings, check_values
 from coatnet_train.evaluation.evaluator import Predictions, expected_calibration_error, predict
 from coatnet_train.evaluation.imagenet_labels import (
@@ -25,18 +25,18 @@ from coatnet_train.evaluation.imagenet_labels import (
     mean_corruption_error,
     to_real_labels,
 )
-from coatnet_train.evaluation.tables import corruption_table, make_output_dirs, table, write_row
+from coatnet_train.evaluation.tables import format_corruptions, format_table, make_output_dirs, write_row
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import check_model_name, image_mode, open_model
 from coatnet_train.models.weights_file import read_weights
-from coatnet_train.runtime.accelerator import start
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.accelerator import create_accelerator
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.progress import progress_bar
 
 
 @dataclass(frozen=True)
 class Part:
-    """One folder of pictures: all of the data, or one corruption at one severity."""
+    """One folder of images: all of the data, or one corruption at one severity."""
 
     dataset: Dataset
     class_names: list[str]
@@ -45,7 +45,7 @@ class Part:
 
     @property
     def flat(self) -> bool:
-        """Whether the pictures lie in no class folders."""
+        """Whether the images lie in no class folders."""
         return self.class_names == ['']
 
 
@@ -60,17 +60,18 @@ def rows_of(settings: Settings) -> Iterator[tuple[ModelSettings, str]]:
 
 
 def open_parts(settings: Settings) -> list[Part]:
-    """Open the pictures, of every corruption and severity if the folder has that layout."""
+    """Open the images, of every corruption and severity if the folder has that layout."""
     options = dict(batch_size=settings.batch_size, num_classes=settings.num_classes, num_samples=settings.num_samples)
     root = Path(settings.data_dir)
     if settings.dataset or not settings.data_dir:
-        return [Part(*open_pictures(settings, settings.split, **options))]
+        return [Part(*create_dataset(settings, settings.split, **options))]
     if corruptions := corruption_folders(root):
-        return [Part(*open_pictures(dataclasses.replace(settings, data_dir=str(folder)), '', **options), name, severity)
-                for name, severity, folder in corruptions]
+        return [
+            Part(*create_dataset(dataclasses.replace(settings, data_dir=str(folder)), '', **options), name, severity)
+            for name, severity, folder in corruptions]
     other = [*SPLIT_FOLDERS['train'], *SPLIT_FOLDERS.get(settings.split, (settings.split,))]
     itself = settings.split == 'validation' and not any((root / name).is_dir() for name in other)
-    return [Part(*open_pictures(settings, '' if itself else settings.split, **options))]
+    return [Part(*create_dataset(settings, '' if itself else settings.split, **options))]
 
 
 def check_class_map(settings: Settings, dataset: Dataset, accelerator: Accelerator) -> None:
@@ -78,8 +79,8 @@ def check_class_map(settings: Settings, dataset: Dataset, accelerator: Accelerat
     reader = getattr(dataset, 'reader', None)
     given = getattr(reader, 'class_to_idx', None) or {}
     if sorted(given.values()) != list(range(len(given))):
-        raise SettingsError(f'--class-map {settings.class_map} must number its classes from 0 without a gap; leave it '
-                            f'out for ImageNet synsets, which are mapped by name.')
+        raise ConfigError(f'--class-map {settings.class_map} must number its classes from 0 without a gap; leave it '
+                          f'out for ImageNet synsets, which are mapped by name.')
     if not settings.dataset and (left_out := sorted(set(reader.folders) - given.keys())):
         accelerator.print(f'--class-map {settings.class_map} leaves out {len(left_out)} folders: '
                           f'{", ".join(left_out[:5])}{", ..." if len(left_out) > 5 else ""}')
@@ -91,35 +92,37 @@ def open_scored_model(settings: Settings, wanted: ModelSettings, checkpoint: str
         wanted, checkpoint, use_train_size=settings.use_train_size, use_ema=settings.use_ema,
         num_classes=settings.num_classes)
     if not model.num_classes:
-        raise SettingsError(f'--model {wanted.model} has no classes to score; give a model with a classifier, or '
-                            f'--num-classes and a --checkpoint.')
+        raise ConfigError(f'--model {wanted.model} has no classes to score; give a model with a classifier, or '
+                          f'--num-classes and a --checkpoint.')
     of_weights = model.pretrained_cfg.get('num_classes')
     if wanted.pretrained and of_weights != model.num_classes:
-        raise SettingsError(f'--num-classes {model.num_classes} gives --model {wanted.model} a new, random classifier: '
-                            f'its weights have {of_weights}; leave the flag out, or give a --checkpoint.')
+        raise ConfigError(f'--num-classes {model.num_classes} gives --model {wanted.model} a new, random classifier: '
+                          f'its weights have {of_weights}; leave the flag out, or give a --checkpoint.')
     if settings.use_ema:
         plain, averaged = (read_weights(checkpoint, use_ema=use_ema) for use_ema in (False, True))
         if plain.keys() == averaged.keys() and all(torch.equal(plain[key], averaged[key]) for key in plain):
-            raise SettingsError(f'--use-ema: --checkpoint {checkpoint} has no averaged weights; leave it out.')
+            raise ConfigError(f'--use-ema: --checkpoint {checkpoint} has no averaged weights; leave it out.')
     return model, data_config
 
 
 def evaluate_part(settings: Settings, part: Part, model: nn.Module, data_config: dict, labels: LabelMap,
                   accelerator: Accelerator, title: str) -> tuple[Predictions, int]:
-    """Predictions for one folder as logit indices, and the number of pictures that could not be read."""
+    """Predictions for one folder as logit indices, and the number of images that could not be read."""
     try:
         transform = create_transform(**data_config)
     except (ValueError, KeyError, AssertionError) as error:
-        raise SettingsError(f'--interpolation, --crop-mode or another setting of the pictures: '
-                            f'{one_line(error)}.') from error
+        raise ConfigError(f'--interpolation, --crop-mode or another setting of the images: '
+                          f'{one_line(error)}.') from error
     sampler, streamed = EpochSampler(len(part.dataset)), is_stream(settings)
-    pictures = (StreamedPictures if streamed else Pictures)(part.dataset, transform, mode=image_mode(data_config))
+    kind = StreamingImageDataset if streamed else IndexedImageDataset
+    dataset = kind(part.dataset, transform, mode=image_mode(data_config))
     batch_size = settings.batch_size * (1 if streamed else accelerator.num_processes)
-    loader = batches(pictures, sampler, batch_size, settings.workers, pin_memory=accelerator.device.type == 'cuda')
+    loader = create_loader(
+        dataset, sampler, batch_size, settings.workers, pin_memory=accelerator.device.type == 'cuda')
     loader = loader if streamed else accelerator.prepare(loader)
     with progress_bar(total=len(part.dataset), desc=title, unit='img', quiet=not accelerator.is_main_process) as bar:
         report = bar.write if accelerator.is_main_process else (lambda line: None)
-        bad = BadPictures(part.dataset, settings.max_bad_images, report)
+        bad = UnreadableImages(part.dataset, settings.max_bad_images, report)
 
         def on_batch(indices: torch.Tensor) -> None:
             bad.add(indices)
@@ -127,23 +130,23 @@ def evaluate_part(settings: Settings, part: Part, model: nn.Module, data_config:
 
         predictions = predict(model, loader, accelerator, classes=labels.classes, on_batch=on_batch)
     if not (predictions.labels >= 0).any():
-        raise SettingsError(f'--data-dir {settings.data_dir} has no picture with a label that can be read; repair some.'
-                            if not settings.dataset else f'--dataset {settings.dataset} has no picture with a label '
-                            f'that can be read in --split {settings.split}; choose another.')
+        raise ConfigError(f'--data-dir {settings.data_dir} has no image with a label that can be read; repair some.'
+                          if not settings.dataset else f'--dataset {settings.dataset} has no image with a label '
+                          f'that can be read in --split {settings.split}; choose another.')
     if not math.isfinite(predictions.scores['loss']):
-        raise SettingsError(f'--model {title} gives logits that are not finite; take no --amp, or sound weights.')
+        raise ConfigError(f'--model {title} gives logits that are not finite; take no --amp, or sound weights.')
     # among several processes the length of a stream is that of one share
     if accelerator.num_processes == 1 and len(predictions.labels) != len(part.dataset):
-        accelerator.print(f'the stream gave {len(predictions.labels)} pictures, not the {len(part.dataset)} it named')
+        accelerator.print(f'the stream gave {len(predictions.labels)} images, not the {len(part.dataset)} it named')
     predictions = labels.to_logits(predictions)
     if settings.real_labels:
-        names = [Path(picture_name(part.dataset, index)).name for index in range(len(part.dataset))]
+        names = [Path(image_name(part.dataset, index)).name for index in range(len(part.dataset))]
         predictions = to_real_labels(predictions, names, settings.real_labels)
     return predictions, len(bad.found)
 
 
 def pool(parts: list[Predictions]) -> Predictions:
-    """The predictions of several folders as those of one; scores are means over its pictures, as folders are alike."""
+    """The predictions of several folders as those of one; scores are means over its images, as folders are alike."""
     scores = {name: None if value is None else sum(part.scores[name] for part in parts) / len(parts)
               for name, value in parts[0].scores.items()}
     return Predictions(scores, *(torch.cat([getattr(part, name) for part in parts])
@@ -155,8 +158,8 @@ def evaluate_model(settings: Settings, wanted: ModelSettings, checkpoint: str, p
     """The row of one model, what it predicted, and how its logits are named."""
     model, data_config = open_scored_model(settings, wanted, checkpoint)
     if settings.real_labels and infer_imagenet_subset(model) != 'imagenet-1k':
-        raise SettingsError(f'--real-labels are for the 1000 classes of ImageNet-1k, --model {wanted.model} has '
-                            f'{model.num_classes}; leave them.')
+        raise ConfigError(f'--real-labels are for the 1000 classes of ImageNet-1k, --model {wanted.model} has '
+                          f'{model.num_classes}; leave them.')
     parameters = sum(parameter.numel() for parameter in model.parameters())
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
     model.to(accelerator.device, memory_format=memory_format)
@@ -199,11 +202,11 @@ def evaluate(settings: Settings) -> list[dict]:
     runs = list(rows_of(settings))
     for wanted, _ in runs:
         check_model_name(wanted.model)
-    accelerator = start(settings.device, settings.amp, settings.amp_dtype)
+    accelerator = create_accelerator(settings.device, settings.amp, settings.amp_dtype)
     parts = open_parts(settings)
     if parts[0].flat and not settings.real_labels:
-        raise SettingsError(f'--data-dir {settings.data_dir}: the pictures lie in no class folders, expected '
-                            f'CLASS/PICTURE.jpg; a flat validation split is scored with --real-labels timm.')
+        raise ConfigError(f'--data-dir {settings.data_dir}: the images lie in no class folders, expected '
+                          f'CLASS/IMAGE.jpg; a flat validation split is scored with --real-labels timm.')
     if settings.class_map:
         check_class_map(settings, parts[0].dataset, accelerator)
     make_output_dirs(settings)
@@ -216,11 +219,11 @@ def evaluate(settings: Settings) -> list[dict]:
                 write_row(settings, rows, predictions, labels, accelerator)
     finally:  # a later model that fails, or a full disk, takes no number along
         if rows:
-            accelerator.print(table(rows))
+            accelerator.print(format_table(rows))
     if settings.real_labels:
-        accelerator.print('right is any ReaL label of a picture; there is no loss')
+        accelerator.print('right is any ReaL label of an image; there is no loss')
     if parts[0].corruption:
         for row in rows:
-            accelerator.print(corruption_table(row))
+            accelerator.print(format_corruptions(row))
     accelerator.end_training()
     return rows

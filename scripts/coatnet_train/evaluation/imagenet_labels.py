@@ -10,7 +10,7 @@ import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import nn
 
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 if TYPE_CHECKING:
     from coatnet_train.evaluation.evaluator import Predictions
@@ -81,9 +81,9 @@ def map_labels(class_names: list[str], model: nn.Module, valid_labels: str = 'au
             of ImageNet-A or -R for exactly these classes, else all.
         ordered_by: 'data set' or 'class map' if the order of the classes came from there; where names do not fit, it
             can stand in for the names that a model lacks, and that of a class map also for those that it has.
-        flat: Whether the pictures have no classes.
+        flat: Whether the images have no classes.
 
-    Raises SettingsError, saying what was expected, where classes and logits do not fit.
+    Raises ConfigError, saying what was expected, where classes and logits do not fit.
     """
     count = model.num_classes
     subset = infer_imagenet_subset(model)
@@ -112,7 +112,7 @@ def map_labels(class_names: list[str], model: nn.Module, valid_labels: str = 'au
         expected = (f'the model\'s {count} label names ({_some(own)})' if own else
                     f'ImageNet synsets ({_some(names)}) or numbers below {count}' if subset else
                     f'{count} classes, for the model has {count} logits without names')
-        raise SettingsError(
+        raise ConfigError(
             f'--data-dir has {len(class_names)} classes ({_some(class_names)}) that do not fit the model: expected '
             f'{expected}, but {_some(strange) if names else f"found {len(class_names)}"}'
             f'{" are none of these" if names else ""}; choose the model of these classes, rename the folders, or give '
@@ -154,42 +154,42 @@ def _competing(valid_labels: str, logits: list[int], count: int, subset: str | N
         try:
             indices = [int(line) for line in Path(valid_labels).read_text(encoding='utf-8').split()]
         except ValueError as error:
-            raise SettingsError(f'--valid-labels {valid_labels} must hold one index a line: {error}.') from error
+            raise ConfigError(f'--valid-labels {valid_labels} must hold one index a line: {error}.') from error
     elif name in INDICES_OF_TIMM:
         indices = _indices_of_timm(name)
     else:
-        raise SettingsError(f'--valid-labels must be auto, all, folder, {", ".join(INDICES_OF_TIMM)} or a file of '
-                            f'indices, got {valid_labels!r}.')
+        raise ConfigError(f'--valid-labels must be auto, all, folder, {", ".join(INDICES_OF_TIMM)} or a file of '
+                          f'indices, got {valid_labels!r}.')
     if wrong := [index for index in indices if not 0 <= index < count]:
-        raise SettingsError(f'--valid-labels {valid_labels} must hold indices from 0 to {count - 1}, got {wrong[0]}.')
+        raise ConfigError(f'--valid-labels {valid_labels} must hold indices from 0 to {count - 1}, got {wrong[0]}.')
     if missing := sorted(set(logits) - set(indices)):
-        raise SettingsError(f'--valid-labels {valid_labels} leaves out {len(missing)} classes of the data, such as '
-                            f'logit {missing[0]}; give indices that hold all of them, or folder.')
+        raise ConfigError(f'--valid-labels {valid_labels} leaves out {len(missing)} classes of the data, such as '
+                          f'logit {missing[0]}; give indices that hold all of them, or folder.')
     return indices, valid_labels
 
 
 def to_real_labels(predictions: 'Predictions', file_names: list[str], real_labels: str = 'timm') -> 'Predictions':
-    """Label each picture with the best ranked prediction among its ReaL labels, else its first one, and score that.
+    """Label each image with the best ranked prediction among its ReaL labels, else its first one, and score that.
 
     A prediction is then right if it is any of the labels: timm's `RealLabelsImagenet`, after Beyer et al.,
-    https://arxiv.org/abs/2006.07159. Pictures without ReaL labels get -1. There is no loss.
+    https://arxiv.org/abs/2006.07159. Images without ReaL labels get -1. There is no loss.
 
     Args:
         predictions: With logit indices.
-        file_names: Of the pictures, in order, without folders.
+        file_names: Of the images, in order, without folders.
         real_labels: 'timm' for the labels bundled with it, or a file in the form of real.json.
     """
     try:
         table = RealLabelsImagenet(file_names, real_json=None if real_labels == 'timm' else real_labels).real_labels
         allowed = [table[name] for name in file_names]
     except AssertionError as error:
-        raise SettingsError(f'--real-labels {real_labels} is for all pictures of ImageNet\'s validation split, but the '
-                            f'data have {len(file_names)}; complete them.') from error
+        raise ConfigError(f'--real-labels {real_labels} is for all images of ImageNet\'s validation split, but the '
+                          f'data have {len(file_names)}; complete them.') from error
     except KeyError as error:
-        raise SettingsError(f'--real-labels {real_labels} knows pictures by the names of ImageNet\'s validation split '
-                            f'such as ILSVRC2012_val_00000001.JPEG, not {error}; keep these names.') from error
+        raise ConfigError(f'--real-labels {real_labels} knows images by the names of ImageNet\'s validation split '
+                          f'such as ILSVRC2012_val_00000001.JPEG, not {error}; keep these names.') from error
     except (OSError, ValueError) as error:
-        raise SettingsError(f'--real-labels {real_labels} cannot be read ({error}); give timm or real.json.') from error
+        raise ConfigError(f'--real-labels {real_labels} cannot be read ({error}); give timm or real.json.') from error
     labels = torch.tensor([
         -1 if read < 0 or not real else next((guess for guess in guesses if guess in real), real[0])
         for read, real, guesses in zip(predictions.labels.tolist(), allowed, predictions.top5.tolist(), strict=True)])

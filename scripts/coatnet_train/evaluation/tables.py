@@ -7,19 +7,17 @@ from timm.models import safe_model_name
 
 from coatnet_train.evaluation.config import Settings
 from coatnet_train.evaluation.evaluator import Predictions, reliability
-from coatnet_train.evaluation.imagenet_labels import (
-    LabelMap,
-)
+from coatnet_train.evaluation.imagenet_labels import LabelMap
 from coatnet_train.plotting.plots import reliability_figure
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.files import write_csv, write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
 
-__all__ = ['corruption_table', 'make_output_dirs', 'table', 'write_row']
+__all__ = ['format_corruptions', 'format_table', 'make_output_dirs', 'write_row']
 
 
 def class_rows(predictions: Predictions, labels: LabelMap) -> list[dict]:
-    """Accuracy of each class that has pictures, and what it is mistaken for most often."""
+    """Accuracy of each class that has images, and what it is mistaken for most often."""
     rows = []
     for index in predictions.labels[predictions.labels >= 0].unique().tolist():
         top5 = predictions.top5[predictions.labels == index]
@@ -34,7 +32,7 @@ def class_rows(predictions: Predictions, labels: LabelMap) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict]) -> str:
+def format_table(rows: list[dict]) -> str:
     """The rows for reading."""
     def text(value: object, digits: int) -> str:
         return '-' if value is None else f'{value:.{digits}f}'
@@ -54,7 +52,7 @@ def table(rows: list[dict]) -> str:
         for line in lines)
 
 
-def corruption_table(row: dict) -> str:
+def format_corruptions(row: dict) -> str:
     """Top-1 error (%) of each corruption, its mean, and what the means in the table are."""
     lines = [f'{row["model"]}: top-1 error (%) at each severity, and its mean']
     for corruption, errors in row['corruptions'].items():
@@ -70,9 +68,9 @@ def write_results(path: Path, rows: list[dict], device: str) -> None:
     if path.suffix == '.csv':
         write_csv(path, [{name: value for name, value in row.items() if name != 'corruptions'} for row in rows])
         return
-    facts = provenance(device)
-    told = [{**row, 'provenance': facts} for row in rows]
-    write_json(path, told[0] if len(told) == 1 else told)
+    origin = provenance(device)
+    content = [{**row, 'provenance': origin} for row in rows]
+    write_json(path, content[0] if len(content) == 1 else content)
 
 
 def make_output_dirs(settings: Settings) -> None:
@@ -84,8 +82,8 @@ def make_output_dirs(settings: Settings) -> None:
                 path.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise SettingsError(f'--output or --results-file cannot be written: {one_line(error)}; '
-                            f'choose another.') from error
+        raise ConfigError(f'--output or --results-file cannot be written: {one_line(error)}; '
+                          f'choose another.') from error
 
 
 def write_row(settings: Settings, rows: list[dict], predictions: Predictions, labels: LabelMap,
@@ -98,7 +96,7 @@ def write_row(settings: Settings, rows: list[dict], predictions: Predictions, la
                 safe_model_name(row['model']), safe_model_name(row['checkpoint'], remove_source=False))))
             folder.mkdir(parents=True, exist_ok=True)
             write_csv(folder / 'classes.csv', class_rows(predictions, labels))
-            title = f'{row["model"]}\n{row["images"]} pictures, ECE {row["ece"]:.2f} %'
+            title = f'{row["model"]}\n{row["images"]} images, ECE {row["ece"]:.2f} %'
             write_figure(folder / 'reliability.png', reliability_figure(reliability(predictions), title))
             if errors := row.get('corruptions'):
                 write_csv(folder / 'corruptions.csv', [
@@ -107,5 +105,5 @@ def write_row(settings: Settings, rows: list[dict], predictions: Predictions, la
         if settings.results_file:
             write_results(Path(settings.results_file), rows, accelerator.device.type)
     except OSError as error:
-        raise SettingsError(f'--output or --results-file cannot be written: {one_line(error)}; '
-                            f'choose another.') from error
+        raise ConfigError(f'--output or --results-file cannot be written: {one_line(error)}; '
+                          f'choose another.') from error

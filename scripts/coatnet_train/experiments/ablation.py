@@ -25,8 +25,8 @@ from coatnet_train.training.run import finetune
 
 def model_kwargs(settings: Settings, row: str) -> tuple[str, ...]:
     """Arguments of the model of a row, as key=value."""
-    word, *switches = row.split()
-    return (*settings.model_kwargs, f'layout={word}', *switches)
+    layout, *switches = row.split()
+    return (*settings.model_kwargs, f'layout={layout}', *switches)
 
 
 def train(settings: Settings, row: str, seed: int) -> dict:
@@ -82,10 +82,10 @@ def measure_speed(settings: Settings, rows: list[str]) -> dict[str, float]:
     windows: dict[str, list[float]] = {row: [] for row in rows}
     for index in range(timing.rounds + 1):
         for row, step in steps.items():
-            pace = benchmark_models.measure_window(step, timing)
+            throughput = benchmark_models.measure_window(step, timing)
             if index:  # the first round warms up
-                windows[row].append(pace)
-    return {row: round(statistics.median(paces), 1) for row, paces in windows.items()}
+                windows[row].append(throughput)
+    return {row: round(statistics.median(throughputs), 1) for row, throughputs in windows.items()}
 
 
 def plot(report: dict, path: Path) -> None:
@@ -109,9 +109,9 @@ def plot(report: dict, path: Path) -> None:
 
 def write_report(settings: Settings, report: dict) -> None:
     for row, cells in report['rows'].items():
-        error, pace = cells['standard_error'], cells['images_per_second']
+        error, throughput = cells['standard_error'], cells['images_per_second']
         print(f'{row:28s} {cells["top1"]:6.2f} % {"" if isinstance(error, str) else f"+- {error:.2f}":8s}'
-              f'{cells["parameters"] / 1e6:7.2f} M {cells["multiply_adds"] / 1e6:8.1f} M   {pace} images/s')
+              f'{cells["parameters"] / 1e6:7.2f} M {cells["multiply_adds"] / 1e6:8.1f} M   {throughput} images/s')
     if settings.results_file:
         write_json(Path(settings.results_file), report)
         plot(report, Path(settings.results_file).with_suffix('.png'))
@@ -123,8 +123,8 @@ def run(settings: Settings) -> dict:
     rows = settings.rows or GRIDS[settings.grid]
     if settings.speed:
         report = json.loads(Path(settings.results_file).read_text())
-        for row, pace in measure_speed(settings, list(report['rows'])).items():
-            report['rows'][row]['images_per_second'] = pace
+        for row, throughput in measure_speed(settings, list(report['rows'])).items():
+            report['rows'][row]['images_per_second'] = throughput
         report['speed'] = dict(batch_size=settings.batch_size, threads=settings.threads, amp=settings.amp,
                                **provenance(str(choose_device(settings.device))))
         write_report(settings, report)

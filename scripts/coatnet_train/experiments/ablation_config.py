@@ -3,12 +3,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
-__all__ = ['GRIDS', 'WORDS', 'Settings', 'check_values']
+__all__ = ['GRIDS', 'LAYOUTS', 'Settings', 'check_values']
 
-WORDS = ('CCCC', 'CCTT', 'CCLL', 'CCDD', 'LLLL', 'DDDD', 'LLDD')
-# One switch at a time, each against its plain word.
+LAYOUTS = ('CCCC', 'CCTT', 'CCLL', 'CCDD', 'LLLL', 'DDDD', 'LLDD')
+# One switch at a time, each against its plain layout.
 L_SWITCHES = (
     'normalize="none"', 'glu=False', 'conv_head_dim=1', 'conv_head_dim=16', 'conv_head_dim=64', 'dropconnect=0.1',
     'kernel_size=(3,3,3,3)', 'kernel_size=(3,5,7,7)', 'kernel_size=(3,7,15,31)', 'kernel_size=(13,13,13,13)')
@@ -16,17 +16,17 @@ D_SWITCHES = (
     'normalize="none"', 'glu=False', 'conv_head_dim=16', 'conv_head_dim=64', 'dropconnect=0.1', 'static_branch=True',
     'kernel_size=(3,3,3,3)', 'kernel_size=(3,5,7,7)')
 GRIDS = {
-    'words': WORDS,
+    'layouts': LAYOUTS,
     # what the paper found to matter most: wider kernels for LightConv, the softmax for DynamicConv
-    'cpu': (*WORDS, 'LLLL kernel_size=(3,3,3,3)', 'DDDD normalize="none"'),
-    'full': (*WORDS, *(f'LLLL {switch}' for switch in L_SWITCHES), *(f'DDDD {switch}' for switch in D_SWITCHES)),
+    'cpu': (*LAYOUTS, 'LLLL kernel_size=(3,3,3,3)', 'DDDD normalize="none"'),
+    'full': (*LAYOUTS, *(f'LLLL {switch}' for switch in L_SWITCHES), *(f'DDDD {switch}' for switch in D_SWITCHES)),
 }
 
 
 @dataclass(frozen=True)
 class Settings:
     data_dir: str  # Folder with train/ and val/, a sub-folder a class.
-    grid: Literal['words', 'cpu', 'full'] = 'words'  # The rows: the seven words; with the two main switches; with all.
+    grid: Literal['layouts', 'cpu', 'full'] = 'layouts'  # Rows: the seven layouts; with the two main switches; with all.
     rows: tuple[str, ...] = ()  # Other rows than those of --grid.
     seeds: tuple[int, ...] = (0,)  # One run of every row for each.
     model: str = 'coatnet_pico'  # What the rows are variants of.
@@ -35,11 +35,11 @@ class Settings:
         'embed_dim=(32,64,192,320)', 'depths=(2,2,3,2)', 'weight_init=vit_eff', 'conv_norm_momentum=0.1')
     img_size: int = 64  # Height and width in pixels.
     epochs: int = 10  # Passes over the training split.
-    batch_size: int = 64  # Pictures per step.
+    batch_size: int = 64  # Images per step.
     lr: float = 1e-3  # Highest learning rate of AdamW; cosine decay after one epoch of warm-up.
     amp: bool = False  # bfloat16 autocast.
     device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
-    workers: int = 1  # Processes that read pictures.
+    workers: int = 1  # Processes that read images.
     threads: int = 1  # CPU threads.
     output: str = 'output/ablation'  # Folder of the runs.
     results_file: str = ''  # JSON to write after every run; the plot takes its name.
@@ -49,6 +49,6 @@ class Settings:
 def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
     if settings.results_file and not Path(settings.results_file).parent.is_dir():
-        raise SettingsError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
+        raise ConfigError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
     if settings.speed and not Path(settings.results_file).is_file():
-        raise SettingsError(f'--speed needs a --results-file with trained rows, got {settings.results_file!r}.')
+        raise ConfigError(f'--speed needs a --results-file with trained rows, got {settings.results_file!r}.')

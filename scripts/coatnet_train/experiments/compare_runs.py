@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 from coatnet_train.plotting.style import BLUE, GREEN, ORANGE, PURPLE, SLATE, clean_axes, use_integer_epochs
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
 
@@ -25,8 +25,8 @@ def name_runs(folders: tuple[Path, ...]) -> list[str]:
     """The shortest ends of the folders' paths that are all different."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
-        raise SettingsError(f'RUNS must be different folders, got {" ".join(map(str, folders))}; leave out what is '
-                            f'named twice.')
+        raise ConfigError(f'RUNS must be different folders, got {" ".join(map(str, folders))}; leave out what is '
+                          f'named twice.')
     for length in range(1, max(map(len, parts)) + 1):
         names = [str(Path(*part[-length:])) for part in parts]
         if len(set(names)) == len(names):
@@ -49,14 +49,14 @@ def read_run(folder: Path) -> dict:
         with (folder / 'metrics.csv').open(newline='', encoding='utf-8') as file:
             metrics = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     except FileNotFoundError as error:
-        raise SettingsError(f'{folder} must be the folder of a finished run of finetune.py, but has no '
-                            f'{Path(error.filename).name}; give another, or let it finish.') from error
+        raise ConfigError(f'{folder} must be the folder of a finished run of finetune.py, but has no '
+                          f'{Path(error.filename).name}; give another, or let it finish.') from error
     except (ValueError, TypeError, OSError) as error:
-        raise SettingsError(f'{folder} must be the folder of a finished run of finetune.py, but cannot be read: '
-                            f'{one_line(error)}; give another.') from error
+        raise ConfigError(f'{folder} must be the folder of a finished run of finetune.py, but cannot be read: '
+                          f'{one_line(error)}; give another.') from error
     if not metrics or 'hardware' not in parts['summary']:
-        raise SettingsError(f'{folder} must have an epoch in metrics.csv and hardware in summary.json, which older '
-                            f'versions of finetune.py left out; train it again.')
+        raise ConfigError(f'{folder} must have an epoch in metrics.csv and hardware in summary.json, which older '
+                          f'versions of finetune.py left out; train it again.')
     return parts | {'metrics': metrics, 'parameters': parameters(folder)}
 
 
@@ -65,8 +65,8 @@ def parameters(folder: Path) -> int:
     try:
         model = timm.create_model(f'local-dir:{folder}')
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise SettingsError(f'{folder}: its config.json does not give the model that was trained: {one_line(error)}; '
-                            f'give another folder.') from error
+        raise ConfigError(f'{folder}: its config.json does not give the model that was trained: {one_line(error)}; '
+                          f'give another folder.') from error
     return sum(p.numel() for p in model.parameters())
 
 
@@ -101,8 +101,8 @@ def run(folders: tuple[str, ...], results_file: str = '', allow_different: bool 
     different = different_settings(runs)
     lines = [f'{name}: {" | ".join(map(str, values))}' for name, values in different.items()]
     if different and not allow_different:
-        raise SettingsError(f'RUNS must share their recipe, but of {" | ".join(runs)} differ {", ".join(lines)}; '
-                            f'train them alike, or add --allow-different.')
+        raise ConfigError(f'RUNS must share their recipe, but of {" | ".join(runs)} differ {", ".join(lines)}; '
+                          f'train them alike, or add --allow-different.')
     if different:
         print(f'NOT of one recipe: {" | ".join(runs)}', *lines, sep='\n  ')
     width = max(28, *map(len, runs))
@@ -124,6 +124,6 @@ def run(folders: tuple[str, ...], results_file: str = '', allow_different: bool 
             write_figure(path.with_suffix('.png'), draw(runs))
             write_json(path, report)
         except OSError as error:
-            raise SettingsError(f'--results-file {path} cannot be written: {one_line(error)}; '
-                                f'choose another.') from error
+            raise ConfigError(f'--results-file {path} cannot be written: {one_line(error)}; '
+                              f'choose another.') from error
     return report

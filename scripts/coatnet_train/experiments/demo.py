@@ -156,7 +156,7 @@ def run(results_file: str = '') -> int:
         print(f'{name:20}' + ''.join(f'{row["eval_top1"]:7.2f}' for row in rows)
               + (f'   {MOST:g} % after epoch {epoch}' if epoch else f'   below {MOST:g} %'))
     print(f'reloaded from {run_dir}: {right} of {len(labels)} held-out digits right, {accuracy:.2f} %; '
-          f'picture: {DEMO_DIR / "demo.png"}')
+          f'image: {DEMO_DIR / "demo.png"}')
     if abs(accuracy - summary['top1']) > 100 / len(labels):  # in other batches one digit may fall either way
         print(f'demo.py: the reloaded model has {accuracy:.2f} %, training reported {summary["top1"]:.2f} %.')
         return 1

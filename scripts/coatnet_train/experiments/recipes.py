@@ -13,11 +13,11 @@ from coatnet_train.experiments.recipes_config import DEFAULTS, Settings
 from coatnet_train.experiments.small_sets import MAKERS
 from coatnet_train.plotting.style import BLUE, DARK, GREY, clean_axes
 from coatnet_train.runtime.accelerator import choose_device
-from coatnet_train.runtime.cli import SettingsError, earlier_results
+from coatnet_train.runtime.cli import ConfigError, earlier_results
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
 from coatnet_train.training.config import Settings as FinetuneSettings
-from coatnet_train.training.recipes import settings_of
+from coatnet_train.training.recipes import recipe_settings
 from coatnet_train.training.run import finetune
 
 __all__ = ['run']
@@ -25,7 +25,7 @@ __all__ = ['run']
 
 def recipe_of(name: str, model: str) -> dict:
     """What a recipe sets; float32, so that the numbers do not depend on the CPU."""
-    return {**({} if name == DEFAULTS else settings_of(name, model)), 'amp': False}
+    return {**({} if name == DEFAULTS else recipe_settings(name, model)), 'amp': False}
 
 
 def train(settings: Settings, data: Path, name: str, model: str, recipe: str, seed: int) -> dict:
@@ -70,8 +70,8 @@ def check_same(settings: Settings, earlier: dict) -> None:
         for model, before in models.items():
             after = json.loads(json.dumps(recipe_of(recipe, model)))
             if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
-                raise SettingsError(f'--results-file {settings.results_file} holds rows of another --recipes {recipe}, '
-                                    f'with other {", ".join(changed)}; give another file.')
+                raise ConfigError(f'--results-file {settings.results_file} holds rows of another --recipes {recipe}, '
+                                  f'with other {", ".join(changed)}; give another file.')
 
 
 def plot(report: dict) -> Figure:

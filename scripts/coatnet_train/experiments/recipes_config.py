@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from coatnet_train.runtime.cli import SettingsError, check_range, flag
+from coatnet_train.runtime.cli import ConfigError, check_range, flag
 from coatnet_train.training.recipes import RECIPES
 
 __all__ = ['DEFAULTS', 'SETS', 'Settings', 'check_values']
@@ -30,13 +30,13 @@ def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
     for name, known in (('sets', SETS), ('recipes', (DEFAULTS, *RECIPES))):
         if unknown := sorted(set(getattr(settings, name)) - set(known)):
-            raise SettingsError(f'{flag(name)} must be of {", ".join(known)}, got {unknown[0]!r}.')
+            raise ConfigError(f'{flag(name)} must be of {", ".join(known)}, got {unknown[0]!r}.')
     for name in ('sets', 'models', 'recipes', 'seeds'):
         if not getattr(settings, name):
-            raise SettingsError(f'{flag(name)} must name at least one, got none.')
+            raise ConfigError(f'{flag(name)} must name at least one, got none.')
     check_range(settings, 'threads', 1, 2**10)
     for name, used in (('imagenette', 'imagenette_'), ('samples', 'imagenet_groups')):
         needing = [known for known in settings.sets if known.startswith(used)]
         if needing and not (getattr(settings, name) and Path(getattr(settings, name)).is_dir()):
-            raise SettingsError(f'{flag(name)} must be a folder for --sets {needing[0]}, got '
-                                f'{getattr(settings, name)!r}; give it, or leave the set out.')
+            raise ConfigError(f'{flag(name)} must be a folder for --sets {needing[0]}, got '
+                              f'{getattr(settings, name)!r}; give it, or leave the set out.')

@@ -1,4 +1,4 @@
-"""Accuracy at other sizes and on damaged images: the rows of robustness.py."""
+"""Accuracy at other sizes and on corrupted images: the rows of robustness.py."""
 import io
 import zlib
 from collections.abc import Callable
@@ -6,25 +6,26 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from accelerate import Accelerator
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 from timm.data import create_transform
 from torchvision.transforms import Compose
 
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import Pictures, open_pictures
-from coatnet_train.data.loader import BadPictures, EpochSampler, batches
+from coatnet_train.data.dataset import IndexedImageDataset, create_dataset
+from coatnet_train.data.loader import EpochSampler, UnreadableImages, create_loader
 from coatnet_train.evaluation.evaluator import predict
 from coatnet_train.experiments.robustness_config import Settings
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import image_mode, open_model
 from coatnet_train.plotting.style import clean_axes
-from coatnet_train.runtime.accelerator import start
-from coatnet_train.runtime.cli import SettingsError, earlier_results, flag
+from coatnet_train.runtime.accelerator import create_accelerator
+from coatnet_train.runtime.cli import ConfigError, earlier_results, flag
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
 
-__all__ = ['DAMAGE', 'run']
+__all__ = ['CORRUPTIONS', 'run']
 
 
 def jpeg(image: Image.Image) -> Image.Image:
@@ -40,57 +41,56 @@ def blur(image: Image.Image) -> Image.Image:
 
 
 def noise(image: Image.Image) -> Image.Image:
-    """Gaussian of deviation 0.1, which follows from the picture's own pixels."""
+    """Gaussian of deviation 0.1, which follows from the image's own pixels."""
     pixels = np.asarray(image)
     rng = np.random.default_rng(zlib.crc32(pixels.tobytes()))
     return Image.fromarray((pixels + rng.normal(0, 25.5, pixels.shape)).round().clip(0, 255).astype(np.uint8))
 
 
-DAMAGE: dict[str, Callable[[Image.Image], Image.Image]] = {'JPEG 30': jpeg, 'blur': blur, 'noise': noise}
+CORRUPTIONS: dict[str, Callable[[Image.Image], Image.Image]] = {'JPEG 30': jpeg, 'blur': blur, 'noise': noise}
 
 
 def check_model(settings: Settings, name: str) -> None:
     """Refuse a model that cannot take the sizes or has other classes, before any is measured."""
-    _, class_names = open_pictures(DataSettings(data_dir=settings.data_dir), settings.val_split)
+    _, class_names = create_dataset(DataSettings(data_dir=settings.data_dir), settings.val_split)
     for size in (*settings.sizes, None):
         model, _ = open_model(ModelSettings(model=name, pretrained=True, img_size=size), use_train_size=True)
     known = list(model.pretrained_cfg.get('label_names') or ())
     if model.num_classes != len(class_names) or (known and known != class_names):
         differ = next((f'; the first that differ are {mine} and {theirs}' for mine, theirs in zip(
             known, class_names, strict=False) if mine != theirs), '')
-        raise SettingsError(
+        raise ConfigError(
             f'--model {name} must have the classes of --data-dir {settings.data_dir} in their order, but has '
-            f'{model.num_classes} for {len(class_names)}{differ}; give the pictures it was made for.')
+            f'{model.num_classes} for {len(class_names)}{differ}; give the images it was made for.')
 
 
-def top1(settings: Settings, name: str, size: int | None, damage: str) -> float:
-    """Top-1 (%) of a model at a size, its own if None, under one kind of damage, '' for none."""
-    accelerator = start(settings.device, settings.amp)
+def measure_top1(settings: Settings, accelerator: Accelerator, name: str, size: int | None, corruption: str) -> float:
+    """Top-1 (%) of a model at a size (its own if None), under a corruption ('' for none)."""
     model, data_config = open_model(ModelSettings(model=name, pretrained=True, img_size=size), use_train_size=True)
-    dataset, _ = open_pictures(DataSettings(data_dir=settings.data_dir), settings.val_split)
+    dataset, _ = create_dataset(DataSettings(data_dir=settings.data_dir), settings.val_split)
     transform = create_transform(**data_config)
-    transform = Compose([DAMAGE[damage], transform]) if damage else transform
-    pictures = Pictures(dataset, transform, mode=image_mode(data_config))
-    loader = batches(pictures, EpochSampler(len(pictures)), settings.batch_size, settings.workers)
-    bad = BadPictures(dataset, settings.max_bad_images)
-    found = predict(model.to(accelerator.device), accelerator.prepare(loader), accelerator, on_batch=bad.add)
+    transform = Compose([CORRUPTIONS[corruption], transform]) if corruption else transform
+    images = IndexedImageDataset(dataset, transform, mode=image_mode(data_config))
+    loader = create_loader(images, EpochSampler(len(images)), settings.batch_size, settings.workers)
+    unreadable = UnreadableImages(dataset, settings.max_bad_images)
+    found = predict(model.to(accelerator.device), accelerator.prepare(loader), accelerator, on_batch=unreadable.add)
     return found.scores['top1']
 
 
 def plot(report: dict) -> Figure:
-    """Top-1 over the size of the picture, a line a model, and beside it under each kind of damage."""
+    """Top-1 over the size of the image, a line a model, and beside it under each corruption."""
     figure = Figure(figsize=(10, 4.2), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     sizes, width = report['settings']['sizes'], 0.8 / len(report['top1'])
-    for place, (name, row) in enumerate(report['top1'].items()):
+    for place, (model, row) in enumerate(report['top1'].items()):
         colour = f'C{place}'
-        left.plot(sizes, [row[f'{size} px'] for size in sizes], '.-', color=colour, label=name)
-        right.bar([kind + place * width for kind in range(len(DAMAGE))], [row[damage] for damage in DAMAGE], width,
-                  color=colour, align='edge')
-    left.set(xlabel='height and width of the picture (pixels)', ylabel='top-1 (%)', ylim=(0, None), xticks=sizes,
+        left.plot(sizes, [row[f'{size} px'] for size in sizes], '.-', color=colour, label=model)
+        left_edges = [index + place * width for index in range(len(CORRUPTIONS))]
+        right.bar(left_edges, [row[name] for name in CORRUPTIONS], width, color=colour, align='edge')
+    left.set(xlabel='height and width of the image (pixels)', ylabel='top-1 (%)', ylim=(0, None), xticks=sizes,
              title='Other sizes')
-    right.set_xticks([kind + 0.4 for kind in range(len(DAMAGE))], list(DAMAGE))
-    right.set_title("Damage, at the weights' own size")
+    right.set_xticks([index + 0.4 for index in range(len(CORRUPTIONS))], list(CORRUPTIONS))
+    right.set_title("Corruptions, at the weights' own size")
     for axes in (left, right):
         clean_axes(axes)
     left.legend(frameon=False, loc='lower left')
@@ -107,23 +107,24 @@ def run(settings: Settings) -> dict:
         rows, made = earlier['top1'], earlier['made']
         for name in ('data_dir', 'sizes', 'val_split', 'amp'):
             if earlier['settings'][name] != kept[name]:
-                raise SettingsError(f'--results-file {path} holds rows made with {flag(name)} '
-                                    f'{earlier["settings"][name]}, not {kept[name]}; give another file.')
+                raise ConfigError(f'--results-file {path} holds rows made with {flag(name)} '
+                                  f'{earlier["settings"][name]}, not {kept[name]}; give another file.')
     for name in settings.model:
         if name not in rows:
             check_model(settings, name)
-    columns = [(f'{size} px', size, '') for size in settings.sizes] + [(damage, None, damage) for damage in DAMAGE]
-    facts, width = provenance(str(start(settings.device).device)), max(map(len, settings.model))
+    columns = [*((f'{size} px', size, '') for size in settings.sizes), *((name, None, name) for name in CORRUPTIONS)]
+    accelerator = create_accelerator(settings.device, settings.amp)
+    origin, width = provenance(str(accelerator.device)), max(map(len, settings.model))
     print(f'{"top-1 (%)":{width}}  ' + ''.join(f'{title:>9}' for title, _, _ in columns), flush=True)
     for name in settings.model:
         print(f'{name:{width}}  ', end='', flush=True)
         row = rows.get(name) or {}
-        for title, size, damage in columns:
+        for title, size, corruption in columns:
             if name not in rows:
-                row[title] = top1(settings, name, size, damage)
+                row[title] = measure_top1(settings, accelerator, name, size, corruption)
             print(f'{row[title]:9.2f}', end='', flush=True)
         print()
-        rows[name], made[name] = row, made.get(name, facts)
+        rows[name], made[name] = row, made.get(name, origin)
         if path:
             write_json(path, dict(settings=kept, top1=rows, made=made))
             write_figure(path.with_suffix('.png'), plot(dict(settings=kept, top1=rows)))

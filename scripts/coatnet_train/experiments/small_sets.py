@@ -7,7 +7,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from coatnet_train.experiments.recipes_config import Settings
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 __all__ = ['MAKERS', 'images_in']
 
@@ -56,8 +56,8 @@ def link_imagenette(settings: Settings, folder: Path, seed: int, classes: int, t
     folders = sorted(path for path in Path(settings.imagenette).glob('*') if path.is_dir())[:classes]
     found = {path.name: images_in(path) for path in folders}
     if len(found) < classes or min(map(len, found.values())) < train + held_out:
-        raise SettingsError(f'--imagenette {settings.imagenette} must hold {classes} classes of at least '
-                            f'{train + held_out} images; give the training split of Imagenette.')
+        raise ConfigError(f'--imagenette {settings.imagenette} must hold {classes} classes of at least '
+                          f'{train + held_out} images; give the training split of Imagenette.')
     link_images(folder, seed, found, train, held_out)
 
 
@@ -67,8 +67,8 @@ def link_groups(settings: Settings, folder: Path, seed: int) -> None:
                     for file in images_in(Path(settings.samples) / synsets[label])[:1]]
              for name, ranges in GROUPS.items()}
     if min(map(len, found.values())) < 8:
-        raise SettingsError(f'--samples {settings.samples} must hold an image of most classes of ImageNet, in a folder '
-                            f'named by its synset each.')
+        raise ConfigError(f'--samples {settings.samples} must hold an image of most classes of ImageNet, in a folder '
+                          f'named by its synset each.')
     link_images(folder, seed, found, 0.5, None)
 
 

@@ -13,7 +13,7 @@ from timm.models import model_entrypoint, safe_model_name
 
 import coatnet_zoo
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import open_pictures, targets_of
+from coatnet_train.data.dataset import create_dataset, read_targets
 from coatnet_train.evaluation import extraction
 from coatnet_train.evaluation.extraction_config import Settings as ExtractionSettings
 from coatnet_train.evaluation.features import linear_probe
@@ -22,7 +22,7 @@ from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.plotting.style import BLUE, GREY, ORANGE, clean_axes
 from coatnet_train.runtime.accelerator import choose_device
-from coatnet_train.runtime.cli import SettingsError, earlier_results, flag
+from coatnet_train.runtime.cli import ConfigError, earlier_results, flag
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
 from coatnet_train.training.config import Settings as FinetuneSettings
@@ -41,12 +41,12 @@ def check_same(settings: Settings, earlier: dict) -> None:
     changed += [f'--updates was {before[share]} and is {after[share]} for share {share:g}'
                 for share in sorted(before.keys() & after.keys()) if before[share] != after[share]]
     if changed:
-        raise SettingsError(f'--results-file {settings.results_file} holds rows made under other settings: '
-                            f'{"; ".join(changed)}. Give another file, and another --output.')
+        raise ConfigError(f'--results-file {settings.results_file} holds rows made under other settings: '
+                          f'{"; ".join(changed)}. Give another file, and another --output.')
 
 
 def draw(labels: np.ndarray, share: float, subset: int) -> np.ndarray:
-    """Places of a share of the pictures of each class, at least two of them; a draw follows from its number alone."""
+    """Places of a share of the images of each class, at least two of them; a draw follows from its number alone."""
     rng = np.random.default_rng(subset)
     chosen = []
     for label in np.unique(labels):
@@ -56,15 +56,15 @@ def draw(labels: np.ndarray, share: float, subset: int) -> np.ndarray:
 
 
 def link_subset(settings: Settings, files: list[Path], folder: Path) -> Path:
-    """A data folder of links: these training pictures, and the whole of the validation split."""
+    """A data folder of links: these training images, and the whole of the validation split."""
     shutil.rmtree(folder, ignore_errors=True)
-    train, _ = open_pictures(DataSettings(data_dir=settings.data_dir), 'train')
+    train, _ = create_dataset(DataSettings(data_dir=settings.data_dir), 'train')
     for file in files:
         # not the parent: images of Tiny-ImageNet lie in SYNSET/images/
         link = folder / 'train' / file.relative_to(train.reader.root).parts[0] / file.name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(file, link.parent))
-    validation, _ = open_pictures(DataSettings(data_dir=settings.data_dir), 'validation')
+    validation, _ = create_dataset(DataSettings(data_dir=settings.data_dir), 'validation')
     (folder / 'val').symlink_to(os.path.relpath(validation.reader.root, folder))
     return folder
 
@@ -141,8 +141,8 @@ def plot(report: dict) -> Figure:
 def run(settings: Settings) -> dict:
     """Make the rows that are missing, and return the report."""
     torch.set_num_threads(settings.threads)
-    dataset, _ = open_pictures(DataSettings(data_dir=settings.data_dir), 'train')
-    labels, names = np.array(targets_of(dataset)), dataset.filenames(absolute=True)
+    dataset, _ = create_dataset(DataSettings(data_dir=settings.data_dir), 'train')
+    labels, names = np.array(read_targets(dataset)), dataset.filenames(absolute=True)
     path = Path(settings.results_file) if settings.results_file else None
     rows, features = [], {}
     if path and (earlier := earlier_results(settings.results_file, 'settings', 'table', 'rows')):
@@ -165,7 +165,7 @@ def run(settings: Settings) -> dict:
                 else:
                     data_dir = link_subset(settings, [Path(names[place]) for place in chosen], folder)
                     top1 = train(settings, architecture, data_dir, len(chosen), updates, subset, way == 'fine-tuned')
-                rows.append(dict(way=way, share=share, subset=subset, pictures=len(chosen), top1=top1))
+                rows.append(dict(way=way, share=share, subset=subset, images=len(chosen), top1=top1))
                 report = summarize(settings, rows)
                 rows[-1].update((fact, report[fact]) for fact in ('hardware', 'commit', 'date'))
                 print(f'{way:12} {share:6.1%} of the labels, draw {subset + 1}: top-1 {top1:.2f} %')

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from coatnet_train.runtime.cli import SettingsError, flag, one_line
+from coatnet_train.runtime.cli import ConfigError, flag, one_line
 
 __all__ = ['METHODS', 'Settings', 'check_values']
 
@@ -18,13 +18,13 @@ class Settings:
     subsets: tuple[int, ...] = (5, 5, 1)  # Draws of each share.
     ways: tuple[str, ...] = METHODS  # Of these.
     updates: tuple[int, ...] = (300, 1000, 3000)  # Of the weights, for each share; rounded up to whole epochs.
-    batch_size: int = 32  # Pictures per update.
+    batch_size: int = 32  # Images per update.
     lr: float = 5e-4  # Highest learning rate of AdamW; cosine decay after a tenth of warm-up.
-    scale: tuple[float, float] = (0.35, 1.0)  # Area of the random crop, as a share of the picture.
+    scale: tuple[float, float] = (0.35, 1.0)  # Area of the random crop, as a share of the image.
     hflip: float = 0.5  # Probability of a horizontal flip.
     amp: bool = False  # bfloat16 autocast.
     device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
-    workers: int = 1  # Processes that read pictures.
+    workers: int = 1  # Processes that read images.
     threads: int = 1  # CPU threads.
     output: str = 'output/transfer'  # Folder of runs and features.
     results_file: str = ''  # JSON to write after every row; the plot takes its name.
@@ -34,19 +34,19 @@ def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
     for name in ('batch_size', 'threads'):
         if getattr(settings, name) < 1:
-            raise SettingsError(f'{flag(name)} must be at least 1, got {getattr(settings, name)}.')
+            raise ConfigError(f'{flag(name)} must be at least 1, got {getattr(settings, name)}.')
     if not settings.shares or not all(0 < share <= 1 for share in settings.shares):
-        raise SettingsError(f'--shares must be above 0 and at most 1, got {settings.shares}.')
+        raise ConfigError(f'--shares must be above 0 and at most 1, got {settings.shares}.')
     for name in ('subsets', 'updates'):
         values = getattr(settings, name)
         if len(values) != len(settings.shares) or min(values) < 1:
-            raise SettingsError(f'{flag(name)} must give a number of at least 1 for each of --shares, got {values} for '
-                                f'{settings.shares}.')
+            raise ConfigError(f'{flag(name)} must give a number of at least 1 for each of --shares, got {values} for '
+                              f'{settings.shares}.')
     if not settings.ways:
-        raise SettingsError(f'--ways must name at least one of {", ".join(METHODS)}, got none.')
+        raise ConfigError(f'--ways must name at least one of {", ".join(METHODS)}, got none.')
     if unknown := sorted(set(settings.ways) - set(METHODS)):
-        raise SettingsError(f'--ways must be of {", ".join(METHODS)}, got {unknown[0]!r}.')
+        raise ConfigError(f'--ways must be of {", ".join(METHODS)}, got {unknown[0]!r}.')
     try:
         Path(settings.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f'--output {settings.output} cannot be made: {one_line(error)}; choose another.') from error
+        raise ConfigError(f'--output {settings.output} cannot be made: {one_line(error)}; choose another.') from error

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from coatnet_train.models.config import ModelSettings, check_model_settings
 from coatnet_train.models.released import best_release
-from coatnet_train.runtime.cli import SettingsError, tyro
+from coatnet_train.runtime.cli import ConfigError, tyro
 
 __all__ = ['Settings', 'check_values']
 
@@ -30,7 +30,7 @@ class ExplanationSettings:
 class RunSettings:
     """What is read, where it is computed, and what it leaves."""
 
-    images: tyro.conf.Positional[tuple[Path, ...]]  # Pictures, or folders of them.
+    images: tyro.conf.Positional[tuple[Path, ...]]  # Images, or folders of them.
     output: Path = Path('output/predict')  # Folder for the overlays.
     device: str = 'auto'  # auto (a GPU where there is one), cpu or cuda.
 
@@ -43,8 +43,8 @@ class Settings(RunSettings, ExplanationSettings, CheckpointModelSettings):
 def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
     if not settings.images:
-        raise SettingsError('IMAGES must name at least one picture or folder of pictures, and names none; give one.')
+        raise ConfigError('IMAGES must name at least one image or folder of images, and names none; give one.')
     if settings.at is not None and not all(0 <= share <= 1 for share in settings.at):
-        raise SettingsError(f'--at must be two shares of the picture from 0 to 1, X from the left and Y from the top, '
-                            f'got {settings.at}.')
+        raise ConfigError(f'--at must be two shares of the image from 0 to 1, X from the left and Y from the top, '
+                          f'got {settings.at}.')
     check_model_settings(settings)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 from coatnet_zoo.blocks.dynamicconv import DynamicConv2d
 from coatnet_zoo.blocks.transformer import RelativeAttention2d
 from coatnet_zoo.models.backbone import Backbone
@@ -49,20 +49,20 @@ def choose_target(model: nn.Module, name: str, explain: str = 'auto', stage: int
         stage: 1 to 4.
     """
     if explain not in ('auto', *KINDS):
-        raise SettingsError(f'--explain must be auto, {", ".join(KINDS)}, got {explain!r}.')
+        raise ConfigError(f'--explain must be auto, {", ".join(KINDS)}, got {explain!r}.')
     layout = model.cfg.layout if isinstance(model, Backbone) else ''
     has = f'{name} has the layout {layout}' if layout else f'{name} is not a model of this zoo'
     if stage is not None and (explain == 'gradcam' or not set(layout) & {'T', 'D'}):
-        raise SettingsError(f'--stage chooses a stage of block type T or D, but Grad-CAM is shown ({has}); leave it '
-                            f'out.')
+        raise ConfigError(f'--stage chooses a stage of block type T or D, but Grad-CAM is shown ({has}); leave it '
+                          f'out.')
     if stage is not None and not 1 <= stage <= len(layout):
-        raise SettingsError(f'--stage must be from 1 to {len(layout)}, got {stage}.')
+        raise ConfigError(f'--stage must be from 1 to {len(layout)}, got {stage}.')
     wanted = 'TD' if explain == 'auto' else BLOCK_TYPES.get(explain, '')
     stages = [i for i, block_type in enumerate(layout, 1) if block_type in wanted and stage in (None, i)]
     if not stages and (stage is not None or explain in BLOCK_TYPES):
         where = 'a stage' if stage is None else f'--stage {stage} to be one'
-        raise SettingsError(f'--explain {explain} needs {where} of block type {" or ".join(wanted)}, but {has}; '
-                            f'choose another or leave it out.')
+        raise ConfigError(f'--explain {explain} needs {where} of block type {" or ".join(wanted)}, but {has}; '
+                          f'choose another or leave it out.')
     if not stages:
         return ExplainTarget('gradcam')
     block = model.stages[stages[-1] - 1].blocks[-1]
@@ -149,7 +149,7 @@ def gradcam(model: nn.Module, images: torch.Tensor, name: str) -> tuple[torch.Te
     (https://arxiv.org/abs/1610.02391). F is the last map of features that the logit depends on: that of
     `forward_features`, or, where a class token is all the head reads, the input of the last block.
 
-    Raises SettingsError for a model that has no such map.
+    Raises ConfigError for a model that has no such map.
     """
     tokens, modules = [], dict(model.named_modules())
     blocks = [info['module'] for info in getattr(model, 'feature_info', ()) if isinstance(info, dict)]
@@ -159,8 +159,8 @@ def gradcam(model: nn.Module, images: torch.Tensor, name: str) -> tuple[torch.Te
         with torch.enable_grad():
             features = model.forward_features(images.detach().requires_grad_())
             if not isinstance(features, torch.Tensor) or features.ndim not in (3, 4):
-                raise SettingsError(f'--explain gradcam needs one map of features, and {name} has none; '
-                                    f'choose another model.')
+                raise ConfigError(f'--explain gradcam needs one map of features, and {name} has none; '
+                                  f'choose another model.')
             # a copy, or a head that works in place would change what is shown
             logits = model.forward_head(features.clone())
     finally:
@@ -174,8 +174,8 @@ def gradcam(model: nn.Module, images: torch.Tensor, name: str) -> tuple[torch.Te
         seen, gradient = (_as_map(tensor.detach().float(), positions, model, images, name) for tensor in pair)
         if gradient.any() or not gradients[0].any():  # a head of zeros reads no map, and none speaks for a class
             return logits.detach(), (gradient.mean((2, 3), keepdim=True) * seen).sum(1).relu()
-    raise SettingsError(f'--explain gradcam needs a map of features that the prediction depends on, and {name} has '
-                        f'none; choose another model.')
+    raise ConfigError(f'--explain gradcam needs a map of features that the prediction depends on, and {name} has '
+                      f'none; choose another model.')
 
 
 def _as_map(
@@ -188,6 +188,6 @@ def _as_map(
     height = round((positions * images.shape[2] / images.shape[3]) ** 0.5)
     width = positions // max(height, 1)
     if height * width != positions or features.shape[1] < positions:
-        raise SettingsError(f'--explain gradcam needs tokens that form a grid, and {name} has {positions} '
-                            f'for {images.shape[2]} x {images.shape[3]} pixels; choose another model.')
+        raise ConfigError(f'--explain gradcam needs tokens that form a grid, and {name} has {positions} '
+                          f'for {images.shape[2]} x {images.shape[3]} pixels; choose another model.')
     return features[:, -positions:].transpose(1, 2).unflatten(2, (height, width))

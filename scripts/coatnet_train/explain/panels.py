@@ -22,7 +22,7 @@ from coatnet_train.explain.maps import (
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import means_weights, open_model
 from coatnet_train.plotting.overlay import draw_heatmap, draw_kernel, draw_kernels
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 __all__ = ['RANDOM', 'Label', 'explain_image', 'open_classifier', 'read_labels']
 
@@ -64,14 +64,14 @@ def open_classifier(settings: ModelSettings, checkpoint: str = '') -> tuple[nn.M
     settings = dataclasses.replace(settings, pretrained=settings.pretrained or stored)
     model, data_config = open_model(settings, checkpoint, num_classes=settings.num_classes)
     if not model.num_classes:
-        raise SettingsError(f'--model {settings.model} has no classes to predict; give a model with a classifier.')
+        raise ConfigError(f'--model {settings.model} has no classes to predict; give a model with a classifier.')
     if checkpoint:
         return model, data_config, f'weights of {checkpoint}'
     if not settings.pretrained:
         return model, data_config, RANDOM
     if settings.num_classes not in (None, known := model.pretrained_cfg['num_classes']):
-        raise SettingsError(f'--num-classes must be that of the weights, {known}, got {settings.num_classes}: another '
-                            f'classifier would be random; leave it out.')
+        raise ConfigError(f'--num-classes must be that of the weights, {known}, got {settings.num_classes}: another '
+                          f'classifier would be random; leave it out.')
     return model, data_config, 'its own weights'
 
 

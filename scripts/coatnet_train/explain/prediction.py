@@ -20,8 +20,8 @@ from coatnet_train.models.open_model import image_mode
 from coatnet_train.plotting.overlay import create_panels, draw_image, draw_top5
 from coatnet_train.plotting.plots import to_pixels
 from coatnet_train.plotting.style import use_fonts
-from coatnet_train.runtime.accelerator import start
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.accelerator import create_accelerator
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.console import printable
 from coatnet_train.runtime.files import write_csv, write_figure
 
@@ -55,8 +55,8 @@ def predict_image(
     logits, draw_callbacks = explain_image(
         model, target, image[None].to(device), pixels, labels, settings.model, settings.at)
     if not logits.isfinite().all():
-        raise SettingsError(f'--model {settings.model} gives logits that are not finite for {printable(str(path))}; '
-                            f'give sound weights.')
+        raise ConfigError(f'--model {settings.model} gives logits that are not finite for {printable(str(path))}; '
+                          f'give sound weights.')
     confidences, best = (values.tolist() for values in logits.float().softmax(-1).topk(min(5, len(logits))))
     top5 = [labels[i] for i in best]
 
@@ -69,7 +69,7 @@ def predict_image(
     try:
         write_figure(overlay, figure)
     except OSError as error:
-        raise SettingsError(f'--output: {overlay} cannot be written: {one_line(error)}; choose another.') from error
+        raise ConfigError(f'--output: {overlay} cannot be written: {one_line(error)}; choose another.') from error
     lines, row = [f'{printable(str(path))} -> {printable(str(overlay))}'], {'file': printable(str(path))}
     for place, (label, confidence) in enumerate(zip(top5, confidences, strict=True), 1):
         lines.append(f'  {place}  {100 * confidence:5.1f} %  {label}')
@@ -81,22 +81,22 @@ def predict_image(
 def predict_images(settings: Settings) -> int:
     """Predict and explain every image; returns the exit code."""
     check_values(settings)
-    accelerator = start(settings.device)
+    accelerator = create_accelerator(settings.device)
     model, data_config, weights = open_classifier(settings, settings.checkpoint)
     target = choose_target(model, settings.model, settings.explain, settings.stage)
     if settings.at is not None and target.kind == 'gradcam':
-        raise SettingsError(f'--at chooses a query or a kernel, but of {settings.model} Grad-CAM is shown, which has '
-                            f'neither; leave it out.')
+        raise ConfigError(f'--at chooses a query or a kernel, but of {settings.model} Grad-CAM is shown, which has '
+                          f'neither; leave it out.')
     images, bad = find_images(settings.images)
     overlays = name_overlays(images, settings.output, target.kind)
     if (settings.output / 'args.json').exists():  # a run has a predictions.csv of its own
-        raise SettingsError(f'--output {settings.output} must not be the run folder of finetune.py, whose '
-                            f'predictions.csv would be overwritten; choose another.')
+        raise ConfigError(f'--output {settings.output} must not be the run folder of finetune.py, whose '
+                          f'predictions.csv would be overwritten; choose another.')
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f'--output {settings.output} cannot be written: {one_line(error)}; '
-                            f'choose another.') from error
+        raise ConfigError(f'--output {settings.output} cannot be written: {one_line(error)}; '
+                          f'choose another.') from error
     if accelerator.is_main_process:
         shown = SHOWN[target.kind].format(target.stage)
         if weights == RANDOM and is_model_pretrained(settings.model):
@@ -126,13 +126,13 @@ def predict_images(settings: Settings) -> int:
             print(text, flush=True)
     unreadable, rows = gather_object(unreadable), gather_object(rows)
     if len(unreadable) == len(images):
-        raise SettingsError('IMAGES must name at least one image that can be read, and none of these can; see above '
-                            'for the reasons.')
+        raise ConfigError('IMAGES must name at least one image that can be read, and none of these can; see above '
+                          'for the reasons.')
     if accelerator.is_main_process:
         table = settings.output / 'predictions.csv'
         try:
             write_csv(table, rows)
         except OSError as error:
-            raise SettingsError(f'--output: {table} cannot be written: {one_line(error)}; choose another.') from error
+            raise ConfigError(f'--output: {table} cannot be written: {one_line(error)}; choose another.') from error
         print(f'all of them: {table}')
     return 1 if unreadable or bad else 0

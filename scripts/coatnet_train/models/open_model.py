@@ -1,4 +1,4 @@
-"""Any model of timm or the zoo, as every script opens it: it sees one picture before the real work begins."""
+"""Any model of timm or the zoo, as every script opens it: it sees one image before the real work begins."""
 import pickle
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import nn
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 from coatnet_train.models.config import ModelSettings, check_model_settings
 from coatnet_train.models.weights_file import load_weights, to_flags
-from coatnet_train.runtime.cli import SettingsError, did_you_mean, one_line, parse_argument
+from coatnet_train.runtime.cli import ConfigError, did_you_mean, one_line, parse_argument
 
 __all__ = ['check_model_name', 'image_mode', 'means_weights', 'open_model']
 
@@ -33,13 +33,13 @@ def check_model_name(model: str) -> None:
     try:
         source, name = parse_model_name(model)
     except ValueError as error:
-        raise SettingsError(f'--model: {one_line(error)}') from error
+        raise ConfigError(f'--model: {one_line(error)}') from error
     if source is None and not timm.is_model(name):
-        raise SettingsError(f'--model {name} is not a name in timm.list_models()'
-                            f'{did_you_mean(name, timm.list_models()) or "."}')
+        raise ConfigError(f'--model {name} is not a name in timm.list_models()'
+                          f'{did_you_mean(name, timm.list_models()) or "."}')
     architecture, _, tag = name.partition('.')
     if source is None and tag and name not in (tags := get_arch_pretrained_cfgs(architecture)):
-        raise SettingsError(f'--model {name}: {architecture} has no tag {tag!r}; give one of {", ".join(tags)}.')
+        raise ConfigError(f'--model {name}: {architecture} has no tag {tag!r}; give one of {", ".join(tags)}.')
 
 
 def means_weights(model: str) -> bool:
@@ -52,9 +52,9 @@ def image_mode(data_config: dict) -> str:
     return MODES[data_config['input_size'][0]]
 
 
-def cannot_be_built(settings: ModelSettings, sizes: str, error: Exception) -> SettingsError:
+def cannot_be_built(settings: ModelSettings, sizes: str, error: Exception) -> ConfigError:
     size = '' if settings.img_size is None else f' with --img-size {settings.img_size}'
-    return SettingsError(f'--model {settings.model}{size}{sizes} cannot be built: {to_flags(one_line(error))[:400]}')
+    return ConfigError(f'--model {settings.model}{size}{sizes} cannot be built: {to_flags(one_line(error))[:400]}')
 
 
 def open_model(
@@ -64,26 +64,26 @@ def open_model(
     """Create the model in eval mode, with its data settings as `timm.data.resolve_data_config` gives them.
 
     Args:
-        settings: The model and what the user changes of its pictures.
+        settings: The model and what the user changes of its images.
         checkpoint: File of weights to load, strictly.
         checkpoint_flag: The option that named it, for messages.
         use_train_size: Take the size and crop of training, not those that the weights are tested at.
-        try_sizes: Other sizes in pixels that pictures will have.
+        try_sizes: Other sizes in pixels that images will have.
         use_ema: Take averaged weights where the checkpoint has some.
         arguments: Of `timm.create_model`; None leaves one out.
 
-    Raises SettingsError for what timm cannot build or the model cannot take.
+    Raises ConfigError for what timm cannot build or the model cannot take.
     """
     check_model_settings(settings)
     check_model_name(settings.model)
     if checkpoint and not Path(checkpoint).is_file():
-        raise SettingsError(f'{checkpoint_flag} {checkpoint} is not a file; give one or leave it.')
+        raise ConfigError(f'{checkpoint_flag} {checkpoint} is not a file; give one or leave it.')
     changed = {
         'img_size': settings.img_size, 'interpolation': settings.interpolation, 'crop_pct': settings.crop_pct,
         'crop_mode': settings.crop_mode, 'mean': settings.mean or None, 'std': settings.std or None}
     changed = {name: value for name, value in changed.items() if value}
     try:
-        # timm's rule: img_size goes to models built for one size, others just get pictures of that size
+        # timm's rule: img_size goes to models built for one size, others just get images of that size
         img_size = resolve_model_input_args(settings.model, {'img_size': settings.img_size}).get('img_size')
         model = timm.create_model(
             settings.model, pretrained=settings.pretrained, in_chans=settings.in_chans, img_size=img_size, **arguments,
@@ -95,11 +95,11 @@ def open_model(
             for size in try_sizes:
                 model(torch.zeros(1, channels, size, size))
     except ERRORS as error:
-        sizes = f' and pictures of {try_sizes} pixels' if try_sizes else ''
+        sizes = f' and images of {try_sizes} pixels' if try_sizes else ''
         raise cannot_be_built(settings, sizes, error) from error
     if channels not in MODES:
-        raise SettingsError(f'--model {settings.model} takes images of {channels} channels, and these scripts read RGB '
-                            f'(3) or grey (1); give --in-chans.')
+        raise ConfigError(f'--model {settings.model} takes images of {channels} channels, and these scripts read RGB '
+                          f'(3) or grey (1); give --in-chans.')
     if checkpoint:
         load_weights(model, settings.model, checkpoint, checkpoint_flag, use_ema)
     return model, data_config

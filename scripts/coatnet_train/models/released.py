@@ -3,7 +3,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 
 __all__ = ['best_release', 'released_models']
 
@@ -28,12 +28,12 @@ def released_models() -> tuple[str, ...]:
 
         return tuple(sorted(releases, key=score, reverse=True))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SettingsError(f'{path} is damaged ({type(error).__name__}: {one_line(error)}); reinstall coatnet_zoo, or '
-                            f'take back what was changed in it.') from error
+        raise ConfigError(f'{path} is damaged ({type(error).__name__}: {one_line(error)}); reinstall coatnet_zoo, or '
+                          f'take back what was changed in it.') from error
 
 
 def best_release() -> str:
     """The release that ships and is the most accurate; predict.py, the demo and the Space open with it."""
     if not (names := released_models()):
-        raise SettingsError('--model must be given where no weights are released; name one.')
+        raise ConfigError('--model must be given where no weights are released; name one.')
     return names[0]

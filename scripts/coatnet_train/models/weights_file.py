@@ -7,7 +7,7 @@ import torch
 from timm.models import clean_state_dict, load_checkpoint, load_state_dict, model_entrypoint
 from torch import nn
 
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_zoo.models.backbone import Backbone
 from coatnet_zoo.models.checkpoint import convert_state_dict, explain_misfit
 
@@ -35,24 +35,24 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
         option: The option that named the file, for messages.
         use_ema: Take averaged weights where the file has some.
 
-    Raises SettingsError for a file without weights, or weights that do not fit.
+    Raises ConfigError for a file without weights, or weights that do not fit.
     """
     if Path(file).suffix.lower() in ('.npz', '.npy'):
         try:
             load_checkpoint(model, file)
         except Exception as error:  # each model has a reader of its own
-            raise SettingsError(f'{option} {file} cannot be read as NumPy weights of --model {name}: '
-                                f'{one_line(error)}.') from error
+            raise ConfigError(f'{option} {file} cannot be read as NumPy weights of --model {name}: '
+                              f'{one_line(error)}.') from error
         return
     state, own = read_weights(file, option, use_ema), model.state_dict()
     try:
         state = convert(strip_prefix(state, own), model)
     except (ValueError, RuntimeError) as error:
-        raise SettingsError(f'{option} {file} does not fit --model {name}: {to_flags(one_line(error))}') from error
+        raise ConfigError(f'{option} {file} does not fit --model {name}: {to_flags(one_line(error))}') from error
     if not model.num_classes:  # as timm does it for pretrained weights
         state = {key: value for key, value in state.items() if key in own or not key.startswith(classifiers_of(model))}
     if misfit := explain_misfit(state, model):
-        raise SettingsError(f'{option} {file} does not fit --model {name}: {misfit} {way_out(state, model, option)}')
+        raise ConfigError(f'{option} {file} does not fit --model {name}: {misfit} {way_out(state, model, option)}')
     model.load_state_dict(state)
 
 
@@ -68,21 +68,21 @@ def read_weights(file: str, option: str = '--checkpoint', use_ema: bool = True) 
         pickled = re.findall(r'(?:Unsupported globals: |GLOBAL )([^\s,]+)', text)
         if 'TorchScript' in text or pickled:
             what = 'a TorchScript model' if 'TorchScript' in text else f'pickled objects ({pickled[0].rstrip(".")})'
-            raise SettingsError(
+            raise ConfigError(
                 f'{option} {file} holds {what}, not weights alone, and is not opened, since that can run code; where '
                 f'you trust it, open it in Python and torch.save(model.state_dict(), ...), then give that '
                 f'file.') from error
-        raise SettingsError(f'{option} {file} holds no weights that torch or safetensors can read; give another file '
-                            f'or leave it.') from error
+        raise ConfigError(f'{option} {file} holds no weights that torch or safetensors can read; give another file '
+                          f'or leave it.') from error
     dicts = find_state_dicts(found)
     known = [key for key in ('', *WRAPPERS) if key in dicts]
     if not dicts:
         no_tensors = [str(key) for key, value in found.items() if not isinstance(value, torch.Tensor)]
-        raise SettingsError(f'{option} {file} holds no weights that torch or safetensors can read: {no_tensors[:3]} '
-                            f'are no tensors; save a state dict alone.')
+        raise ConfigError(f'{option} {file} holds no weights that torch or safetensors can read: {no_tensors[:3]} '
+                          f'are no tensors; save a state dict alone.')
     if not known and len(dicts) > 1:
-        raise SettingsError(f'{option} {file} holds several state dicts ({", ".join(sorted(dicts)[:5])}); save the one '
-                            f'that is meant in a file of its own.')
+        raise ConfigError(f'{option} {file} holds several state dicts ({", ".join(sorted(dicts)[:5])}); save the one '
+                          f'that is meant in a file of its own.')
     state = dicts[known[0] if known else next(iter(dicts))]
     state.pop('n_averaged', None)  # a counter of torch.optim.swa_utils.AveragedModel
     return {INSIDE.sub('', key): value for key, value in state.items()}

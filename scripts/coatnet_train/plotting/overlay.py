@@ -15,13 +15,13 @@ __all__ = ['create_panels', 'draw_heatmap', 'draw_image', 'draw_kernel', 'draw_k
 PALE = '#cbd5e1'  # bars of the classes after the first
 
 
-def create_panels(headline: str, count: int, aspect: float = 1) -> tuple[Figure, list[Axes]]:
+def create_panels(title: str, count: int, aspect: float = 1) -> tuple[Figure, list[Axes]]:
     """A row of `count` panels for images of this aspect (height / width) and one, of the same height, for bars."""
-    use_fonts([headline])
+    use_fonts([title])
     figure = Figure(figsize=(3.9 * count + 2.6, 3.1 * aspect + 1.1), layout='compressed')
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    headline = textwrap.fill(headline, int(11 * figure.get_figwidth()))  # wrap=True would read dollars as formulas
-    figure.suptitle(headline, fontsize=11, x=0.01, ha='left', color=DARK, parse_math=False)
+    title = textwrap.fill(title, int(11 * figure.get_figwidth()))  # wrap=True would read dollars as formulas
+    figure.suptitle(title, fontsize=11, x=0.01, ha='left', color=DARK, parse_math=False)
     row = list(figure.subplots(1, count + 1, width_ratios=[1] * count + [0.8]))
     row[-1].set_box_aspect(aspect / 0.8)
     return figure, row
@@ -83,7 +83,7 @@ def draw_heatmap(axes: Axes, pixels: np.ndarray, heatmap: np.ndarray, title: str
 
 def draw_kernels(axes: Axes, pixels: np.ndarray, kernels: np.ndarray, title: str, subtitle: str,
                  max_count: int = 5) -> None:
-    """Kernels (K, K, h, w), as small pictures in one scale of colour, at up to `max_count` squared of the positions."""
+    """Kernels (K, K, h, w), as small images in one scale of colour, at up to `max_count` squared of the positions."""
     height, width = pixels.shape[:2]
     draw_image(axes, pixels, title, subtitle, 0.6)
     rows, columns = (spread(size, max_count) for size in kernels.shape[2:])

@@ -13,11 +13,11 @@ from coatnet_train.plotting.style import BLUE, GREY, RED, clean_axes, escape_mat
 if TYPE_CHECKING:
     from coatnet_train.evaluation.evaluator import Misclassified
 
-__all__ = ['confusion_figure', 'draw_curves', 'in_words', 'misclassified_figure', 'reliability_figure', 'to_pixels',
-    'use_fonts']
+__all__ = [
+    'confusion_figure', 'draw_curves', 'misclassified_figure', 'reliability_figure', 'synset_names', 'to_pixels']
 
 SYNSET = re.compile(r'n\d{8}')
-MOST_NAMED = 40  # classes whose names are written beside a confusion matrix
+MAX_NAMED_CLASSES = 40  # classes whose names are written beside a confusion matrix
 
 
 def draw_curves(loss_axes: Axes, accuracy_axes: Axes, history: list[dict], best: dict) -> None:
@@ -37,7 +37,7 @@ def draw_curves(loss_axes: Axes, accuracy_axes: Axes, history: list[dict], best:
 
 
 def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names: list[str]) -> Figure:
-    """Rows are true classes, columns predicted ones, in percent of the row; pictures labelled -1 are left out.
+    """Rows are true classes, columns predicted ones, in percent of the row; images labelled -1 are left out.
 
     Args:
         labels: (N,) int64.
@@ -45,39 +45,39 @@ def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names:
         class_names: In label order.
     """
     count = len(class_names)
-    class_names = [escape_math(name) for name in in_words(class_names)]
+    class_names = [escape_math(name) for name in synset_names(class_names)]
     use_fonts(class_names)
     read = labels >= 0
     matrix = torch.bincount(labels[read] * count + predicted[read], minlength=count * count).view(count, count).double()
-    share = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
-    named = count <= MOST_NAMED
+    percent = (100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
+    named = count <= MAX_NAMED_CLASSES
     side = min(14, 3 + 0.35 * count) if named else 9
     figure = Figure(figsize=(side + 1, side), layout='constrained')
     axes = figure.subplots()
-    image = axes.imshow(share, cmap='Blues', vmin=0, vmax=100)
+    image = axes.imshow(percent, cmap='Blues', vmin=0, vmax=100)
     if named:
         axes.set_xticks(range(count), class_names, rotation=90 if max(map(len, class_names)) > 2 else 0)
         axes.set_yticks(range(count), class_names)
     if count <= 15:
-        for row, column in np.argwhere(share >= 0.5):
-            axes.text(column, row, f'{share[row, column]:.0f}', ha='center', va='center', fontsize=8,
-                      color='white' if share[row, column] > 60 else 'black')
+        for row, column in np.argwhere(percent >= 0.5):
+            axes.text(column, row, f'{percent[row, column]:.0f}', ha='center', va='center', fontsize=8,
+                      color='white' if percent[row, column] > 60 else 'black')
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    right = 100 * matrix.diagonal().sum() / matrix.sum().clamp(min=1)
-    axes.set(xlabel='predicted', ylabel='true', title=f'{int(matrix.sum())} held-out pictures, {right:.2f} % right')
+    accuracy = 100 * matrix.diagonal().sum() / matrix.sum().clamp(min=1)
+    axes.set(xlabel='predicted', ylabel='true', title=f'{int(matrix.sum())} held-out images, {accuracy:.2f} % correct')
     figure.colorbar(image, ax=axes, shrink=0.8, label='percent of the true class')
     return figure
 
 
-def in_words(class_names: list[str]) -> list[str]:
-    """ImageNet synsets by their first word, such as tench, with the synset where two share it; other names as given."""
+def synset_names(class_names: list[str]) -> list[str]:
+    """ImageNet synsets by their first name, such as tench, with the synset where two share it; other names as given."""
     if not all(SYNSET.fullmatch(name) for name in class_names):
         return class_names
     known = ImageNetInfo('imagenet-22k').label_descriptions(as_dict=True)
-    words = [known.get(name, name).split(', ')[0] for name in class_names]
-    return [word if words.count(word) == 1 else f'{word} {name}'
-            for word, name in zip(words, class_names, strict=True)]
+    short = [known.get(name, name).split(', ')[0] for name in class_names]
+    return [first if short.count(first) == 1 else f'{first} {name}'
+            for first, name in zip(short, class_names, strict=True)]
 
 
 def to_pixels(image: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
@@ -106,7 +106,7 @@ def misclassified_figure(wrong: 'list[Misclassified]', files: list[str], class_n
     columns = min(6, max(3, len(wrong)))
     rows = max(1, -(-len(wrong) // columns))
     figure = Figure(figsize=(1.9 * columns, 2.5 * rows + 0.5), layout='constrained')
-    class_names = in_words(class_names)
+    class_names = synset_names(class_names)
     use_fonts([*class_names, *files])
     figure.suptitle('Misclassified with most confidence' if wrong else 'No image was misclassified')
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
@@ -120,10 +120,10 @@ def misclassified_figure(wrong: 'list[Misclassified]', files: list[str], class_n
 
 
 def reliability_figure(bins: list[tuple[int, float, float]], title: str) -> Figure:
-    """Accuracy against confidence, with how many pictures each bin has below.
+    """Accuracy against confidence, with how many images each bin has below.
 
     Args:
-        bins: Of `evaluation.reliability`: pictures, mean confidence and share predicted right of each.
+        bins: What `reliability` returned: images, mean confidence and accuracy of each.
         title: Above the figure.
     """
     use_fonts([title])
@@ -132,15 +132,14 @@ def reliability_figure(bins: list[tuple[int, float, float]], title: str) -> Figu
     width, total = 100 / len(bins), max(1, sum(count for count, _, _ in bins))
     middles = [width * (index + 0.5) for index in range(len(bins))]
     above.plot([0, 100], [0, 100], '--', color=GREY, label='calibrated')
-    above.bar(middles, [100 * right for _, _, right in bins], width * 0.9, color='#93b4f5', label='predicted right')
-    gaps = [(100 * sure, 100 * right) for count, sure, right in bins if count]
-    above.vlines([sure for sure, _ in gaps], *zip(*map(sorted, gaps), strict=True), color=RED, label='gap')
-    above.plot([sure for sure, _ in gaps], [right for _, right in gaps], '.', color=RED,
-               clip_on=False)
+    above.bar(middles, [100 * accuracy for _, _, accuracy in bins], width * 0.9, color='#93b4f5', label='accuracy')
+    gaps = [(100 * confidence, 100 * accuracy) for count, confidence, accuracy in bins if count]
+    above.vlines([confidence for confidence, _ in gaps], *zip(*map(sorted, gaps), strict=True), color=RED, label='gap')
+    above.plot(*zip(*gaps, strict=True), '.', color=RED, clip_on=False)
     above.set(ylabel='accuracy (%)', title=title, xlim=(0, 100), ylim=(0, 100))
     figure.legend(frameon=False, loc='outside lower center', ncols=3)
     below.bar(middles, [100 * count / total for count, _, _ in bins], width * 0.9, color=GREY)
-    below.set(xlabel='confidence (%)', ylabel='pictures (%)')
+    below.set(xlabel='confidence (%)', ylabel='images (%)')
     for axes in (above, below):
         clean_axes(axes)
     return figure

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
 
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 
-__all__ = ['choose_device', 'has_native_bfloat16', 'start', 'warn', 'warn_if_emulated']
+__all__ = ['choose_device', 'create_accelerator', 'has_native_bfloat16', 'warn', 'warn_if_emulated']
 
 # Seconds of CPU per image, forward and backward of the pico models at 64 px, over those of float32.
 EMULATION_COST = '2 times (AVX-512) to 10 times (AVX2) as long as float32'
@@ -19,13 +19,13 @@ EMULATION_COST = '2 times (AVX-512) to 10 times (AVX2) as long as float32'
 def choose_device(name: str) -> torch.device:
     """The device that --device auto, cpu or cuda means here."""
     if name not in ('auto', 'cpu', 'cuda'):
-        raise SettingsError(f'--device must be auto, cpu or cuda, got {name!r}; for one GPU of several set '
-                            f'CUDA_VISIBLE_DEVICES.')
+        raise ConfigError(f'--device must be auto, cpu or cuda, got {name!r}; for one GPU of several set '
+                          f'CUDA_VISIBLE_DEVICES.')
     try:
         device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f'--device {name} cannot be used here: {one_line(error)}; try --device auto.') from error
+        raise ConfigError(f'--device {name} cannot be used here: {one_line(error)}; try --device auto.') from error
     return device
 
 
@@ -50,7 +50,7 @@ def warn_if_emulated(device: str | torch.device, amp: bool) -> None:
         warn(f'--amp: this CPU has no bfloat16 instructions and takes {EMULATION_COST}; --no-amp computes in float32.')
 
 
-def start(device: str, amp: bool = False, amp_dtype: str = 'bfloat16', may_shard: bool = False,
+def create_accelerator(device: str, amp: bool = False, amp_dtype: str = 'bfloat16', may_shard: bool = False,
           amp_if_native: bool = False, **options: object) -> Accelerator:
     """An Accelerator whose loaders split every batch over the processes: no number depends on how many there are.
 
@@ -64,9 +64,9 @@ def start(device: str, amp: bool = False, amp_dtype: str = 'bfloat16', may_shard
     """
     device = choose_device(device)
     if amp_dtype not in ('bfloat16', 'float16'):
-        raise SettingsError(f'--amp-dtype must be bfloat16 or float16, got {amp_dtype!r}.')
+        raise ConfigError(f'--amp-dtype must be bfloat16 or float16, got {amp_dtype!r}.')
     if amp and amp_dtype == 'float16' and device.type == 'cpu':
-        raise SettingsError('--amp-dtype float16 needs a GPU, this is a CPU; use bfloat16, or --no-amp for float32.')
+        raise ConfigError('--amp-dtype float16 needs a GPU, this is a CPU; use bfloat16, or --no-amp for float32.')
     native = device.type != 'cpu' or has_native_bfloat16()
     use_amp = amp and (native or not amp_if_native)
     # accelerate keeps its state for the process, and would refuse another precision in a second run
@@ -78,11 +78,11 @@ def start(device: str, amp: bool = False, amp_dtype: str = 'bfloat16', may_shard
         dataloader_config=DataLoaderConfiguration(split_batches=True), **options)
     kind = accelerator.distributed_type.value
     if kind == 'FSDP' and not (may_shard and accelerator.is_fsdp2):
-        raise SettingsError('FSDP is for finetune.py, with fsdp_version: 2 in the accelerate configuration; change it '
-                            'there, or leave FSDP out.')
+        raise ConfigError('FSDP is for finetune.py, with fsdp_version: 2 in the accelerate configuration; change it '
+                          'there, or leave FSDP out.')
     if kind not in ('NO', 'MULTI_GPU', 'MULTI_CPU', 'FSDP'):
-        raise SettingsError(f'this script runs in one process or as data parallel (DDP) in several, not as {kind}; '
-                            f'change that in the accelerate configuration.')
+        raise ConfigError(f'this script runs in one process or as data parallel (DDP) in several, not as {kind}; '
+                          f'change that in the accelerate configuration.')
     if accelerator.is_main_process:
         if amp and not use_amp:
             warn(f'this CPU has no bfloat16 instructions, so float32 takes the place of the recipe\'s mixed precision; '

@@ -1,4 +1,4 @@
-"""Command lines of the scripts: flags in groups, error messages with the way out, and how a script ends.
+"""Command lines: flags in groups, error messages that say what to do, and exit codes.
 
 Nothing here imports torch or timm, which take seconds: --help and a wrong value are answered before they are loaded.
 """
@@ -16,26 +16,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
 
-from coatnet_train.runtime.packages import explain_missing
+from coatnet_train.runtime.packages import explain_missing_module
 
 try:
     import tyro
 except ModuleNotFoundError as missing:  # commands take tyro from here, so that it is missing in one place
-    sys.exit(explain_missing(missing))
+    sys.exit(explain_missing_module(missing))
 
 __all__ = [
-    'Preempted', 'SettingsError', 'check_output', 'check_range', 'did_you_mean', 'earlier_results', 'end_with_sentence',
-    'flag', 'one_line', 'parse_argument', 'parse_flags', 'tyro']
+    'ConfigError',
+    'Preempted',
+    'check_output',
+    'check_range',
+    'did_you_mean',
+    'earlier_results',
+    'flag',
+    'one_line',
+    'parse_argument',
+    'parse_flags',
+    'run_cli',
+    'tyro',
+]
 
 Settings = TypeVar('Settings')
 
 
 class Preempted(Exception):
-    """A run was stopped by SIGTERM, and is saved."""
+    """A run was stopped by SIGTERM and saved."""
 
 
-class SettingsError(ValueError):
-    """Something the user asked for cannot be done; the message is one sentence with the way out."""
+class ConfigError(ValueError):
+    """A request that cannot be carried out; the message names the setting, the rule, the value and the way out."""
 
 
 def one_line(error: Exception) -> str:
@@ -54,21 +65,21 @@ def flag(name: str) -> str:
     return f'--{name.replace("_", "-")}'
 
 
-def check_range(settings: object, name: str, least: float, most: float) -> None:
-    """Refuse a field outside [least, most] (NaN is); None passes."""
+def check_range(settings: object, name: str, minimum: float, maximum: float) -> None:
+    """Raise ConfigError for a field outside [minimum, maximum], or NaN; None passes."""
     value = getattr(settings, name)
-    if value is not None and not least <= value <= most:
-        raise SettingsError(f'{flag(name)} must be from {least:g} to {most:g}, got {value}.')
+    if value is not None and not minimum <= value <= maximum:
+        raise ConfigError(f'{flag(name)} must be from {minimum:g} to {maximum:g}, got {value}.')
 
 
 def check_output(path: Path) -> None:
-    """Refuse a path of --output that the system will not even look up: a name too long, a folder closed to the user."""
+    """Raise ConfigError for a path of --output that cannot be looked up: a name too long, a folder without access."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise SettingsError(f'--output cannot be used: {one_line(error)}; choose another.') from error
+        raise ConfigError(f'--output cannot be used: {one_line(error)}; choose another.') from error
 
 
 def earlier_results(results_file: str, *keys: str) -> dict | None:
@@ -80,18 +91,18 @@ def earlier_results(results_file: str, *keys: str) -> dict | None:
     """
     path = Path(results_file)
     if path.suffix != '.json':
-        raise SettingsError(f'--results-file must end in .json, got {results_file!r}.')
+        raise ConfigError(f'--results-file must end in .json, got {results_file!r}.')
     if not path.parent.is_dir():
-        raise SettingsError(f'--results-file {path}: its folder does not exist; make it first.')
+        raise ConfigError(f'--results-file {path}: its folder does not exist; make it first.')
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
         found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
     except (OSError, ValueError) as error:
-        raise SettingsError(f'--results-file {path} cannot be read or written: {one_line(error)}; give '
-                            f'another.') from error
+        raise ConfigError(f'--results-file {path} cannot be read or written: {one_line(error)}; give '
+                          f'another.') from error
     if found is not None and not (isinstance(found, dict) and found.keys() >= set(keys)):
-        raise SettingsError(f'--results-file {path} is no file that this script wrote, which has {", ".join(keys)}; '
-                            f'give another.')
+        raise ConfigError(f'--results-file {path} is no file that this script wrote, which has {", ".join(keys)}; '
+                          f'give another.')
     return found
 
 
@@ -122,12 +133,12 @@ def parse_flags(
     hints = get_type_hints(settings, include_extras=True)
     texts, groups = {}, {}
     for base in reversed(settings.__mro__):
-        if not (own := inspect.get_annotations(base)):
+        if not (annotations := inspect.get_annotations(base)):
             continue
         comments = re.finditer(r'^    (\w+): .*?  # (.+)$', inspect.getsource(base), re.MULTILINE)
         texts |= {found[1]: found[2] for found in comments}
         title = re.findall('[A-Z][a-z]+', base.__name__.removesuffix('Settings'))[-1:] or ['']
-        new = [name for name in own if not any(name in names for names in groups.values())]
+        new = [name for name in annotations if not any(name in names for names in groups.values())]
         groups.setdefault(title[0].lower(), []).extend(new)
 
     def option(name: str) -> tuple[str, object, dataclasses.Field]:
@@ -148,18 +159,18 @@ def parse_flags(
     return settings(**given, **values)
 
 
-def end_with_sentence(script: str, main: Callable[[], object]) -> None:
-    """Run a script; an error message goes to stderr as 'SCRIPT: message', and the exit code is 2."""
+def run_cli(script: str, main: Callable[[], object]) -> None:
+    """Run a command; a ConfigError goes to stderr as 'SCRIPT: message', and the exit code is 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a log file shows each line when it is printed, and names of files that are no UTF-8 as stderr shows them
         sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
     try:
         main()
-    except SettingsError as error:
+    except ConfigError as error:
         print(f'{script}: {error}', file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        sys.exit(explain_missing(error))
+        sys.exit(explain_missing_module(error))
     except BrokenPipeError:  # the reader of stdout has gone, as with `| head`; nothing more can be said there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

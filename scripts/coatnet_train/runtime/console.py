@@ -3,7 +3,7 @@ import os
 import sys
 from functools import cache
 
-from coatnet_train.runtime.cli import SettingsError
+from coatnet_train.runtime.cli import ConfigError
 
 __all__ = ['check_utf8', 'note', 'printable']
 
@@ -35,4 +35,4 @@ def printable(name: str) -> str:
 def check_utf8(path: str | os.PathLike, name: str) -> None:
     """Refuse a path for weights or shards that is no UTF-8, which safetensors does not open; `name` is its flag."""
     if (shown := printable(os.fspath(path))).encode() != os.fsencode(path):
-        raise SettingsError(f'{name} {shown} must be a path in UTF-8, as safetensors opens no other; rename it.')
+        raise ConfigError(f'{name} {shown} must be a path in UTF-8, as safetensors opens no other; rename it.')

@@ -3,7 +3,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ['EXTRAS', 'explain_missing', 'is_installed']
+__all__ = ['EXTRAS', 'explain_missing_module', 'is_installed']
 
 # extra of pyproject.toml: top-level modules; the first one brings the package and its dependencies too
 EXTRAS = {
@@ -22,7 +22,7 @@ def is_installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
-def explain_missing(error: ModuleNotFoundError) -> int:
+def explain_missing_module(error: ModuleNotFoundError) -> int:
     """Say on stderr which extra brings a module that is not installed, and return the exit code 2.
 
     Raises the error itself for any other module: that is a fault of the code.

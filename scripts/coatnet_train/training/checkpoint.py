@@ -1,59 +1,78 @@
-"""Checkpoints: how far a run is, what must be the same when it goes on, and the file of both."""
+"""Checkpoints: how far a run is, and the resume signature, which must be the same when it goes on."""
 import json
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from torch.utils.data import Dataset
 
+from coatnet_train.data.config import is_stream
+from coatnet_train.data.digest import data_digest
 from coatnet_train.runtime.accelerator import warn
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
+from coatnet_train.training.config import RESUME_IGNORED_FIELDS, Settings, upgrade_fields
 
-__all__ = ['Progress', 'check_facts', 'read_checkpoint', 'write_state']
+__all__ = ['Progress', 'check_resume_signature', 'read_checkpoint', 'resume_signature', 'write_state']
 
-# Facts that stand for the images of a split: names, labels and content.
+# Entries of a resume signature that stand for the images of a split: names, labels and content.
 DIGESTS = {'digest_of_train_images': 'training', 'digest_of_val_images': 'held-out'}
 
 
 @dataclass
 class Progress:
-    """How far a run is: what its checkpoint holds beside weights and optimizer."""
+    """How far a run is: the part of a checkpoint that is neither weights nor optimizer."""
 
-    epoch: int = 1  # the one under way
-    batch: int = 0  # batches of it that are done
+    epoch: int = 1  # the current one
+    batch: int = 0  # finished batches of it
     updates: int = 0  # of the weights, since the start
     lr: float = 0.0  # of the last update
-    loss_sum: float = 0.0  # over the pictures of this epoch
+    loss_sum: float = 0.0  # over the images of this epoch
     epoch_seconds: float = 0.0
     train_seconds: float = 0.0
     history: list[dict] = field(default_factory=list)
-    bad_train: list[int] = field(default_factory=list)  # places of unreadable pictures
+    bad_train: list[int] = field(default_factory=list)  # indices of unreadable images
     bad_val: list[int] = field(default_factory=list)
 
 
 def read_checkpoint(path: Path) -> dict:
-    """The state to go on from."""
+    """Read the state of a run; one saved under earlier names of settings is brought to those of today."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise SettingsError(f'--resume: {path} cannot be read: {one_line(error)}; start another '
-                            f'--experiment.') from error
+        raise ConfigError(f'--resume: {path} cannot be read: {one_line(error)}; start another --experiment.') from error
+    signature = checkpoint.pop('facts', None) or checkpoint['resume_signature']
+    return checkpoint | {'resume_signature': upgrade_fields(signature)}
 
 
-def check_facts(checkpoint: dict, run_dir: Path, facts: dict) -> None:
-    """Refuse a checkpoint that was saved under other facts than these."""
-    facts = json.loads(json.dumps(facts))  # tuples become lists, as in the file
-    if [name for name in DIGESTS if name not in checkpoint['facts']]:
-        warn('--resume: the run began before data were compared by their content; see to it yourself that --data-dir '
+def resume_signature(settings: Settings, train_set: Dataset, val_set: Dataset, class_names: list[str],
+                     accelerator: Accelerator) -> dict[str, object]:
+    """Everything that the result of a run depends on: settings, data and the number of processes."""
+    # streams divide their shards among the workers
+    ignored = (*RESUME_IGNORED_FIELDS, *(() if is_stream(settings) else ('workers',)))
+    signature = {name: value for name, value in asdict(settings).items() if name not in ignored}
+    signature |= {f'digest_of_{name}_images': data_digest(dataset, class_names, accelerator)
+                  for name, dataset in (('train', train_set), ('val', val_set))}
+    signature |= {'classes': class_names, 'train_images': len(train_set), 'val_images': len(val_set),
+                  'processes': accelerator.num_processes, 'sharded': accelerator.is_fsdp2}
+    return json.loads(json.dumps(signature))  # tuples become lists, as in the file
+
+
+def check_resume_signature(checkpoint: dict, run_dir: Path, signature: dict[str, object]) -> None:
+    """Raise ConfigError for a checkpoint that was saved under another signature."""
+    saved = checkpoint['resume_signature']
+    if [name for name in DIGESTS if name not in saved]:
+        warn('--resume: the run began before data were compared by their content; make sure yourself that --data-dir '
              'holds the same images.')
-    if changed := [f'{name} was {value}, is {facts[name]}' for name, value in checkpoint['facts'].items()
-                   if name in facts and name not in DIGESTS and facts[name] != value]:
-        raise SettingsError(f'--resume {run_dir} needs the settings the run began with, but {"; ".join(changed)}; '
-                            f'restore them, or start another --experiment.')
+    if changed := [f'{name} was {value}, is {signature[name]}' for name, value in saved.items()
+                   if name in signature and name not in DIGESTS and signature[name] != value]:
+        raise ConfigError(f'--resume {run_dir} needs the settings the run began with, but {"; ".join(changed)}; '
+                          f'restore them, or start another --experiment.')
     for name, split in DIGESTS.items():
-        if checkpoint['facts'].get(name, facts[name]) != facts[name]:
-            raise SettingsError(f'--resume {run_dir} needs the {split} images that the run began with, but those in '
-                                f'--data-dir are others; restore them, or start another --experiment.')
+        if saved.get(name, signature[name]) != signature[name]:
+            raise ConfigError(f'--resume {run_dir} needs the {split} images that the run began with, but those in '
+                              f'--data-dir are others; restore them, or start another --experiment.')
 
 
 def write_state(state: dict, path: Path) -> None:

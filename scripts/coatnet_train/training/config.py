@@ -7,10 +7,11 @@ from typing import Annotated
 
 from coatnet_train.data.config import DataSettings, is_stream
 from coatnet_train.models.config import ModelSettings, check_model_settings
-from coatnet_train.runtime.cli import SettingsError, check_range, flag, parse_flags, tyro
-from coatnet_train.training.recipes import RECIPES, settings_of
+from coatnet_train.runtime.cli import ConfigError, check_range, flag, parse_flags, tyro
+from coatnet_train.training.recipes import RECIPES, recipe_settings
 
-__all__ = ['FREE_ON_RESUME', 'Settings', 'check_values', 'read_settings']
+__all__ = ['RESUME_IGNORED_FIELDS', 'Settings', 'check_values', 'read_settings',
+    'upgrade_fields']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +20,11 @@ class TrainingDataSettings(DataSettings):
 
     train_split: str = 'train'  # Name of the training split.
     val_split: str = 'validation'  # Name of the split that picks the best epoch.
-    train_num_samples: int | None = None  # Training pictures of a stream that does not say it.
-    val_num_samples: int | None = None  # Held-out pictures of such a stream.
-    max_bad_images: float = 0.001  # Share of unreadable pictures to report and skip before it ends; streams only warn.
+    train_num_samples: int | None = None  # Training images of a stream that does not say it.
+    val_num_samples: int | None = None  # Held-out images of such a stream.
+    max_bad_images: float = 0.001  # Share of unreadable images to report and skip before it ends; streams only warn.
     class_balanced: bool = False  # Draw every class equally often.
-    decode_once: bool = False  # Keep all pictures, as squares of the model's size, on the device; augment them there.
+    cache_images: bool = False  # Keep all images, as squares of the model's size, on the device; augment them there.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class TrainingSettings:
 
     initial_checkpoint: str = ''  # Start from this file of weights, whose classes must be the data's.
     batch_size: int | None = 64  # Images per training step and process; None: by the number of images, 8 to 64.
-    validation_batch_size: int | None = None  # Pictures per evaluation step (--batch-size if not given).
+    validation_batch_size: int | None = None  # Images per evaluation step (--batch-size if not given).
     grad_accum_steps: int = 1  # Steps whose gradients are added up before the weights change.
     epochs: int | None = 10  # Passes over the training split; None: for at least 300 updates of the weights.
     last_epoch: int | None = None  # End the run after this one of --epochs, where time is short; --resume auto goes on.
@@ -40,7 +41,7 @@ class TrainingSettings:
     patience: int | None = None  # Stop after this many epochs without a better one.
     opt: str = 'adamw'  # Any name of timm.optim.list_optimizers().
     lr: float = 5e-4  # Highest learning rate.
-    lr_base_size: int | None = None  # If given, --lr is for this many pictures a weight update, and scaled to theirs.
+    lr_base_size: int | None = None  # If given, --lr is for this many images a weight update, and scaled to theirs.
     weight_decay: float = 0.05  # Weight decay; not applied to biases and norms.
     momentum: float = 0.9  # Momentum of the optimizers that have one.
     layer_decay: float | None = None  # Factor on the learning rate per layer, counted from the classifier.
@@ -68,7 +69,7 @@ class AugmentationSettings:
     """What is done to the images in training."""
 
     train_img_sizes: tuple[int, ...] = ()  # Progressive sizes in pixels, each for an equal share of the epochs.
-    scale: tuple[float, float] = (0.08, 1.0)  # Area of the random crop, as a share of the picture.
+    scale: tuple[float, float] = (0.08, 1.0)  # Area of the random crop, as a share of the image.
     hflip: float = 0.5  # Probability of a horizontal flip.
     color_jitter: float = 0.4  # Strength of random brightness, contrast and saturation.
     aa: str | None = None  # AutoAugment policy, such as rand-m9-mstd0.5-inc1.
@@ -98,7 +99,7 @@ class RunSettings:
     # Set by read_settings, never by a flag: --amp of a recipe means a GPU, or a CPU with bfloat16 instructions.
     amp_if_native: Annotated[bool, tyro.conf.Suppress] = False
     amp_dtype: str = 'bfloat16'  # bfloat16 or float16.
-    channels_last: bool = True  # Memory format of pictures and weights.
+    channels_last: bool = True  # Memory format of images and weights.
     grad_checkpointing: bool = False  # Compute activations twice instead of keeping them.
     torchcompile: bool = False  # Compile the model.
 
@@ -110,9 +111,17 @@ class Settings(RunSettings, AugmentationSettings, TrainingSettings, ModelSetting
 
 # Settings that may differ when a run is resumed: they change where it is, not what it computes. What --data-dir
 # and --class-map give is compared by a digest instead.
-FREE_ON_RESUME = (
+RESUME_IGNORED_FIELDS = (
     'recipe', 'amp_if_native', 'last_epoch', 'data_dir', 'dataset_download', 'class_map', 'output', 'experiment',
     'resume', 'device', 'recovery_interval', 'tracker', 'max_bad_images')
+
+# Fields by the names that earlier run folders have them under.
+RENAMED_FIELDS = {'decode_once': 'cache_images'}
+
+
+def upgrade_fields(fields: dict[str, object]) -> dict[str, object]:
+    """Return the settings of an earlier run under the names of today."""
+    return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
 
 
 def check_values(settings: Settings) -> None:
@@ -120,43 +129,43 @@ def check_values(settings: Settings) -> None:
     epochs = math.inf if settings.epochs is None else settings.epochs
     for name, value in asdict(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise SettingsError(f'{flag(name)} must be a finite number, got {value}.')
+            raise ConfigError(f'{flag(name)} must be a finite number, got {value}.')
     for name in ('epochs', 'batch_size', 'validation_batch_size', 'lr', 'clip_grad', 'grad_accum_steps', 'patience',
                  'val_interval', 'lr_base_size', 'kd_temperature', 'teacher_img_size', 'train_num_samples',
                  'val_num_samples'):
         value = getattr(settings, name)
         if value is not None and not value > 0:
-            raise SettingsError(f'{flag(name)} must be greater than 0, got {value}.')
+            raise ConfigError(f'{flag(name)} must be greater than 0, got {value}.')
     for name in ('workers', 'warmup_lr', 'weight_decay', 'head_lr_scale', 'mixup', 'cutmix', 'recovery_interval',
                  'mixup_off_epoch'):
         if not getattr(settings, name) >= 0:
-            raise SettingsError(f'{flag(name)} must be at least 0, got {getattr(settings, name)}.')
-    for name, least, most in (
+            raise ConfigError(f'{flag(name)} must be at least 0, got {getattr(settings, name)}.')
+    for name, minimum, maximum in (
             ('smoothing', 0, 0.999), ('hflip', 0, 1), ('reprob', 0, 1), ('color_jitter', 0, 10),
             ('momentum', 0, 1), ('model_ema_decay', 0, 1), ('layer_decay', 1e-6, 1), ('seed', 0, 2**32 - 1),
             ('warmup_epochs', 0, epochs), ('last_epoch', 1, epochs), ('min_lr', 0, settings.lr), ('bn_momentum', 0, 1),
             ('max_bad_images', 0, 1), ('mixup_prob', 0, 1), ('mixup_switch_prob', 0, 1), ('kd_loss_weight', 0, 1)):
-        check_range(settings, name, least, most)
+        check_range(settings, name, minimum, maximum)
     if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
-        raise SettingsError(f'--scale must be two rising shares of the picture from 0 to 1, got {settings.scale}.')
+        raise ConfigError(f'--scale must be two rising shares of the image from 0 to 1, got {settings.scale}.')
     if (settings.mixup or settings.cutmix) and (settings.batch_size or 0) % 2:
-        raise SettingsError(f'--batch-size must be even with --mixup or --cutmix, got {settings.batch_size}.')
+        raise ConfigError(f'--batch-size must be even with --mixup or --cutmix, got {settings.batch_size}.')
     if any(size <= 0 for size in settings.train_img_sizes) or len(settings.train_img_sizes) > epochs:
-        raise SettingsError(f'--train-img-sizes must be positive and no more than the {epochs} epochs, '
-                            f'got {settings.train_img_sizes}.')
+        raise ConfigError(f'--train-img-sizes must be positive and no more than the {epochs} epochs, '
+                          f'got {settings.train_img_sizes}.')
     if settings.freeze_trunk and settings.layer_decay is not None:
-        raise SettingsError('--layer-decay has no layers to act on with --freeze-trunk; leave one of them out.')
-    if settings.decode_once and settings.aa:
-        raise SettingsError(f'--aa works on pictures that PIL decodes each time, which --decode-once does not, got '
-                            f'{settings.aa}; leave it out, or give --no-decode-once.')
-    if settings.decode_once and is_stream(settings):
-        raise SettingsError(f'--decode-once needs pictures with an index, which the stream --dataset '
-                            f'{settings.dataset} does not have; give --no-decode-once.')
+        raise ConfigError('--layer-decay has no layers to act on with --freeze-trunk; leave one of them out.')
+    if settings.cache_images and settings.aa:
+        raise ConfigError(f'--aa works on images that PIL decodes each time, which --cache-images does not, got '
+                          f'{settings.aa}; leave it out, or give --no-cache-images.')
+    if settings.cache_images and is_stream(settings):
+        raise ConfigError(f'--cache-images needs images with an index, which the stream --dataset '
+                          f'{settings.dataset} does not have; give --no-cache-images.')
     if is_stream(settings) and None in (settings.batch_size, settings.epochs):
-        raise SettingsError(f'--batch-size and --epochs of None follow from a count of the images, which the stream '
-                            f'--dataset {settings.dataset} does not give in time; give both.')
+        raise ConfigError(f'--batch-size and --epochs of None follow from a count of the images, which the stream '
+                          f'--dataset {settings.dataset} does not give in time; give both.')
     if settings.class_balanced and is_stream(settings):
-        raise SettingsError('--class-balanced needs all labels before the start, which a stream does not have.')
+        raise ConfigError('--class-balanced needs all labels before the start, which a stream does not have.')
     check_model_settings(settings)
 
 
@@ -176,6 +185,6 @@ def read_settings(arguments: list[str] | None = None, description: str | None = 
     defaults = {}
     if given.recipe:
         if given.recipe not in RECIPES:
-            raise SettingsError(f'--recipe must be one of {", ".join(RECIPES)}, got {given.recipe!r}.')
-        defaults = settings_of(given.recipe, given.model) | {'amp_if_native': given.amp is None}
+            raise ConfigError(f'--recipe must be one of {", ".join(RECIPES)}, got {given.recipe!r}.')
+        defaults = recipe_settings(given.recipe, given.model) | {'amp_if_native': given.amp is None}
     return parse_flags(Settings, description, arguments, defaults)

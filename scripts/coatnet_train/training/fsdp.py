@@ -10,20 +10,20 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.training.config import Settings
 
-__all__ = ['check_sharding', 'copy_weights', 'restore_training_state', 'training_state', 'wrap']
+__all__ = ['check_fsdp', 'gather_training_state', 'gather_weights', 'prepare_model', 'restore_training_state']
 
 
-def check_sharding(settings: Settings, accelerator: Accelerator) -> None:
+def check_fsdp(settings: Settings, accelerator: Accelerator) -> None:
     """Refuse what needs all weights at once in every step."""
     if accelerator.is_fsdp2 and settings.model_ema:
-        raise SettingsError('--model-ema averages whole weights after every step, which FSDP never holds; leave one '
-                            'of them out.')
+        raise ConfigError('--model-ema averages whole weights after every step, which FSDP never holds; leave one '
+                          'of them out.')
 
 
-def wrap(accelerator: Accelerator, model: nn.Module,
+def prepare_model(accelerator: Accelerator, model: nn.Module,
          optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Hand both to accelerate, which wraps (DDP) or shards (FSDP) them."""
     if accelerator.is_fsdp2:  # BatchNorm's weights stay float32, as its statistics do; autocast is what --amp asks for
@@ -35,16 +35,16 @@ def wrap(accelerator: Accelerator, model: nn.Module,
         if not accelerator.is_fsdp2:
             raise
         # a class that this model does not have
-        raise SettingsError(f'the accelerate configuration does not fit this model: {one_line(error)} See '
-                            f'fsdp_transformer_layer_cls_to_wrap.') from error
+        raise ConfigError(f'the accelerate configuration does not fit this model: {one_line(error)} See '
+                          f'fsdp_transformer_layer_cls_to_wrap.') from error
 
 
-def copy_weights(sharded: nn.Module, whole: nn.Module) -> None:
+def gather_weights(sharded: nn.Module, whole: nn.Module) -> None:
     """Gather all weights into a plain model of the same shape; every process must take part."""
     whole.load_state_dict(get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True)))
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def gather_training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Weights and optimizer, gathered on the CPU of the first process; every process must take part."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
@@ -52,6 +52,6 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def restore_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Deal out what `training_state` returned, read by every process."""
+    """Deal out what `gather_training_state` returned, read by every process."""
     set_state_dict(model, optimizer, model_state_dict=state['state_dict'], optim_state_dict=state['optimizer'],
                    options=StateDictOptions(full_state_dict=True))

@@ -3,7 +3,7 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
-from coatnet_train.runtime.cli import SettingsError, did_you_mean, one_line
+from coatnet_train.runtime.cli import ConfigError, did_you_mean, one_line
 from coatnet_train.training.config import Settings
 from coatnet_train.training.task import classifier_of
 
@@ -11,12 +11,12 @@ __all__ = ['build_optimizer']
 
 
 def build_optimizer(settings: Settings, model: nn.Module, batch_size: int) -> torch.optim.Optimizer:
-    """timm's optimizer; its learning rate is --lr times pictures per update / --lr-base-size, where that is given.
+    """timm's optimizer; its learning rate is --lr times images per update / --lr-base-size, where that is given.
 
     Args:
         settings: Of finetune.py.
         model: On its device.
-        batch_size: Pictures of a step over all processes.
+        batch_size: Images of a step over all processes.
     """
     lr = settings.lr
     if settings.lr_base_size is not None:
@@ -26,11 +26,11 @@ def build_optimizer(settings: Settings, model: nn.Module, batch_size: int) -> to
             model, settings.opt, lr=lr, weight_decay=settings.weight_decay, momentum=settings.momentum,
             layer_decay=settings.layer_decay)
     except (ValueError, TypeError, AssertionError) as error:
-        raise SettingsError(f'--opt {settings.opt}: {one_line(error)}; see timm.optim.list_optimizers()'
-                            f'{did_you_mean(settings.opt, list_optimizers()) or "."}') from error
+        raise ConfigError(f'--opt {settings.opt}: {one_line(error)}; see timm.optim.list_optimizers()'
+                          f'{did_you_mean(settings.opt, list_optimizers()) or "."}') from error
     if getattr(optimizer, 'is_second_order', False):
-        raise SettingsError(f'--opt {settings.opt} needs second derivatives, which this script does not compute; '
-                            f'choose another.')
+        raise ConfigError(f'--opt {settings.opt} needs second derivatives, which this script does not compute; '
+                          f'choose another.')
     if settings.head_lr_scale != 1:
         head = set(map(id, classifier_of(model).parameters()))
         for group in list(optimizer.param_groups):

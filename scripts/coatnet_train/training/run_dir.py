@@ -1,4 +1,4 @@
-"""What a run of finetune.py leaves in its folder."""
+"""The run directory of finetune.py: which one to use, and the files it gets."""
 import json
 import tempfile
 from pathlib import Path
@@ -11,12 +11,13 @@ from torch import nn
 
 from coatnet_train.evaluation.evaluator import Predictions
 from coatnet_train.plotting.plots import draw_curves
-from coatnet_train.runtime.cli import SettingsError, check_output
+from coatnet_train.runtime.cli import ConfigError, check_output
 from coatnet_train.runtime.console import check_utf8
 from coatnet_train.runtime.files import write_csv, write_figure, write_file, write_json
 from coatnet_train.training.config import Settings
 
-__all__ = ['find_run', 'loading_line', 'rank', 'write_config', 'write_metrics', 'write_predictions', 'write_weights']
+__all__ = [
+    'find_run', 'loading_line', 'score_key', 'write_config', 'write_metrics', 'write_predictions', 'write_weights']
 
 
 def write_config(path: Path, model: nn.Module, class_names: list[str], data_config: dict) -> None:
@@ -41,7 +42,7 @@ def write_metrics(run_dir: Path, history: list[dict]) -> None:
     """Write metrics.csv and curves.png."""
     write_csv(run_dir / 'metrics.csv', history)
     figure = Figure(figsize=(10, 4), layout='constrained')
-    draw_curves(*figure.subplots(1, 2), history, max(history, key=rank))
+    draw_curves(*figure.subplots(1, 2), history, max(history, key=score_key))
     write_figure(run_dir / 'curves.png', figure)
 
 
@@ -49,8 +50,9 @@ def write_predictions(run_dir: Path, files: list[str], class_names: list[str], p
     """Write predictions.csv, a row for each held-out image that could be read: file, label, prediction, confidence."""
     columns = files, predictions.labels.tolist(), predictions.top5[:, 0].tolist(), predictions.confidence.tolist()
     write_csv(run_dir / 'predictions.csv', [
-        {'file': file, 'label': class_names[label], 'prediction': class_names[guess], 'confidence': round(sure, 6)}
-        for file, label, guess, sure in zip(*columns, strict=True) if label >= 0])
+        {'file': file, 'label': class_names[label], 'prediction': class_names[prediction],
+         'confidence': round(confidence, 6)}
+        for file, label, prediction, confidence in zip(*columns, strict=True) if label >= 0])
 
 
 def loading_line(run_dir: Path) -> str:
@@ -58,13 +60,13 @@ def loading_line(run_dir: Path) -> str:
     return f'import timm, coatnet_zoo; model = timm.create_model({f"local-dir:{run_dir}"!r}, pretrained=True)'
 
 
-def rank(row: dict) -> tuple[float, float]:
-    """Order epochs: the higher top-1 wins, then the lower loss."""
+def score_key(row: dict) -> tuple[float, float]:
+    """Sort key of epochs: higher top-1 first, then lower loss."""
     return row['eval_top1'], -row['eval_loss']
 
 
 def find_run(settings: Settings) -> tuple[Path, Path | None]:
-    """Return the run folder and the checkpoint to continue from, if there is one; never an older run to overwrite."""
+    """Return the run folder and its checkpoint, if any; raises ConfigError for a run that would be overwritten."""
     run_dir = Path(settings.output) / (settings.experiment or safe_model_name(settings.model))
     if settings.resume not in ('', 'auto'):
         run_dir = Path(settings.resume)
@@ -74,10 +76,10 @@ def find_run(settings: Settings) -> tuple[Path, Path | None]:
     if settings.resume and checkpoint.is_file():
         return run_dir, checkpoint
     if settings.resume not in ('', 'auto'):
-        raise SettingsError(f'--resume {settings.resume} must be a run folder, but there is no {checkpoint}; '
-                            f'give the folder that holds last/, or auto.')
+        raise ConfigError(f'--resume {settings.resume} must be a run folder, but there is no {checkpoint}; '
+                          f'give the folder that holds last/, or auto.')
     # A run killed in its first epoch has args.json but no checkpoint: auto begins it again.
     if (run_dir / ('summary.json' if settings.resume else 'args.json')).exists():
-        raise SettingsError(f'--output {run_dir} already holds a run, which is never overwritten; continue it with '
-                            f'--resume auto (while it has last/), or choose another --experiment.')
+        raise ConfigError(f'--output {run_dir} already holds a run, which is never overwritten; continue it with '
+                          f'--resume auto (while it has last/), or choose another --experiment.')
     return run_dir, None

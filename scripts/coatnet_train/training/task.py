@@ -6,7 +6,7 @@ from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.task import TrainingTask
 from torch import nn
 
-from coatnet_train.runtime.cli import SettingsError, one_line
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.training.config import Settings
 
 __all__ = ['build_task', 'check_training', 'classifier_of', 'freeze_trunk', 'set_bn_momentum', 'set_trunk_to_eval']
@@ -16,7 +16,7 @@ def classifier_of(model: nn.Module) -> nn.Module:
     """The last layer; refuses models that have none of their own, or several."""
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Module) or not list(classifier.parameters()):
-        raise SettingsError('--freeze-trunk and --head-lr-scale need a model with one classifier that has weights.')
+        raise ConfigError('--freeze-trunk and --head-lr-scale need a model with one classifier that has weights.')
     return classifier
 
 
@@ -44,17 +44,17 @@ def check_training(settings: Settings, model: nn.Module, data_config: dict) -> N
     """Refuse what would fail in the first step."""
     if settings.batch_size > 1:
         return
-    # statistics of BatchNorm need two values, which a map of 1 x 1 gives only from two pictures
+    # statistics of BatchNorm need two values, which a map of 1 x 1 gives only from two images
     try:
         copy.deepcopy(model).train()(torch.zeros(1, *data_config['input_size']))
     except ValueError as error:
-        raise SettingsError(f'--batch-size {settings.batch_size} is too small for --model {settings.model}: '
-                            f'{one_line(error)}; give at least 2.') from error
+        raise ConfigError(f'--batch-size {settings.batch_size} is too small for --model {settings.model}: '
+                          f'{one_line(error)}; give at least 2.') from error
 
 
 def build_task(settings: Settings, model: nn.Module, teacher: nn.Module | None, data_config: dict,
                device: torch.device) -> TrainingTask:
-    """Cross-entropy, on soft targets where pictures are mixed, with a share of the teacher's logits if there is one."""
+    """Cross-entropy, on soft targets where images are mixed, with a share of the teacher's logits if there is one."""
     loss = dict(soft_targets=True) if settings.mixup or settings.cutmix else dict(smoothing=settings.smoothing)
     if teacher is None:
         return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
