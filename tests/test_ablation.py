@@ -51,7 +51,7 @@ def test_every_row_of_the_full_grid_can_be_built(row):
 
 def test_grids_hold_what_they_promise():
     grids = ablation_settings.GRIDS
-    assert set(ablation_settings.WORDS) < set(grids['cpu']) < set(grids['full'])
+    assert set(ablation_settings.LAYOUTS) < set(grids['cpu']) < set(grids['full'])
     assert len(grids['cpu']) == 9 and len(set(grids['full'])) == len(grids['full'])
 
 

@@ -26,7 +26,7 @@ GRIDS = {
 @dataclass(frozen=True)
 class Settings:
     data_dir: str  # Folder with train/ and val/, a sub-folder a class.
-    grid: Literal['layouts', 'cpu', 'full'] = 'layouts'  # Rows: the seven layouts; with the two main switches; with all.
+    grid: Literal['layouts', 'cpu', 'full'] = 'layouts'  # Rows: seven layouts; with the two main switches; with all.
     rows: tuple[str, ...] = ()  # Other rows than those of --grid.
     seeds: tuple[int, ...] = (0,)  # One run of every row for each.
     model: str = 'coatnet_pico'  # What the rows are variants of.
