@@ -1,8 +1,7 @@
 """Time one model against another, side by side in one run: images/s, peak memory and the ratio.
 
-Three words in front ask for other tables: `ops` times the operators by themselves (benchmark_ops.py), `scaling`
-models over image sizes (benchmark_scaling.py), `loader` the reading of images (benchmark_loader.py); each has a
---help of its own.
+Three sub-commands make other tables: `ops` times the operators by themselves, `scaling` models over image sizes,
+`loader` the reading of images; each has a --help of its own.
 
     python scripts/benchmark.py --model coatnet_0 --against coatnet_0_224
     python scripts/benchmark.py --model coatnet_0 --model-kwargs flavor=timm --against coatnet_0_224 --modes inference

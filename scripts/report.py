@@ -84,7 +84,7 @@ def weights() -> str:
 
 
 def preview_results() -> str:
-    """What each run on Tiny-ImageNet-200 reached by its last epoch, and eval_imagenet.py on the validation split."""
+    """Top-1 of each run on Tiny-ImageNet-200 after its last epoch, and of eval_imagenet.py on the validation split."""
     def reached(column: str, *patterns: str) -> str:
         found = [list(csv.DictReader(path.read_text(encoding='utf-8').splitlines()))[-1]
                  for pattern in patterns for path in sorted(RESULTS.glob(pattern))]
@@ -117,18 +117,18 @@ def transfer() -> str:
         updates, size = ', '.join(map(str, settings['updates'])), settings['img_size'] or 'their own'
         hardware = ' and '.join(sorted({row['hardware'] for row in report['rows']}))
         origins[f'{data} at size {size}, updates: {updates}; {hardware}'] = None
-        for way, cells in report['table'].items():
-            found = [cells.get(str(share)) for share in settings['shares']]
-            rows.append([f'`{settings["model"]}`', data, way, *(
+        for method, cells in report['table'].items():
+            found = [cells.get(str(fraction)) for fraction in settings['fractions']]
+            rows.append([f'`{settings["model"]}`', data, method, *(
                 NOT_MEASURED if cell is None else f'{cell["top1"]:.1f}' + (
                     '' if isinstance(cell['deviation'], str) else f' ± {cell["deviation"]:.1f}')
                 + f' ({cell["subsets"]})' for cell in found)])
-        if len({share for cells in report['table'].values() for share in cells}) > 1:  # a curve, not a column of dots
+        if len({name for cells in report['table'].values() for name in cells}) > 1:  # not a single column of dots
             images.append(f'![Top-1 over the share of labels](results/{file.stem}.png)')
     if not rows:
         return 'Transfer to few labels: not measured.'
-    shares = [f'{100 * share:g} % of the labels' for share in settings['shares']]
-    return (table(['weights', 'data', 'way', *shares], rows)
+    fractions = [f'{100 * fraction:g} % of the labels' for fraction in settings['fractions']]
+    return (table(['weights', 'data', 'method', *fractions], rows)
             + '\n\nTop-1 (%) after the last epoch, mean and deviation over the draws (as many as in brackets).\n'
             + '\n'.join(f'{origin}.' for origin in origins) + '\n\n' + '\n'.join(images))
 
@@ -191,7 +191,7 @@ def speed() -> str:
 
 
 def scaling() -> str:
-    """How time grows with the image."""
+    """Time over image size."""
     file = RESULTS / 'scaling_cpu.json'
     if not file.exists():
         return 'Time over image size: not measured.'
@@ -280,7 +280,7 @@ def loader() -> str:
 
 
 def compute_budget() -> str:
-    """What the paper's recipes take for each CoAtNet: memory of the state, and time out of every recorded speed."""
+    """Cost of the paper's recipes for each CoAtNet: memory of the state, and time from every recorded throughput."""
     measured = {}
     for file in sorted(RESULTS.glob('benchmark_*.json')):
         report = json.loads(file.read_text())
@@ -309,7 +309,7 @@ def compute_budget() -> str:
 
 
 def demo() -> str:
-    """What the demo reached when it was recorded."""
+    """Accuracy of the demo after each epoch."""
     file = RESULTS / 'demo_cpu.json'
     if not file.exists():
         return 'Accuracy and time of the demo: not measured.'

@@ -3,10 +3,10 @@
     python scripts/transfer.py --data-dir imagenette --model coatnet_pico_64.tin200_preview \\
         --results-file results/transfer_imagenette_cpu.json
 
-Each share of the training split is drawn several times, evenly over the classes; all three ways see the same images,
-and fine-tuning and random start take the same number of updates under the same settings, more where there are more
-images. Nothing is chosen on the validation split: what counts is the last epoch. Rows that the results file holds are
-not made again; one that was made under other settings is refused.
+Each fraction of the training split is drawn several times, evenly over the classes; all three methods see the same
+images, and fine-tuning and random start take the same number of updates under the same settings, more where there are
+more images. Nothing is chosen on the validation split: the last epoch counts. Rows in the results file are not made
+again; a file that was made under other settings is refused.
 """
 from coatnet_train.experiments.transfer_config import Settings, check_values
 from coatnet_train.runtime.cli import parse_flags, run_cli

@@ -27,7 +27,7 @@ COMMANDS = {
     'benchmark.py scaling': ('--sizes 64', '--sizes must be two or more'),
     'benchmark.py loader': ('--data-dir x --window 0', '--window must be greater than 0'),
     'ablation.py': ('--data-dir x --speed', '--speed needs a --results-file'),
-    'transfer.py': ('--data-dir x --model x --shares 2', '--shares must be above 0'),
+    'transfer.py': ('--data-dir x --model x --fractions 2', '--fractions must be above 0'),
     'compare_recipes.py': ('--sets digits --seeds 0 --threads 0', '--threads must be from 1'),
     'robustness.py': ('--data-dir x --model x --sizes 0', '--model and --sizes must name at least one each'),
     'compare_runs.py': ('one', 'RUNS must be two to 5 run folders'),

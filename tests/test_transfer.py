@@ -28,8 +28,8 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
 def settings(trained, tmp_path) -> transfer.Settings:
     data, run = trained
     return transfer.Settings(
-        data_dir=str(data), model=f'local-dir:{run}', shares=(0.5, 1.0), subsets=(2, 1), updates=(4, 6), batch_size=6,
-        workers=0, device='cpu', output=str(tmp_path / 'out'), results_file=str(tmp_path / 'transfer.json'))
+        data_dir=str(data), model=f'local-dir:{run}', fractions=(0.5, 1.0), subsets=(2, 1), updates=(4, 6),
+        batch_size=6, workers=0, device='cpu', output=str(tmp_path / 'out'), results_file=str(tmp_path / 'transfer.json'))
 
 
 def test_draws_are_even_different_and_repeatable():
@@ -43,8 +43,8 @@ def test_draws_are_even_different_and_repeatable():
 
 def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
     report = transfer.main(settings)
-    assert {way: [row['images'] for row in report['rows'] if row['way'] == way] for way in transfer_run.METHODS} == {
-        way: [18, 18, 36] for way in transfer_run.METHODS}
+    for method in transfer_run.METHODS:
+        assert [row['images'] for row in report['rows'] if row['method'] == method] == [18, 18, 36]
     assert all(row['hardware'] == report['hardware'] and row['date'] == report['date'] for row in report['rows'])
     table = report['table']
     assert table['fine-tuned']['0.5']['top1'] > table['random start']['0.5']['top1'] + 10
@@ -61,13 +61,13 @@ def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
 
 
 @pytest.mark.parametrize(('changes', 'sentence'), [
-    ({'subsets': (2,)}, '--subsets must give a number of at least 1 for each of --shares'),
-    ({'updates': (4, 6, 8)}, '--updates must give a number of at least 1 for each of --shares'),
-    ({'shares': (0.5, 2.0)}, '--shares must be above 0 and at most 1'),
-    ({'updates': (4, 0)}, '--updates must give a number of at least 1 for each of --shares'),
+    ({'subsets': (2,)}, '--subsets must give a number of at least 1 for each of --fractions'),
+    ({'updates': (4, 6, 8)}, '--updates must give a number of at least 1 for each of --fractions'),
+    ({'fractions': (0.5, 2.0)}, '--fractions must be above 0 and at most 1'),
+    ({'updates': (4, 0)}, '--updates must give a number of at least 1 for each of --fractions'),
     ({'batch_size': 0}, '--batch-size must be at least 1, got 0'),
-    ({'ways': ('prayer',)}, "--ways must be of fine-tuned, linear probe, random start, got 'prayer'"),
-    ({'ways': ()}, '--ways must name at least one of fine-tuned, linear probe, random start, got none'),
+    ({'methods': ('prayer',)}, "--methods must be of fine-tuned, linear probe, random start, got 'prayer'"),
+    ({'methods': ()}, '--methods must name at least one of fine-tuned, linear probe, random start, got none'),
     ({'workers': -1}, '--workers must be at least 0, got -1'),
     ({'output': __file__}, f'--output {__file__} cannot be made'),
     ({'model': 'nope'}, '--model nope is not a name'),
@@ -82,12 +82,12 @@ def test_bad_settings_are_refused(settings, changes, sentence):
 
 
 def test_rows_of_other_settings_are_refused(settings):
-    settings = dataclasses.replace(settings, ways=('linear probe',), subsets=(1, 1))
+    settings = dataclasses.replace(settings, methods=('linear probe',), subsets=(1, 1))
     first = transfer.main(settings)
     more = transfer.main(dataclasses.replace(settings, subsets=(2, 1), workers=1))
-    assert len(more['rows']) == len(first['rows']) + 1  # more draws, or another way to read them, go on
+    assert len(more['rows']) == len(first['rows']) + 1  # more draws, or another method to read them, go on
     for changes, said in (({'model': 'local-dir:other'}, "--model was 'local-dir:.*' and is 'local-dir:other'"),
-                          ({'updates': (4, 7)}, '--updates was 6 and is 7 for share 1'),
+                          ({'updates': (4, 7)}, '--updates was 6 and is 7 for fraction 1'),
                           ({'lr': 1.0}, '--lr was 0.0005 and is 1.0')):
         with pytest.raises(ConfigError, match=said):
             transfer.main(dataclasses.replace(settings, **changes))

@@ -1,1 +1,1 @@
-"""What the commands of scripts/ share: see docs/architecture.md for the order of the sub-packages."""
+"""Modules that the commands of scripts/ share; docs/architecture.md gives the order of the sub-packages."""

@@ -156,7 +156,7 @@ def test_overlays_are_whole_or_absent(settings, monkeypatch):
     (dict(stage=5), '--stage must be from 1 to 4, got 5'),
     (dict(explain='gradcam', stage=4), '--stage chooses a stage .* Grad-CAM is shown'),
     (dict(explain='gradcam', at=(0.5, 0.5)), '--at chooses a query or a kernel'),
-    (dict(at=(0.5, 1.5)), r'--at must be two shares of the image from 0 to 1.*got \(0.5, 1.5\)'),
+    (dict(at=(0.5, 1.5)), r'--at must be two fractions of the image from 0 to 1.*got \(0.5, 1.5\)'),
     (dict(model='test_vit', model_kwargs=(), explain='attention'), 'test_vit is not a model of this zoo'),
     (dict(model='coatnet_pico_65'), 'did you mean coatnet_pico_64'),
     (dict(num_classes=0), 'has no classes to predict'),

@@ -1,4 +1,4 @@
-"""Where images come from: settings that scripts share, and the checks that need neither torch nor timm."""
+"""Settings of image sources that commands share, without torch and timm."""
 import os
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ def default_workers(max_workers: int = 4) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Where images come from."""
+    """Image source."""
 
     data_dir: str = ''  # Folder with a sub-folder a split and in it one a class, or where --dataset keeps its files.
     dataset: str = ''  # Empty for a folder; torch/cifar10, hfds/OWNER/NAME, hfids/OWNER/NAME (streamed), wds/ (shards).

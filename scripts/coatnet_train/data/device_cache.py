@@ -40,7 +40,7 @@ class Normalize:
 
 
 def draw_crops(count: int, scale: tuple[float, float], device: torch.device | str = 'cpu') -> torch.Tensor:
-    """(left, top, width, height) of a crop for each of `count` square images, as shares of its side: (count, 4).
+    """(left, top, width, height) of a crop for each of `count` square images, as fractions of its side: (count, 4).
 
     The first of ten draws that fits inside, else the whole image, as in RandomResizedCrop: the area is uniform in
     `scale`, the logarithm of width over height uniform from 3/4 to 4/3.

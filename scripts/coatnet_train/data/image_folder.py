@@ -52,15 +52,15 @@ class ImageFolder:
 
     def report(self) -> None:
         """Say once what was left out."""
-        said = [f'{count} {printable(suffix)} (such as {shown(first, self.root)})'
+        message = [f'{count} {printable(suffix)} (such as {shown(first, self.root)})'
                 for suffix, (count, first) in sorted(self.left_out.items())]
         if self.empty:
-            said.append(f'{len(self.empty)} class folder{"s" * (len(self.empty) > 1)} without images '
+            message.append(f'{len(self.empty)} class folder{"s" * (len(self.empty) > 1)} without images '
                         f'({", ".join(map(printable, self.empty[:5]))}{", ..." * (len(self.empty) > 5)})')
         if self.loops:
-            said.append(f'links to a folder that holds them ({shown(self.loops[0], self.root)})')
-        if said:
-            note(f'left out of {printable(str(self.root))}: {", ".join(said)}')
+            message.append(f'links to a folder that holds them ({shown(self.loops[0], self.root)})')
+        if message:
+            note(f'left out of {printable(str(self.root))}: {", ".join(message)}')
 
 
 def shown(path: Path, root: Path) -> str:

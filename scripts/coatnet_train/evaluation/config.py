@@ -1,4 +1,4 @@
-"""Settings of eval_imagenet.py, and the checks of single values, which need neither torch nor timm."""
+"""Settings of eval_imagenet.py and their checks, without torch and timm."""
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ __all__ = ['Settings', 'check_values']
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationDataSettings(DataSettings):
-    """What is evaluated on."""
+    """Images to evaluate on."""
 
     split: str = 'validation'  # Name of the split; a folder with neither this nor train/ is taken itself.
     num_samples: int | None = None  # Images of a stream that does not say it.
@@ -22,7 +22,7 @@ class EvaluationDataSettings(DataSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationModelSettings(ModelSettings):
-    """What is evaluated, a row each."""
+    """Models to evaluate, a row each."""
 
     model: tuple[str, ...]  # Names of timm.list_models(), hf-hub:OWNER/NAME or local-dir:FOLDER: a row each.
     pretrained: bool = True  # Load the model's own weights where no --checkpoint takes their place.
@@ -33,7 +33,7 @@ class EvaluationModelSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """How it is computed, and what it leaves."""
+    """Computation and output."""
 
     output: str = ''  # Folder for classes.csv, reliability.png and corruptions.csv of each row (none if not given).
     results_file: str = ''  # File for the table, .json or .csv, with the columns of timm's validate.py first.
@@ -46,11 +46,11 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(RunSettings, EvaluationModelSettings, EvaluationDataSettings):
-    """Everything that eval_imagenet.py can be told."""
+    """All settings of eval_imagenet.py."""
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work, before anything is read."""
+    """Raise ConfigError for single values that cannot work, before anything is read."""
     for name, minimum, maximum in (('batch_size', 1, 2**31), ('workers', 0, 2**10), ('max_bad_images', 0, 1)):
         check_range(settings, name, minimum, maximum)
     if not settings.model:

@@ -171,8 +171,8 @@ def extract(settings: Settings, accelerator: Accelerator, extractor: nn.Module, 
         index = signature | {'class_names': split.class_names, 'complete': False}
         if is_main_process:
             write_json(index_path, index)
-        with accelerator.split_between_processes(list(missing.items())) as share:
-            write_shards(settings, accelerator, extractor, data_config, split, dict(share), unreadable_images)
+        with accelerator.split_between_processes(list(missing.items())) as part:
+            write_shards(settings, accelerator, extractor, data_config, split, dict(part), unreadable_images)
         accelerator.wait_for_everyone()
         if is_main_process:
             add_unreadable(missing)  # those of the other processes too
@@ -271,7 +271,7 @@ def extract_features(settings: Settings) -> dict:
 
 
 def measure(settings: Settings, splits: list[Split], device: torch.device) -> dict:
-    """What --knn and --linear-probe ask for."""
+    """Scores of --knn and --linear-probe."""
     if len(splits) == 1:
         return {}
     tensors = [tensor for split in splits for tensor in read_split(settings, split)]

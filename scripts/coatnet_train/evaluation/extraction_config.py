@@ -1,4 +1,4 @@
-"""Settings of extract_features.py, and the checks of single values, which need neither torch nor timm."""
+"""Settings of extract_features.py and their checks, without torch and timm."""
 from dataclasses import dataclass
 
 from coatnet_train.data.config import DataSettings, is_stream
@@ -10,7 +10,7 @@ __all__ = ['Settings', 'check_values']
 
 @dataclass(frozen=True, kw_only=True)
 class SplitDataSettings(DataSettings):
-    """What features are written of."""
+    """Images to extract features from."""
 
     split: str = 'train'  # Split to extract; '' takes the images of --data-dir itself, in class folders or not.
     val_split: str = 'validation'  # Split that --knn and --linear-probe test on; extracted only for them.
@@ -19,7 +19,7 @@ class SplitDataSettings(DataSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointModelSettings(ModelSettings):
-    """What writes them."""
+    """Model that extracts them."""
 
     checkpoint: str = ''  # Load this file of weights.
 
@@ -41,7 +41,7 @@ class FeatureSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """How it is computed, and where it goes."""
+    """Computation and output."""
 
     output: str = 'output/features'  # Folder for the shards.
     batch_size: int = 64  # Images per step of each process.
@@ -53,7 +53,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(RunSettings, FeatureSettings, CheckpointModelSettings, SplitDataSettings):
-    """Everything that extract_features.py can be told."""
+    """All settings of extract_features.py."""
 
 
 CHOICES = {
@@ -61,7 +61,7 @@ CHOICES = {
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work, before anything is read."""
+    """Raise ConfigError for single values that cannot work, before anything is read."""
     for name, known in CHOICES.items():
         if getattr(settings, name) not in known:
             raise ConfigError(f'{flag(name)} must be {" or ".join(known)}, got {getattr(settings, name)!r}.')

@@ -32,13 +32,13 @@ INDICES_OF_TIMM = ('imagenet_a', 'imagenet_r', 'mini_imagenet')
 
 @dataclass(frozen=True)
 class LabelMap:
-    """How the labels of a data set meet the logits of a model.
+    """Map between the labels of a dataset and the logits of a model.
 
     order: The logits that compete: first that of label 0, 1, ..., then those that no label stands for.
     names: Name of every logit.
-    descriptions: In words, where ImageNet has them, else ''.
+    descriptions: ImageNet's descriptions, or ''.
     valid_labels: Name of the set of logits that compete.
-    notes: What was assumed and deserves to be said.
+    notes: Assumptions to print.
     """
 
     order: list[int]
@@ -60,14 +60,14 @@ class LabelMap:
 
 
 def describe_synsets(names: Iterable[str]) -> dict[str, str]:
-    """In words, those of these names that are synsets of ImageNet, such as n01440764: 'tench, Tinca tinca'."""
-    imagenet, words = ImageNetInfo('imagenet-22k'), {}
+    """Descriptions of the names that are ImageNet synsets, such as n01440764: 'tench, Tinca tinca'."""
+    imagenet, descriptions = ImageNetInfo('imagenet-22k'), {}
     for name in names:
         try:
-            words[name] = imagenet.label_name_to_description(name)
+            descriptions[name] = imagenet.label_name_to_description(name)
         except KeyError:  # a name of the user's own
             continue
-    return words
+    return descriptions
 
 
 def map_labels(class_names: list[str], model: nn.Module, valid_labels: str = 'auto', *, ordered_by: str = '',
@@ -191,11 +191,11 @@ def to_real_labels(predictions: 'Predictions', file_names: list[str], real_label
     except (OSError, ValueError) as error:
         raise ConfigError(f'--real-labels {real_labels} cannot be read ({error}); give timm or real.json.') from error
     labels = torch.tensor([
-        -1 if read < 0 or not real else next((guess for guess in guesses if guess in real), real[0])
-        for read, real, guesses in zip(predictions.labels.tolist(), allowed, predictions.top5.tolist(), strict=True)])
+        -1 if read < 0 or not real else next((label for label in top5 if label in real), real[0])
+        for read, real, top5 in zip(predictions.labels.tolist(), allowed, predictions.top5.tolist(), strict=True)])
     hits = predictions.top5[labels >= 0] == labels[labels >= 0, None]
-    share = 100 / max(len(hits), 1)
-    scores = dict(loss=None, top1=share * int(hits[:, 0].sum()), top5=share * int(hits.any(1).sum()))
+    percent = 100 / max(len(hits), 1)
+    scores = dict(loss=None, top1=percent * int(hits[:, 0].sum()), top5=percent * int(hits.any(1).sum()))
     return dataclasses.replace(predictions, labels=labels, scores=scores)
 
 

@@ -11,6 +11,7 @@ from coatnet_train.plotting.style import BLUE, GREEN, ORANGE, PURPLE, SLATE, cle
 from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
+from coatnet_train.training.config import upgrade_fields
 
 __all__ = ['name_runs', 'run']
 
@@ -46,6 +47,7 @@ def read_run(folder: Path) -> dict:
     """Summary, settings, metrics and number of parameters of a run folder."""
     try:
         parts = {name: json.loads((folder / f'{name}.json').read_text()) for name in ('summary', 'args')}
+        parts['args'] = upgrade_fields(parts['args'])
         with (folder / 'metrics.csv').open(newline='', encoding='utf-8') as file:
             metrics = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     except FileNotFoundError as error:

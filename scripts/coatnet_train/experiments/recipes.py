@@ -24,7 +24,7 @@ __all__ = ['run']
 
 
 def recipe_of(name: str, model: str) -> dict:
-    """What a recipe sets; float32, so that the numbers do not depend on the CPU."""
+    """Settings of a recipe, in float32, so that the numbers do not depend on the CPU."""
     return {**({} if name == DEFAULTS else recipe_settings(name, model)), 'amp': False}
 
 

@@ -33,25 +33,28 @@ COLORS = dict(zip(METHODS, (BLUE, ORANGE, GREY), strict=True))
 
 def check_same(settings: Settings, earlier: dict) -> None:
     """Refuse to go on with rows that were made under other settings."""
+    if 'fractions' not in earlier:
+        raise ConfigError(f'--results-file {settings.results_file} was written by an earlier version of this script; '
+                          f'give another file.')
     now = json.loads(json.dumps(asdict(settings)))
     changed = [f'{flag(name)} was {earlier[name]!r} and is {now[name]!r}'
                for name in ('data_dir', 'model', 'img_size', 'batch_size', 'lr', 'scale', 'hflip', 'amp')
                if earlier[name] != now[name]]
-    before, after = (dict(zip(kept['shares'], kept['updates'], strict=True)) for kept in (earlier, now))
-    changed += [f'--updates was {before[share]} and is {after[share]} for share {share:g}'
-                for share in sorted(before.keys() & after.keys()) if before[share] != after[share]]
+    before, after = (dict(zip(kept['fractions'], kept['updates'], strict=True)) for kept in (earlier, now))
+    changed += [f'--updates was {before[fraction]} and is {after[fraction]} for fraction {fraction:g}'
+                for fraction in sorted(before.keys() & after.keys()) if before[fraction] != after[fraction]]
     if changed:
         raise ConfigError(f'--results-file {settings.results_file} holds rows made under other settings: '
                           f'{"; ".join(changed)}. Give another file, and another --output.')
 
 
-def draw(labels: np.ndarray, share: float, subset: int) -> np.ndarray:
-    """Places of a share of the images of each class, at least two of them; a draw follows from its number alone."""
+def draw(labels: np.ndarray, fraction: float, subset: int) -> np.ndarray:
+    """Places of a fraction of the images of each class, at least two of them; a draw follows from its number alone."""
     rng = np.random.default_rng(subset)
     chosen = []
     for label in np.unique(labels):
         places = rng.permutation(np.flatnonzero(labels == label))
-        chosen.append(places[:max(2, round(share * len(places)))])
+        chosen.append(places[:max(2, round(fraction * len(places)))])
     return np.sort(np.concatenate(chosen))
 
 
@@ -70,7 +73,7 @@ def link_subset(settings: Settings, files: list[Path], folder: Path) -> Path:
 
 
 def root_of(settings: Settings) -> Path:
-    """Where the runs and features of these weights on this data go."""
+    """Folder of the runs and features of these weights on this data."""
     return Path(settings.output) / f'{Path(settings.data_dir).name}-{safe_model_name(settings.model)}'
 
 
@@ -105,33 +108,33 @@ def read_features(settings: Settings) -> dict[str, tuple[np.ndarray, np.ndarray]
 
 def summarize(settings: Settings, rows: list[dict]) -> dict:
     table = {}
-    for way in settings.ways:
-        for share in settings.shares:
-            top1 = [row['top1'] for row in rows if (row['way'], row['share']) == (way, share)]
+    for method in settings.methods:
+        for fraction in settings.fractions:
+            top1 = [row['top1'] for row in rows if (row['method'], row['fraction']) == (method, fraction)]
             if top1:
                 deviation = statistics.stdev(top1) if len(top1) > 1 else 'not measured'
-                table.setdefault(way, {})[str(share)] = dict(
+                table.setdefault(method, {})[str(fraction)] = dict(
                     top1=statistics.mean(top1), deviation=deviation, subsets=len(top1))
     kept = {name: value for name, value in asdict(settings).items() if name not in ('output', 'results_file')}
     return dict(settings=kept, table=table, rows=rows, **provenance(str(choose_device(settings.device))))
 
 
 def plot(report: dict) -> Figure:
-    """Top-1 over the share of labels; a dot a draw, a line through the means."""
+    """Top-1 over the fraction of labels; a dot a draw, a line through the means."""
     figure = Figure(figsize=(7, 4.4), layout='constrained')
     axes = figure.subplots()
-    for way, cells in report['table'].items():
-        shares = [100 * float(share) for share in cells]
-        axes.plot(shares, [cell['top1'] for cell in cells.values()], color=COLORS[way], linewidth=2, label=way)
+    for method, cells in report['table'].items():
+        fractions = [100 * float(fraction) for fraction in cells]
+        axes.plot(fractions, [cell['top1'] for cell in cells.values()], color=COLORS[method], linewidth=2, label=method)
         for row in report['rows']:
-            if row['way'] == way:
-                axes.plot(100 * row['share'], row['top1'], 'o', color=COLORS[way], alpha=0.5, markersize=5)
+            if row['method'] == method:
+                axes.plot(100 * row['fraction'], row['top1'], 'o', color=COLORS[method], alpha=0.5, markersize=5)
     axes.set_xscale('log')
-    ticks = sorted({100 * row['share'] for row in report['rows']})
+    ticks = sorted({100 * row['fraction'] for row in report['rows']})
     axes.set_xticks(ticks, [f'{tick:g} %' for tick in ticks])
     axes.set_xticks([], minor=True)
     model, data = (Path(report['settings'][name]).name for name in ('model', 'data_dir'))
-    axes.set(xlabel='share of the training labels', ylabel='top-1 on the validation split (%)',
+    axes.set(xlabel='fraction of the training labels', ylabel='top-1 on the validation split (%)',
              title=f'{model.removeprefix("local-dir:")} on {data}')
     clean_axes(axes)
     axes.legend(frameon=False)
@@ -151,29 +154,29 @@ def run(settings: Settings) -> dict:
     model, _ = open_model(ModelSettings(model=settings.model, pretrained=True, img_size=settings.img_size))
     architecture = model.pretrained_cfg['architecture']
     report = summarize(settings, rows)
-    for share, subsets, updates in zip(settings.shares, settings.subsets, settings.updates, strict=True):
+    for fraction, subsets, updates in zip(settings.fractions, settings.subsets, settings.updates, strict=True):
         for subset in range(subsets):
-            chosen = draw(labels, share, subset)
-            folder = root_of(settings) / f'{share:g}-{subset}'
-            for way in settings.ways:
-                if any((row['way'], row['share'], row['subset']) == (way, share, subset) for row in rows):
+            chosen = draw(labels, fraction, subset)
+            folder = root_of(settings) / f'{fraction:g}-{subset}'
+            for method in settings.methods:
+                if any((row['method'], row['fraction'], row['subset']) == (method, fraction, subset) for row in rows):
                     continue
-                if way == 'linear probe':
+                if method == 'linear probe':
                     features = features or read_features(settings)
                     (inputs, targets), held_out = features['train'], features['validation']
                     top1 = linear_probe(inputs[chosen], targets[chosen], *held_out, seed=subset)['top1']
                 else:
                     data_dir = link_subset(settings, [Path(names[place]) for place in chosen], folder)
-                    top1 = train(settings, architecture, data_dir, len(chosen), updates, subset, way == 'fine-tuned')
-                rows.append(dict(way=way, share=share, subset=subset, images=len(chosen), top1=top1))
+                    top1 = train(settings, architecture, data_dir, len(chosen), updates, subset, method == 'fine-tuned')
+                rows.append(dict(method=method, fraction=fraction, subset=subset, images=len(chosen), top1=top1))
                 report = summarize(settings, rows)
                 rows[-1].update((fact, report[fact]) for fact in ('hardware', 'commit', 'date'))
-                print(f'{way:12} {share:6.1%} of the labels, draw {subset + 1}: top-1 {top1:.2f} %')
+                print(f'{method:12} {fraction:6.1%} of the labels, draw {subset + 1}: top-1 {top1:.2f} %')
                 if path:
                     write_json(path, report)
                     write_figure(path.with_suffix('.png'), plot(report))
-    for way, cells in report['table'].items():
-        for share, cell in cells.items():
+    for method, cells in report['table'].items():
+        for fraction, cell in cells.items():
             deviation = '' if isinstance(cell['deviation'], str) else f' +- {cell["deviation"]:.2f}'
-            print(f'{way:12} {float(share):6.1%}  {cell["top1"]:6.2f} %{deviation}  ({cell["subsets"]} draws)')
+            print(f'{method:12} {float(fraction):6.1%}  {cell["top1"]:6.2f} %{deviation}  ({cell["subsets"]} draws)')
     return report

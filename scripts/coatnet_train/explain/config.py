@@ -1,4 +1,4 @@
-"""Settings of predict.py, and the checks of single values, which need neither torch nor timm."""
+"""Settings of predict.py and their checks, without torch and timm."""
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ __all__ = ['Settings', 'check_values']
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointModelSettings(ModelSettings):
-    """What predicts."""
+    """Model that predicts."""
 
     model: str = field(default_factory=best_release)  # NAME.TAG with its weights, another name, hf-hub: or local-dir:.
     checkpoint: str = ''  # File of weights to load.
@@ -19,16 +19,16 @@ class CheckpointModelSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ExplanationSettings:
-    """What is shown of each image."""
+    """Explanation to draw for each image."""
 
     explain: str = 'auto'  # auto (by the model's last T or D stage), attention, kernels or gradcam.
     stage: int | None = None  # Stage to explain, 1 to 4 (the last one that can be, if not given).
-    at: tuple[float, float] | None = None  # X Y of one query or kernel: shares of the crop's width and height, 0 to 1.
+    at: tuple[float, float] | None = None  # X Y of one query or kernel: fractions of the crop's width and height.
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What is read, where it is computed, and what it leaves."""
+    """Input, device and output."""
 
     images: tyro.conf.Positional[tuple[Path, ...]]  # Images, or folders of them.
     output: Path = Path('output/predict')  # Folder for the overlays.
@@ -37,14 +37,14 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(RunSettings, ExplanationSettings, CheckpointModelSettings):
-    """Everything that predict.py can be told."""
+    """All settings of predict.py."""
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work, before anything is read."""
+    """Raise ConfigError for single values that cannot work, before anything is read."""
     if not settings.images:
         raise ConfigError('IMAGES must name at least one image or folder of images, and names none; give one.')
-    if settings.at is not None and not all(0 <= share <= 1 for share in settings.at):
-        raise ConfigError(f'--at must be two shares of the image from 0 to 1, X from the left and Y from the top, '
+    if settings.at is not None and not all(0 <= fraction <= 1 for fraction in settings.at):
+        raise ConfigError(f'--at must be two fractions of the image from 0 to 1, X from the left and Y from the top, '
                           f'got {settings.at}.')
     check_model_settings(settings)

@@ -32,7 +32,7 @@ BLOCK_TYPES = {'attention': 'T', 'kernels': 'D'}
 
 @dataclass(frozen=True)
 class ExplainTarget:
-    """What is shown: a kind out of KINDS and, for attention and kernels, where it is computed."""
+    """An explanation: one of KINDS and, for attention and kernels, the module that computes it."""
 
     kind: str
     module: RelativeAttention2d | DynamicConv2d | None = None
@@ -123,7 +123,7 @@ def tap_distances(size: tuple[int, int], step: tuple[float, float]) -> torch.Ten
 
 
 def expected_distance(kernels: torch.Tensor, step: tuple[float, float]) -> torch.Tensor:
-    """How far from its centre each kernel looks: (B, heads, Kh, Kw, H, W) -> (B, H, W), mean over the heads.
+    """Distance of the weights of each kernel from its centre: (B, heads, Kh, Kw, H, W) -> (B, H, W), mean over the heads.
 
     sum_{u,v} |k[u, v]| d[u, v] / sum_{u,v} |k[u, v]| with d of `tap_distances`. Taps on the padding count too.
     """

@@ -1,4 +1,4 @@
-"""Settings of a model that scripts share, and the checks that need neither torch nor timm."""
+"""Settings of a model that commands share, and their checks, without torch and timm."""
 import math
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ CROP_MODES = ('center', 'squash', 'border')
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """What to open, and how images are made ready for it."""
+    """Model, and the preprocessing of its images."""
 
     model: str  # Any name of timm.list_models(), or hf-hub:OWNER/NAME, or local-dir:FOLDER.
     pretrained: bool = False  # Load the model's pretrained weights.

@@ -119,7 +119,7 @@ def strip_prefix(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -
 
 
 def convert(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """What the architecture's filter makes of a state dict, as timm applies it to pretrained weights."""
+    """Convert a state dict by the architecture's filter, as timm does for pretrained weights."""
     if isinstance(model, Backbone):
         return convert_state_dict(state, model)
     module = sys.modules[model_entrypoint(model.pretrained_cfg['architecture']).__module__]
@@ -141,7 +141,7 @@ def classifiers_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def way_out(state: dict[str, torch.Tensor], model: nn.Module, option: str) -> str:
-    """What to do about a state dict that does not fit."""
+    """Advice on a state dict that does not fit."""
     classes = next((len(value) for key, value in state.items() if key.startswith(classifiers_of(model))), None)
     if classes not in (None, model.num_classes) and option == '--checkpoint':
         return f'Give --num-classes {classes}, and --img-size and --model-kwargs as in training.'

@@ -83,7 +83,7 @@ def check_output(path: Path) -> None:
 
 
 def earlier_results(results_file: str, *keys: str) -> dict | None:
-    """What --results-file holds from an earlier call, None if nothing yet; refused if it cannot be read or written.
+    """Content of --results-file from an earlier call, or None; raises ConfigError if it cannot be read or written.
 
     Args:
         results_file: Name of a JSON file.

@@ -1,4 +1,4 @@
-"""What the scripts print beside their results: notes, and file names that may be no UTF-8."""
+"""Console output: notes on stderr, and file names that may not be UTF-8."""
 import os
 import sys
 from functools import cache
@@ -8,7 +8,7 @@ from coatnet_train.runtime.cli import ConfigError
 __all__ = ['check_utf8', 'note', 'printable']
 
 
-@cache  # a message is said once
+@cache  # each message once
 def note(message: str) -> None:
     """Print a message to stderr, in the first of several processes."""
     if os.environ.get('RANK', '0') == '0':

@@ -1,4 +1,4 @@
-"""Where a figure comes from: hardware, versions, commit, command and day, for every file under results/."""
+"""Provenance of a measurement, for every file under results/: hardware, versions, commit, command and date."""
 import os
 import platform
 import shutil
@@ -41,7 +41,7 @@ def commit() -> str:
 
 
 def provenance(device: str) -> dict[str, str]:
-    """The facts that stand with a measurement."""
+    """Hardware, versions, commit, command line and date of this process."""
     return dict(
         hardware=hardware(device), python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
         commit=commit(), command=' '.join(['python', *sys.argv]), date=time.strftime('%Y-%m-%d', time.gmtime()))

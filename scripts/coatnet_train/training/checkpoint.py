@@ -1,4 +1,4 @@
-"""Checkpoints: how far a run is, and the resume signature, which must be the same when it goes on."""
+"""Checkpoints: progress of a run, and the resume signature, which must be the same when it goes on."""
 import json
 import pickle
 from dataclasses import asdict, dataclass, field
@@ -22,7 +22,7 @@ DIGESTS = {'digest_of_train_images': 'training', 'digest_of_val_images': 'held-o
 
 @dataclass
 class Progress:
-    """How far a run is: the part of a checkpoint that is neither weights nor optimizer."""
+    """Progress of a run: the part of a checkpoint that is neither weights nor optimizer."""
 
     epoch: int = 1  # the current one
     batch: int = 0  # finished batches of it

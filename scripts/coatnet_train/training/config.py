@@ -16,7 +16,7 @@ __all__ = ['RESUME_IGNORED_FIELDS', 'Settings', 'check_values', 'read_settings',
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingDataSettings(DataSettings):
-    """What finetune.py reads."""
+    """Training and validation images."""
 
     train_split: str = 'train'  # Name of the training split.
     val_split: str = 'validation'  # Name of the split that picks the best epoch.
@@ -29,7 +29,7 @@ class TrainingDataSettings(DataSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How the weights change."""
+    """Optimisation of the weights."""
 
     initial_checkpoint: str = ''  # Start from this file of weights, whose classes must be the data's.
     batch_size: int | None = 64  # Images per training step and process; None: by the number of images, 8 to 64.
@@ -66,7 +66,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationSettings:
-    """What is done to the images in training."""
+    """Augmentation of the training images."""
 
     train_img_sizes: tuple[int, ...] = ()  # Progressive sizes in pixels, each for an equal share of the epochs.
     scale: tuple[float, float] = (0.08, 1.0)  # Area of the random crop, as a share of the image.
@@ -83,7 +83,7 @@ class AugmentationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Where and how the run is computed, and what it leaves."""
+    """Computation and output."""
 
     recipe: Annotated[str, tyro.conf.arg(
         help=f'Settings by name (coatnet_train/training/recipes.py), over which other flags win: '
@@ -106,11 +106,11 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(RunSettings, AugmentationSettings, TrainingSettings, ModelSettings, TrainingDataSettings):
-    """Everything that finetune.py can be told."""
+    """All settings of finetune.py."""
 
 
-# Settings that may differ when a run is resumed: they change where it is, not what it computes. What --data-dir
-# and --class-map give is compared by a digest instead.
+# Fields that may differ when a run is resumed: they change where it runs, not what it computes. The images of
+# --data-dir and --class-map are compared by a digest instead.
 RESUME_IGNORED_FIELDS = (
     'recipe', 'amp_if_native', 'last_epoch', 'data_dir', 'dataset_download', 'class_map', 'output', 'experiment',
     'resume', 'device', 'recovery_interval', 'tracker', 'max_bad_images')
@@ -125,7 +125,7 @@ def upgrade_fields(fields: dict[str, object]) -> dict[str, object]:
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work; None, which follows from the images, is checked once they are counted."""
+    """Raise ConfigError for single values that cannot work; None is checked once the images are counted."""
     epochs = math.inf if settings.epochs is None else settings.epochs
     for name, value in asdict(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -147,7 +147,7 @@ def check_values(settings: Settings) -> None:
             ('max_bad_images', 0, 1), ('mixup_prob', 0, 1), ('mixup_switch_prob', 0, 1), ('kd_loss_weight', 0, 1)):
         check_range(settings, name, minimum, maximum)
     if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
-        raise ConfigError(f'--scale must be two rising shares of the image from 0 to 1, got {settings.scale}.')
+        raise ConfigError(f'--scale must be two rising fractions of the image from 0 to 1, got {settings.scale}.')
     if (settings.mixup or settings.cutmix) and (settings.batch_size or 0) % 2:
         raise ConfigError(f'--batch-size must be even with --mixup or --cutmix, got {settings.batch_size}.')
     if any(size <= 0 for size in settings.train_img_sizes) or len(settings.train_img_sizes) > epochs:

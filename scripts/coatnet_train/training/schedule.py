@@ -1,4 +1,4 @@
-"""How long a run is: batch size and epochs from the number of images, and what to say of a run that is too short."""
+"""Length of a run: batch size and epochs from the number of images, and advice on a run that is too short."""
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def with_schedule(settings: Settings, images: int, processes: int = 1) -> Settin
     Args:
         settings: Of finetune.py.
         images: Of the training split.
-        processes: That share a batch.
+        processes: Number of processes that share a batch.
     """
     batch_size, epochs = settings.batch_size, settings.epochs
     if batch_size is None:
@@ -35,7 +35,7 @@ def with_schedule(settings: Settings, images: int, processes: int = 1) -> Settin
 
 def advice(images: int, used: int, updates: int, batch_size: int, shared: int = 1, step: int = 1,
            scheduled: bool = False) -> Iterator[str]:
-    """What to say of a run that leaves images out, or is short.
+    """Advice on a run that leaves images out, or is short.
 
     Args:
         images: Of the training split.

@@ -1,4 +1,4 @@
-"""What finetune.py trains: timm's task with its loss and teacher, and an optimizer that knows trunk from head."""
+"""The training task: timm's, with loss and teacher; frozen trunks and BatchNorm's momentum."""
 import copy
 
 import torch
@@ -34,7 +34,7 @@ def set_trunk_to_eval(model: nn.Module) -> None:
 
 
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
-    """How much a batch adds to BatchNorm's running statistics; in no config, so that the run's model opens as ever."""
+    """Set the weight of a batch in BatchNorm's running statistics; no config records it."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.momentum = momentum
