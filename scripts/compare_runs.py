@@ -12,7 +12,7 @@ from pathlib import Path
 
 from coatnet_train.runtime.cli import ConfigError, parse_flags, run_cli, tyro
 
-MOST_RUNS = 5  # curves that one plot can hold
+MAX_RUNS = 5  # curves that one plot can hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Settings:
 
 def check_values(settings: Settings) -> None:
     """Refuse single values that cannot work, before anything is read."""
-    if not 2 <= len(settings.runs) <= MOST_RUNS:
-        raise ConfigError(f'RUNS must be two to {MOST_RUNS} run folders, got {len(settings.runs)}.')
+    if not 2 <= len(settings.runs) <= MAX_RUNS:
+        raise ConfigError(f'RUNS must be two to {MAX_RUNS} run folders, got {len(settings.runs)}.')
     if settings.results_file and Path(settings.results_file).suffix != '.json':
         raise ConfigError(f'--results-file must end in .json, got {settings.results_file}.')
 

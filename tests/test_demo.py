@@ -114,7 +114,7 @@ def test_demo_fails_on_low_accuracy_and_starts_afresh(tmp_path, monkeypatch, cap
     assert Image.open(tmp_path / 'demo.png').size[0] > 1000
 
     results = tmp_path / 'results.json'
-    monkeypatch.setattr(demo_run, 'LEAST_ACCURACY', 0.0)
+    monkeypatch.setattr(demo_run, 'MIN_ACCURACY', 0.0)
     assert demo.main(str(results)) == 0
     said, report = capsys.readouterr().out, json.loads(results.read_text())
     assert 'of 60 held-out digits right' in said

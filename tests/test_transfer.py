@@ -29,7 +29,8 @@ def settings(trained, tmp_path) -> transfer.Settings:
     data, run = trained
     return transfer.Settings(
         data_dir=str(data), model=f'local-dir:{run}', fractions=(0.5, 1.0), subsets=(2, 1), updates=(4, 6),
-        batch_size=6, workers=0, device='cpu', output=str(tmp_path / 'out'), results_file=str(tmp_path / 'transfer.json'))
+        batch_size=6, workers=0, device='cpu', output=str(tmp_path / 'out'),
+        results_file=str(tmp_path / 'transfer.json'))
 
 
 def test_draws_are_even_different_and_repeatable():

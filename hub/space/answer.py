@@ -1,4 +1,4 @@
-"""What the page says of an image: the best guesses, what the stages looked at, and the time that it took."""
+"""What the page says of an image: the top-5 predictions, what the stages looked at, and the time that it took."""
 import io
 import time
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from coatnet_train.plotting.style import CYAN
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_zoo.models.backbone import Backbone
 
-__all__ = ['Answer', 'Model', 'Panel', 'answer', 'open_models', 'share_of']
+__all__ = ['Answer', 'Model', 'Panel', 'answer', 'open_models', 'position_in_image']
 
 SEEN_SIDE = 448  # least width of the image to click on, in pixels
 TEXT = '#7d8590'  # of scales; legible on white and on near black
@@ -38,7 +38,7 @@ class Model:
     targets: list[ExplainTarget]  # what can be shown, the last one Grad-CAM
 
     @property
-    def word(self) -> str:
+    def layout(self) -> str:
         return self.network.cfg.layout if isinstance(self.network, Backbone) else ''
 
     @property
@@ -61,7 +61,7 @@ class Panel:
 class Answer:
     """What the page shows of one image."""
 
-    guesses: dict[str, float]  # best first
+    top5: dict[str, float]  # best first
     seen: Image.Image  # what the model sees, with a ring around the chosen position
     panels: list[Panel]
     milliseconds: float  # of one forward pass of this image, of this request
@@ -90,8 +90,9 @@ def open_models(names: tuple[str, ...], released: tuple[str, ...], device: torch
                               f'rename its folder.')
         if data_config['input_size'][0] != 3:
             raise ConfigError(f'--model {name} reads grey images, and the page shows colour ones; leave it out.')
-        word = network.cfg.layout if isinstance(network, Backbone) else ''
-        stages = [choose_target(network, name, stage=stage) for stage, letter in enumerate(word, 1) if letter in 'TD']
+        layout = network.cfg.layout if isinstance(network, Backbone) else ''
+        stages = [choose_target(network, name, stage=stage) for stage, block_type in enumerate(layout, 1)
+                  if block_type in 'TD']
         models[title] = Model(
             title, weights, settings, network.to(device), data_config, read_labels(network),
             [*stages, choose_target(network, name, 'gradcam')])
@@ -112,7 +113,7 @@ def answer(model: Model, photo: Image.Image, at: tuple[float, float] | None = No
     panels = []
     for target in model.targets:
         _, draw_callbacks = explain_image(model.network, target, batch, crop, model.labels, model.settings.model, at)
-        stage = f'Stage {target.stage} · {model.word[target.stage - 1]}' if target.stage else 'Before the head'
+        stage = f'Stage {target.stage} · {model.layout[target.stage - 1]}' if target.stage else 'Before the head'
         panels += [draw_panel(draw, stage, crop.shape[0] / crop.shape[1]) for draw in draw_callbacks]
 
     with torch.inference_mode():
@@ -124,12 +125,12 @@ def answer(model: Model, photo: Image.Image, at: tuple[float, float] | None = No
     short = [label.short for label in labels]
     names = [label.short if short.count(label.short) == 1 else str(label) for label in labels]  # there are two cranes
     return Answer(
-        guesses=dict(zip(names, best.values.tolist(), strict=True)),
+        top5=dict(zip(names, best.values.tolist(), strict=True)),
         seen=draw_seen(Image.fromarray((crop * 255).round().astype('uint8')), at), panels=panels,
         milliseconds=milliseconds)
 
 
-def share_of(model: Model, index: tuple[float, float]) -> tuple[float, float]:
+def position_in_image(model: Model, index: tuple[float, float]) -> tuple[float, float]:
     """The position (X, Y) as shares of `Answer.seen`, of the (column, row) of a pixel in it."""
     _, height, width = model.data_config['input_size']
     scale = seen_scale(width)

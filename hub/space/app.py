@@ -1,4 +1,4 @@
-"""A page to try the models: drop an image, see the best guesses and what the stages looked at.
+"""A page to try the models: drop an image, see the top-5 predictions and what the stages looked at.
 
     python hub/space/app.py --model coatnet_pico_64.tin200_preview local-dir:output/coatnet_pico
     python app.py

@@ -11,26 +11,26 @@ os.environ['HF_HUB_DISABLE_TELEMETRY'] = '1'
 import gradio as gr
 import torch
 
-from answer import Answer, Model, answer, share_of
+from answer import Answer, Model, answer, position_in_image
 from coatnet_train.explain.panels import RANDOM
 from coatnet_train.runtime.cli import ConfigError
-from upload import MOST_BYTES, MOST_PIXELS, read_upload
+from upload import MAX_BYTES, MAX_PIXELS, read_upload
 
 STYLE = Path(__file__).with_name('style.css')
 SYSTEM_FONTS = ('system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'Helvetica Neue', 'sans-serif')
 MONO_FONTS = ('ui-monospace', 'Menlo', 'Consolas', 'monospace')
-MOST_WAITING = 20  # requests in the queue; the next one is told that it is full
+MAX_WAITING = 20  # requests in the queue; the next one is told that it is full
 KEPT = 3600  # seconds after which the next request deletes a user's files
 INTRODUCTION = '''
 <h1>What does it see?</h1>
 <p>Image classifiers of <b>coatnet_zoo</b>: convolution (C), attention (T), LightConv (L) and DynamicConv (D), stage by
 stage. Drop an image and look inside.</p>'''
-HINT = f'Any image, up to {MOST_BYTES // 2 ** 20} MiB and {MOST_PIXELS // 10 ** 6} million pixels.'
+HINT = f'Any image, up to {MAX_BYTES // 2 ** 20} MiB and {MAX_PIXELS // 10 ** 6} million pixels.'
 
 
-def say(sentences: list[str], kind: str) -> str:
+def show_messages(messages: list[str], kind: str) -> str:
     role = 'alert' if kind == 'refusal' else 'status'
-    return ''.join(f'<p class="{kind}" role="{role}">{escape(sentence)}</p>' for sentence in sentences)
+    return ''.join(f'<p class="{kind}" role="{role}">{escape(message)}</p>' for message in messages)
 
 
 def show_facts(model: Model, given: Answer) -> str:
@@ -42,7 +42,7 @@ def show_facts(model: Model, given: Answer) -> str:
     _, height, width = model.data_config['input_size']
     facts = {
         'Parameters': f'{sum(p.numel() for p in model.network.parameters()) / 1e6:.2f} M',
-        'Input': f'{width} x {height} pixels', 'Stages': ' '.join(model.word) or 'not of this zoo',
+        'Input': f'{width} x {height} pixels', 'Stages': ' '.join(model.layout) or 'not of this zoo',
         'Classes': f'{len(model.labels):,}', 'Forward pass': f'{given.milliseconds:.1f} ms'}
     rows = ''.join(f'<div><dt>{name}</dt><dd>{escape(value)}</dd></div>' for name, value in facts.items())
     return (f'<dl class="facts">{rows}</dl><p class="measured">Time of one image, measured on this request: '
@@ -53,8 +53,8 @@ def show_panels(model: Model, given: Answer, at: tuple[float, float] | None) -> 
     """The maps in a grid, and what a click would change."""
     hint = 'These stages have neither attention nor predicted kernels, only the last map of features.'
     if model.positions:
-        letters = {'attention': 'where it looks', 'kernels': 'the kernels predicted there'}
-        shows = ' and '.join(letters[kind] for kind in dict.fromkeys(target.kind for target in model.targets[:-1]))
+        descriptions = {'attention': 'where it looks', 'kernels': 'the kernels predicted there'}
+        shows = ' and '.join(descriptions[kind] for kind in dict.fromkeys(target.kind for target in model.targets[:-1]))
         hint = f'Click {"another" if at else "a"} position of the image to see {shows}.'
     shown = []
     for panel in given.panels:
@@ -77,7 +77,7 @@ def build_page(models: dict[str, Model]) -> gr.Blocks:
     """The page; requests wait in one queue, for one at a time is in the network."""
 
     def show(title: str, file: str | None, at: tuple[float, float] | None = None) -> tuple:
-        """(message, results, seen, guesses, facts, panels) for a file, or a sentence and no results."""
+        """(message, results, seen, top5, facts, panels) for a file, or a message and no results."""
         delete_old(Path(page.GRADIO_CACHE))
         if not file:
             return '', gr.update(visible=False), None, None, '', ''
@@ -85,16 +85,16 @@ def build_page(models: dict[str, Model]) -> gr.Blocks:
         try:
             image, notes = read_upload(Path(file))
         except ConfigError as error:
-            return say([str(error)], 'refusal'), gr.update(visible=False), None, None, '', ''
+            return show_messages([str(error)], 'refusal'), gr.update(visible=False), None, None, '', ''
         if model.weights == RANDOM:
             notes.append(f'{RANDOM}.')
         given = answer(model, image, at)
-        return (say(notes, 'note'), gr.update(visible=True), given.seen, given.guesses,
+        return (show_messages(notes, 'note'), gr.update(visible=True), given.seen, given.top5,
                 show_facts(model, given), show_panels(model, given, at))
 
     def show_position(title: str, file: str | None, click: gr.SelectData) -> tuple:
         """The same, of the position that was clicked in the image."""
-        return show(title, file, at=share_of(models[title], click.index) if models[title].positions else None)
+        return show(title, file, at=position_in_image(models[title], click.index) if models[title].positions else None)
 
     with gr.Blocks(title='coatnet_zoo', analytics_enabled=False) as page:
         gr.HTML(INTRODUCTION, elem_id='introduction', padding=False)
@@ -111,15 +111,15 @@ def build_page(models: dict[str, Model]) -> gr.Blocks:
                     seen = gr.Image(
                         label='What the model sees', format='png', interactive=False, buttons=[], elem_id='seen')
                 with gr.Column(min_width=280):
-                    guesses = gr.Label(label='Best guesses', num_top_classes=5, elem_id='guesses')
+                    top5 = gr.Label(label='Top-5 predictions', num_top_classes=5, elem_id='top5')
                 with gr.Column(min_width=280):
                     facts = gr.HTML(elem_id='facts', padding=False)
             panels = gr.HTML(elem_id='panels', padding=False)
-        outputs = [message, results, seen, guesses, facts, panels]
+        outputs = [message, results, seen, top5, facts, panels]
         one_at_a_time = dict(concurrency_limit=1, concurrency_id='network', show_progress_on=[seen, message])
         gr.on([file.change, title.change], show, [title, file], outputs, api_name='predict', **one_at_a_time)
         seen.select(show_position, [title, file], outputs, api_visibility='private', **one_at_a_time)
-    return page.queue(max_size=MOST_WAITING, api_open=False)
+    return page.queue(max_size=MAX_WAITING, api_open=False)
 
 
 def serve(page: gr.Blocks, **options: object) -> tuple:
@@ -127,5 +127,5 @@ def serve(page: gr.Blocks, **options: object) -> tuple:
     theme = gr.themes.Base(primary_hue='blue', neutral_hue='slate', font=SYSTEM_FONTS, font_mono=MONO_FONTS,
                            radius_size='md').set(body_text_color_subdued='*neutral_500')  # 400 is faint on white
     return page.launch(
-        theme=theme, css_paths=STYLE, max_file_size=MOST_BYTES, footer_links=[], share=False,
+        theme=theme, css_paths=STYLE, max_file_size=MAX_BYTES, footer_links=[], share=False,
         ssr_mode=False, **options)

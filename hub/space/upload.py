@@ -1,4 +1,4 @@
-"""A stranger's file as an image to predict: measured before it is decoded, and what is wrong with it is a sentence."""
+"""Uploads of the page: size and format are checked before decoding, and errors say what is wrong with a file."""
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -6,16 +6,16 @@ from PIL import Image, ImageOps
 from coatnet_train.data.image_files import UNREADABLE, to_mode
 from coatnet_train.runtime.cli import ConfigError, one_line
 
-__all__ = ['FORMATS', 'MOST_BYTES', 'MOST_PIXELS', 'MOST_SIDE', 'read_upload']
+__all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'read_upload']
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # Pillow knows more, some through programs of others
-MOST_BYTES = 10 * 2 ** 20
-MOST_SIDE = 12_000  # pixels
-MOST_PIXELS = 60_000_000
+MAX_BYTES = 10 * 2 ** 20
+MAX_SIDE = 12_000  # pixels
+MAX_PIXELS = 60_000_000
 
 
 def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
-    """The image in a file, upright, in RGB, and a sentence for each thing about it that was changed.
+    """The image in a file, upright, in RGB, and a note for each thing about it that was changed.
 
     Orientation tags are applied, as phones store images lying on a side; of several frames the first is taken. All
     else is converted as the scripts do, by `image_files.to_mode`, so that a file gets one answer.
@@ -27,8 +27,8 @@ def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
     size, notes = path.stat().st_size, []
     if not size:
         raise ConfigError('This file is empty (0 bytes); choose an image.')
-    if size > MOST_BYTES:
-        raise ConfigError(f'This file has {size / 2 ** 20:.1f} MiB, and at most {MOST_BYTES // 2 ** 20} are read; '
+    if size > MAX_BYTES:
+        raise ConfigError(f'This file has {size / 2 ** 20:.1f} MiB, and at most {MAX_BYTES // 2 ** 20} are read; '
                           f'choose a smaller one.')
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -40,7 +40,7 @@ def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
     except ConfigError:
         raise
     except Image.DecompressionBombError as error:
-        raise ConfigError(f'This image has too many pixels: at most {MOST_PIXELS // 10 ** 6} million are read; '
+        raise ConfigError(f'This image has too many pixels: at most {MAX_PIXELS // 10 ** 6} million are read; '
                           f'make it smaller.') from error
     except Image.UnidentifiedImageError as error:
         raise ConfigError('This is not an image that can be read here (JPEG, PNG, WebP, GIF, BMP or TIFF); '
@@ -52,14 +52,14 @@ def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
 def check_size(image: Image.Image) -> None:
     """Refuse what is too large, from the header alone."""
     width, height = image.size
-    if max(width, height) > MOST_SIDE or width * height > MOST_PIXELS:
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise ConfigError(
-            f'This image has {width:,} x {height:,} pixels, and at most {MOST_SIDE:,} a side and '
-            f'{MOST_PIXELS // 10 ** 6} million in all are read; make it smaller.')
+            f'This image has {width:,} x {height:,} pixels, and at most {MAX_SIDE:,} a side and '
+            f'{MAX_PIXELS // 10 ** 6} million in all are read; make it smaller.')
 
 
 def upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Turn and convert a decoded image; `notes` gets a sentence for each change that is worth one."""
+    """Turn and convert a decoded image; append a note for each change worth one."""
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         notes.append('Transparency was dropped, as in training.')

@@ -83,25 +83,25 @@ def test_guesses_and_panels_of_each_letter(models, runs, tmp_path):
             ('coatnet_pico_64', ['Where all positions look'], 'T'),
             ('dynamicconvnet_pico_64', ['Kernels predicted at positions', 'How far the kernels look'], 'D')):
         given = answer.answer(models[title], Image.open(picture))
-        assert given.guesses == pytest.approx(dict(list(expected(runs / title, picture).items())[:5]), abs=1e-5)
+        assert given.top5 == pytest.approx(dict(list(expected(runs / title, picture).items())[:5]), abs=1e-5)
         shown = [(panel.stage, panel.title) for panel in given.panels]
         assert shown == [*((f'Stage {stage} · {letter}', words) for stage in (3, 4) for words in titles),
-                         ('Before the head', f'Grad-CAM of {next(iter(given.guesses))}')]
+                         ('Before the head', f'Grad-CAM of {next(iter(given.top5))}')]
         assert given.milliseconds > 0 and given.seen.size == (448, 448)
         assert all(panel.png.startswith(b'\x89PNG') for panel in given.panels)
 
 
 def test_a_click_is_a_share_of_the_picture(models):
     model = models['coatnet_pico_64']
-    assert answer.share_of(model, (0, 447)) == pytest.approx((0.5 / 448, 447.5 / 448))
-    assert answer.share_of(model, (-9, 900)) == (0, 1)
+    assert answer.position_in_image(model, (0, 447)) == pytest.approx((0.5 / 448, 447.5 / 448))
+    assert answer.position_in_image(model, (-9, 900)) == (0, 1)
 
 
 def test_two_classes_of_one_word_are_told_apart(models, tmp_path):
     labels = [answer.Label(f'n{number}', 'crane, bird') for number in range(len(NAMES))]
     model = dataclasses.replace(models['coatnet_pico_64'], labels=labels)
-    guesses = answer.answer(model, Image.open(write_picture(tmp_path / 'picture.png'))).guesses
-    assert len(guesses) == 5 and all(re.fullmatch(r'n\d  crane, bird', name) for name in guesses)
+    top5 = answer.answer(model, Image.open(write_picture(tmp_path / 'picture.png'))).top5
+    assert len(top5) == 5 and all(re.fullmatch(r'n\d  crane, bird', name) for name in top5)
 
 
 def test_refusals_of_models(runs, tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def test_words_of_others_are_shown_and_not_run(models):
     panel = answer.Panel('Stage 1', 'Grad-CAM of <img src=x onerror=alert(1)>', '"a" & b', b'')
     html = interface.show_panels(models['coatnet_pico_64'], answer.Answer({}, None, [panel], 1.0), None)
     assert '<img src=x' not in html and 'of &lt;img src=x onerror=alert(1)&gt;' in html and '"a"' not in html
-    assert '<script>' not in interface.say(['<script>'], 'note')
+    assert '<script>' not in interface.show_messages(['<script>'], 'note')
 
 
 def test_facts_are_of_the_model_and_of_this_request(models):
@@ -195,8 +195,8 @@ def test_several_users_wait_in_a_queue_and_get_their_own(connect, models, runs, 
     titles = [list(models)[number % 2] for number in range(4)]
     jobs = [connect(title, picture) for title, picture in zip(titles, pictures, strict=True)]
     for job, title, picture in zip(jobs, titles, pictures, strict=True):
-        message, _, guesses, facts, panels = job.result(timeout=60)
-        found = {entry['label']: entry['confidence'] for entry in guesses['confidences']}
+        message, _, top5, facts, panels = job.result(timeout=60)
+        found = {entry['label']: entry['confidence'] for entry in top5['confidences']}
         assert found == pytest.approx(dict(list(expected(runs / title, picture).items())[:5]), abs=1e-5)
         assert message == '' and 'measured on this request' in facts and panels.count('<figure>') in (3, 5)
     assert len(most) == 4 and max(most) == 1
@@ -213,7 +213,7 @@ def test_bad_files_get_a_sentence_and_no_results(connect, models, tmp_path, capf
 
 
 def test_what_is_too_large_is_refused_while_it_comes(connect, models, tmp_path):
-    (tmp_path / 'large.png').write_bytes(bytes(interface.MOST_BYTES + 1))
+    (tmp_path / 'large.png').write_bytes(bytes(interface.MAX_BYTES + 1))
     with pytest.raises(Exception, match=r'413|[Ss]ize'):
         connect(next(iter(models)), tmp_path / 'large.png').result(timeout=60)
 
@@ -334,10 +334,10 @@ def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
     page.get_by_label('Model').click()
     page.get_by_role('option', name='dynamicconvnet_pico_64', exact=True).click()
     best, share = next(iter(expected(runs / 'dynamicconvnet_pico_64', picture).items()))
-    page.locator('#guesses').get_by_text(best).first.wait_for()
+    page.locator('#top5').get_by_text(best).first.wait_for()
     page.get_by_text('Kernels predicted at positions').first.wait_for()
-    guesses = page.locator('#guesses').inner_text()
-    assert best in guesses and f'{100 * share:.0f}%' in guesses.replace(' ', '')
+    top5 = page.locator('#top5').inner_text()
+    assert best in top5 and f'{100 * share:.0f}%' in top5.replace(' ', '')
     assert 'ms' in page.locator('#facts').inner_text() and fits()
     assert page.locator('.panels img').count() == 5
 

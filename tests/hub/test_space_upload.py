@@ -73,7 +73,7 @@ def test_bad_files_get_a_sentence(content, message, tmp_path):
 def test_large_files_are_not_opened_and_lost_ones_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(upload.Image, 'open', lambda *args, **kwargs: pytest.fail('opened'))
     with pytest.raises(ConfigError, match=r'10\.0 MiB, and at most 10 are read'):
-        read(tmp_path, bytes(upload.MOST_BYTES + 1))
+        read(tmp_path, bytes(upload.MAX_BYTES + 1))
     with pytest.raises(ConfigError, match='kept no longer; choose it again'):
         upload.read_upload(tmp_path / 'nowhere')
 
@@ -179,6 +179,6 @@ def test_header_is_what_the_hub_reads():
     space = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']['space']
     bounds = next(item for item in space if item.startswith('gradio')).removeprefix('gradio')
     assert header['sdk_version'] in version.SpecifierSet(bounds)
-    pixels = f'{upload.MOST_SIDE:,} pixels a side and {upload.MOST_PIXELS // 10 ** 6} million'
-    for bound in (f'{upload.MOST_BYTES >> 20} MiB', pixels):
+    pixels = f'{upload.MAX_SIDE:,} pixels a side and {upload.MAX_PIXELS // 10 ** 6} million'
+    for bound in (f'{upload.MAX_BYTES >> 20} MiB', pixels):
         assert bound in ' '.join(text.split())

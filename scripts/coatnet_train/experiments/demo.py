@@ -28,8 +28,8 @@ from coatnet_train.training.run import finetune
 
 DEMO_DIR = Path('output/demo')
 IMG_SIZE = 32
-LEAST_ACCURACY = 97.0  # percent of the held-out digits
-MOST = 90.0  # percent that the two trainings race to
+MIN_ACCURACY = 97.0  # percent of the held-out digits
+TARGET_ACCURACY = 90.0  # percent that the two trainings race to
 # what learns the digits: of those that ship the quickest to train on a CPU, and half a point below the best, which
 # looks at the photographs
 PRETRAINED = 'lightconvnet_pico_64.tin200_preview'
@@ -152,16 +152,16 @@ def run(results_file: str = '') -> int:
     accuracy = 100 * right / len(labels)
     print('\nheld-out digits read right (%) after each epoch')
     for name, rows in histories.items():
-        epoch = first_epoch(rows, MOST)
+        epoch = first_epoch(rows, TARGET_ACCURACY)
         print(f'{name:20}' + ''.join(f'{row["eval_top1"]:7.2f}' for row in rows)
-              + (f'   {MOST:g} % after epoch {epoch}' if epoch else f'   below {MOST:g} %'))
+              + (f'   {TARGET_ACCURACY:g} % after epoch {epoch}' if epoch else f'   below {TARGET_ACCURACY:g} %'))
     print(f'reloaded from {run_dir}: {right} of {len(labels)} held-out digits right, {accuracy:.2f} %; '
           f'image: {DEMO_DIR / "demo.png"}')
     if abs(accuracy - summary['top1']) > 100 / len(labels):  # in other batches one digit may fall either way
         print(f'demo.py: the reloaded model has {accuracy:.2f} %, training reported {summary["top1"]:.2f} %.')
         return 1
-    if accuracy < LEAST_ACCURACY:
-        print(f'demo.py: {accuracy:.2f} % is below the expected {LEAST_ACCURACY} %.')
+    if accuracy < MIN_ACCURACY:
+        print(f'demo.py: {accuracy:.2f} % is below the expected {MIN_ACCURACY} %.')
         return 1
     if results_file:
         write_json(Path(results_file), dict(

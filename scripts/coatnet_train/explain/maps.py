@@ -123,7 +123,7 @@ def tap_distances(size: tuple[int, int], step: tuple[float, float]) -> torch.Ten
 
 
 def expected_distance(kernels: torch.Tensor, step: tuple[float, float]) -> torch.Tensor:
-    """Distance of the weights of each kernel from its centre: (B, heads, Kh, Kw, H, W) -> (B, H, W), mean over the heads.
+    """Mean distance of weight from the centre of each kernel: (B, heads, Kh, Kw, H, W) -> (B, H, W), over all heads.
 
     sum_{u,v} |k[u, v]| d[u, v] / sum_{u,v} |k[u, v]| with d of `tap_distances`. Taps on the padding count too.
     """

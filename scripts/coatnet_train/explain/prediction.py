@@ -28,7 +28,7 @@ from coatnet_train.runtime.files import write_csv, write_figure
 SHOWN = {
     'attention': 'attention of stage {} (T)', 'kernels': 'predicted kernels of stage {} (D)',
     'gradcam': 'Grad-CAM of the predicted class'}
-LONGEST_STEM = 220  # bytes of an image's name in that of its overlay: file systems take 255 with all that is added
+MAX_STEM_BYTES = 220  # bytes of an image's name in that of its overlay: file systems take 255 with all that is added
 
 
 def name_overlays(images: list[Path], output: Path, kind: str) -> list[Path]:
@@ -36,7 +36,7 @@ def name_overlays(images: list[Path], output: Path, kind: str) -> list[Path]:
     taken, overlays = {path.resolve() for path in images}, []
     for image in images:
         stem = image.stem
-        while len(os.fsencode(stem)) > LONGEST_STEM:
+        while len(os.fsencode(stem)) > MAX_STEM_BYTES:
             stem = stem[:-1]
         number, overlay = 1, output / f'{stem}-{kind}.png'
         while overlay.resolve() in taken:
