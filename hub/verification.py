@@ -55,21 +55,21 @@ def read_config(folder: Path) -> dict:
         require(release['dtype'] in DTYPES, 'config.json', f'must have a dtype of {", ".join(DTYPES)}')
         finite = [math.isfinite(value) for value in metrics.values() if value is not None]
         require({'top1', 'top5', 'loss'} <= {*metrics} and all(finite), 'config.json',
-               'must have top1, top5 and loss under metrics, each a number or null')
+                'must have top1, top5 and loss under metrics, each a number or null')
         require(len(size) == 3 and all(type(side) is int and side > 0 for side in size), 'config.json',
-               'must have an input_size of three positive integers')
+                'must have an input_size of three positive integers')
         require(config['model_args'] == {'img_size': size[1:], 'in_chans': size[0]}, 'config.json',
-               # others change the architecture, and num_classes breaks transformers
-               'must have the img_size and in_chans of its input_size under model_args, and nothing else')
+                # others change the architecture, and num_classes breaks transformers
+                'must have the img_size and in_chans of its input_size under model_args, and nothing else')
         require(len(cfg['mean']) == len(cfg['std']) == size[0] and min(cfg['std']) > 0 and 0 < cfg['crop_pct'] <= 1
-               and bool(cfg['interpolation'] and cfg['crop_mode']), 'config.json',
-               'must have mean, std, crop_pct, crop_mode and interpolation that fit its input_size')
+                and bool(cfg['interpolation'] and cfg['crop_mode']), 'config.json',
+                'must have mean, std, crop_pct, crop_mode and interpolation that fit its input_size')
         require(config['num_classes'] == cfg['num_classes'] == len(label_names) == len(set(label_names))
-               and all(isinstance(name, str) for name in label_names), 'config.json',
-               f'must name each of its {config["num_classes"]} classes once, but has {len(set(label_names))} names')
+                and all(isinstance(name, str) for name in label_names), 'config.json',
+                f'must name each of its {config["num_classes"]} classes once, but has {len(set(label_names))} names')
         words = config.get('label_descriptions', dict.fromkeys(label_names, ''))
         require({*words} == {*label_names} and all(isinstance(text, str) for text in words.values()), 'config.json',
-               'must have words for all of its label_names under label_descriptions, or no label_descriptions')
+                'must have words for all of its label_names under label_descriptions, or no label_descriptions')
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -102,17 +102,17 @@ def check_tensors(found: dict[str, torch.Tensor], config: dict) -> None:
               f'{tuple(expected[name].shape)}' for name, value in found.items() if name in expected
               and (value.dtype, value.shape) != (dtypes[name], expected[name].shape)]
     require(not wrong, 'model.safetensors', f'must hold the tensors of {config["architecture"]}, but '
-           f'{"; ".join(wrong[:5])}{" and so on" * (len(wrong) > 5)}')
+            f'{"; ".join(wrong[:5])}{" and so on" * (len(wrong) > 5)}')
 
 
 def check_golden(golden: dict[str, torch.Tensor], config: dict) -> None:
     """Refuse golden tensors that could not tell a right model from a wrong one."""
     require({*golden} == {'input', 'logits'} and all(value.dtype == torch.float32 for value in golden.values()),
-           'golden.safetensors', 'must hold the float32 tensors input and logits and nothing else')
+            'golden.safetensors', 'must hold the float32 tensors input and logits and nothing else')
     count, shape = len(golden['input']), tuple(golden['input'].shape[1:])
     require(count > 1 and shape == tuple(config['pretrained_cfg']['input_size'])
-           and tuple(golden['logits'].shape) == (count, config['num_classes']), 'golden.safetensors',
-           'must hold several inputs of the model\'s input_size, and a logit for each of them and each class')
+            and tuple(golden['logits'].shape) == (count, config['num_classes']), 'golden.safetensors',
+            'must hold several inputs of the model\'s input_size, and a logit for each of them and each class')
     require(golden['logits'].std(0).max() > 0, 'golden.safetensors', 'must have logits that tell its inputs apart')
 
 
@@ -152,7 +152,7 @@ def check_answers(folder: Path) -> list[str]:
     for reader, logits in answers.items():
         gap = largest_gap(logits, golden['logits'])
         require(gap <= TOLERANCE, 'golden.safetensors',
-               f'has logits that {reader} does not give: they differ by {gap:.1e} of the largest, not {TOLERANCE:g}')
+                f'has logits that {reader} does not give: they differ by {gap:.1e} of the largest, not {TOLERANCE:g}')
         messages.append(f'{reader} {gap:.1e}')
     return messages
 

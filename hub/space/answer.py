@@ -105,7 +105,7 @@ def answer(model: Model, photo: Image.Image, at: tuple[float, float] | None = No
     Args:
         model: Of `open_models`; one call at a time, for it listens inside the network.
         photo: Of `read_upload`.
-        at: (X, Y) of the query or kernel to show, shares from 0 to 1 of what the model sees; None shows all.
+        at: (X, Y) of the query or kernel to show, fractions from 0 to 1 of what the model sees; None shows all.
     """
     image = create_transform(**model.data_config)(photo)
     crop = to_pixels(image, model.data_config['mean'], model.data_config['std'])
@@ -118,9 +118,9 @@ def answer(model: Model, photo: Image.Image, at: tuple[float, float] | None = No
 
     with torch.inference_mode():
         start = time.perf_counter()
-        shares = model.network(batch)[0].float().softmax(-1).cpu()  # cpu() waits for a GPU
+        probabilities = model.network(batch)[0].float().softmax(-1).cpu()  # cpu() waits for a GPU
         milliseconds = 1000 * (time.perf_counter() - start)
-    best = shares.topk(min(5, len(shares)))
+    best = probabilities.topk(min(5, len(probabilities)))
     labels = [model.labels[i] for i in best.indices.tolist()]
     short = [label.short for label in labels]
     names = [label.short if short.count(label.short) == 1 else str(label) for label in labels]  # there are two cranes
@@ -131,7 +131,7 @@ def answer(model: Model, photo: Image.Image, at: tuple[float, float] | None = No
 
 
 def position_in_image(model: Model, index: tuple[float, float]) -> tuple[float, float]:
-    """The position (X, Y) as shares of `Answer.seen`, of the (column, row) of a pixel in it."""
+    """Position (X, Y), in fractions of `Answer.seen`, of the pixel (column, row) in it."""
     _, height, width = model.data_config['input_size']
     scale = seen_scale(width)
     return tuple(min(max((place + 0.5) / (size * scale), 0), 1) for place, size in zip(

@@ -107,7 +107,7 @@ def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(t
 
 
 @pytest.mark.parametrize(('flags', 'options', 'said'), [
-    (('--model-ema',), {}, '--model-ema averages whole weights'),
+    (('--model-ema',), {}, '--model-ema averages full weights'),
     ((), {'blocks': 'NoSuchBlock'}, 'NoSuchBlock'),
     ((), {'script': 'eval_imagenet.py'}, 'FSDP is for finetune.py'),
 ], ids=['ema', 'blocks', 'script'])

@@ -151,8 +151,8 @@ def test_overlays_are_whole_or_absent(settings, monkeypatch):
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(images=()), 'IMAGES must name at least one image'),
     (dict(explain='saliency'), "--explain must be auto, attention, kernels, gradcam, got 'saliency'"),
-    (dict(explain='kernels'), '--explain kernels needs a stage of letter D, but coatnet_pico_64 has the stages CCTT'),
-    (dict(stage=2), '--explain auto needs --stage 2 to be one of letter T or D, but .* the stages CCTT'),
+    (dict(explain='kernels'), '--explain kernels needs a stage of block type D, but coatnet_pico_64 has the layout CCTT'),
+    (dict(stage=2), '--explain auto needs --stage 2 to be one of block type T or D, but .* the layout CCTT'),
     (dict(stage=5), '--stage must be from 1 to 4, got 5'),
     (dict(explain='gradcam', stage=4), '--stage chooses a stage .* Grad-CAM is shown'),
     (dict(explain='gradcam', at=(0.5, 0.5)), '--at chooses a query or a kernel'),
@@ -168,6 +168,15 @@ def test_refusals_name_the_option_and_the_way_out(settings, changes, message):
     with pytest.raises(ConfigError, match=message):
         predict.main(dataclasses.replace(settings, **changes))
     assert not list(settings.output.glob('*'))
+
+
+def test_a_run_folder_keeps_its_own_predictions(settings):
+    settings.output.mkdir(parents=True)
+    (settings.output / 'args.json').write_text('{}')
+    (settings.output / 'predictions.csv').write_text('of the run')
+    with pytest.raises(ConfigError, match=r'--output .* must not be the run folder of finetune.py'):
+        predict.main(settings)
+    assert (settings.output / 'predictions.csv').read_text() == 'of the run'
 
 
 def test_output_that_cannot_be_written_is_refused(settings, picture):

@@ -51,8 +51,8 @@ def warn_if_emulated(device: str | torch.device, amp: bool) -> None:
 
 
 def create_accelerator(device: str, amp: bool = False, amp_dtype: str = 'bfloat16', may_shard: bool = False,
-          amp_if_native: bool = False, **options: object) -> Accelerator:
-    """An Accelerator whose loaders split every batch over the processes: no number depends on how many there are.
+                       amp_if_native: bool = False, **options: object) -> Accelerator:
+    """Create an Accelerator whose loaders split every batch over the processes, so that results do not depend on them.
 
     Args:
         device: 'auto', 'cpu' or 'cuda'.

@@ -1,4 +1,4 @@
-"""Training state in whole tensors, where each process holds only a shard of the weights (FSDP)."""
+"""FSDP: full (unsharded) state dicts, where each process holds only a shard of the weights."""
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -17,15 +17,15 @@ __all__ = ['check_fsdp', 'gather_training_state', 'gather_weights', 'prepare_mod
 
 
 def check_fsdp(settings: Settings, accelerator: Accelerator) -> None:
-    """Refuse what needs all weights at once in every step."""
+    """Raise ConfigError for settings that need all weights at once in every step."""
     if accelerator.is_fsdp2 and settings.model_ema:
-        raise ConfigError('--model-ema averages whole weights after every step, which FSDP never holds; leave one '
+        raise ConfigError('--model-ema averages full weights after every step, which FSDP never holds; leave one '
                           'of them out.')
 
 
 def prepare_model(accelerator: Accelerator, model: nn.Module,
-         optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Hand both to accelerate, which wraps (DDP) or shards (FSDP) them."""
+                  optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Wrap (DDP) or shard (FSDP) model and optimizer through accelerate."""
     if accelerator.is_fsdp2:  # BatchNorm's weights stay float32, as its statistics do; autocast is what --amp asks for
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         model.register_forward_hook(lambda module, images, logits: logits.float())  # as accelerate's DDP does
@@ -39,9 +39,9 @@ def prepare_model(accelerator: Accelerator, model: nn.Module,
                           f'fsdp_transformer_layer_cls_to_wrap.') from error
 
 
-def gather_weights(sharded: nn.Module, whole: nn.Module) -> None:
-    """Gather all weights into a plain model of the same shape; every process must take part."""
-    whole.load_state_dict(get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True)))
+def gather_weights(sharded: nn.Module, full_model: nn.Module) -> None:
+    """Gather all weights into an unsharded model of the same shape; every process must take part."""
+    full_model.load_state_dict(get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True)))
 
 
 def gather_training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -52,6 +52,6 @@ def gather_training_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def restore_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Deal out what `gather_training_state` returned, read by every process."""
+    """Load what `gather_training_state` returned into the shards of every process."""
     set_state_dict(model, optimizer, model_state_dict=state['state_dict'], optim_state_dict=state['optimizer'],
                    options=StateDictOptions(full_state_dict=True))
