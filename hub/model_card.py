@@ -12,7 +12,7 @@ from release_rules import ONNX_FILES, TOLERANCE
 __all__ = ['card_data', 'name_of', 'write_card']
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
-LETTERS = {
+BLOCK_TYPES = {
     'C': 'MBConv with squeeze-excite', 'T': 'Transformer block with relative attention',
     'L': 'LightConv, a softmax-normalised kernel shared by the channels of a head',
     'D': 'DynamicConv, the same kernel predicted afresh at each position'}
@@ -116,8 +116,8 @@ def write_card(folder: Path, config: dict | None = None) -> None:
     card = ModelCard.from_template(
         card_data(config), template_path=str(TEMPLATE), name=name_of(config), architecture=config['architecture'],
         repo=release['repo'] or f'OWNER/{name_of(config)}', source=pip_source(release['source']),
-        classes=config['num_classes'], words='label_descriptions' in config, word=model.cfg.layout,
-        letters=', '.join(f'`{letter}` {LETTERS[letter]}' for letter in dict.fromkeys(model.cfg.layout)),
+        classes=config['num_classes'], descriptions='label_descriptions' in config, layout=model.cfg.layout,
+        block_types=', '.join(f'`{name}` {BLOCK_TYPES[name]}' for name in dict.fromkeys(model.cfg.layout)),
         parameters=f'{parameters / 1e6:.2f}', multiply_adds=f'{multiply_adds / 1e9:.2f}', stored=stored,
         size=f'{height} x {width} pixels', channels=channels, height=height, width=width,
         mode='RGB' if channels == 3 else 'L', top=min(5, config['num_classes']), tolerance=f'{100 * TOLERANCE:g} %',

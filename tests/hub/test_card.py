@@ -53,8 +53,8 @@ def test_text_tells_results_and_training(folder):
             '| hours in all | 2.50 |', '| recipe | tin200_preview |', '| teacher | coatnet_0 |',
             '| data | Tiny \\| ImageNet |', '| seed | 42 |',
             '| epochs | 1, of which number 1 was the best and is released |', 'research only; its terms may bind',
-            'word `CCTT`, one letter a stage: `C` MBConv with squeeze-excite, `T` Transformer block with relative '
-            'attention.', '3.79 M parameters', '32 x 32 pixels',
+            'layout `CCTT`, one block type a stage: `C` MBConv with squeeze-excite, `T` Transformer block with '
+            'relative attention.', '3.79 M parameters', '32 x 32 pixels',
             'Others must be multiples of 16', 'Weights: apache-2.0.'):
         assert part in text, part
     assert 'too good' not in text and 'not measured' in text  # robustness never is

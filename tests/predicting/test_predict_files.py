@@ -151,7 +151,8 @@ def test_overlays_are_whole_or_absent(settings, monkeypatch):
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(images=()), 'IMAGES must name at least one image'),
     (dict(explain='saliency'), "--explain must be auto, attention, kernels, gradcam, got 'saliency'"),
-    (dict(explain='kernels'), '--explain kernels needs a stage of block type D, but coatnet_pico_64 has the layout CCTT'),
+    (dict(explain='kernels'),
+     '--explain kernels needs a stage of block type D, but coatnet_pico_64 has the layout CCTT'),
     (dict(stage=2), '--explain auto needs --stage 2 to be one of block type T or D, but .* the layout CCTT'),
     (dict(stage=5), '--stage must be from 1 to 4, got 5'),
     (dict(explain='gradcam', stage=4), '--stage chooses a stage .* Grad-CAM is shown'),
