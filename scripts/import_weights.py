@@ -35,15 +35,15 @@ def main(settings: Settings) -> None:
     if not settings.weights.is_file():
         raise ConfigError(f'WEIGHTS {settings.weights} is not a file; give a state dict.')
     try:
-        wanted = timm.create_model(settings.model).state_dict()
+        expected = timm.create_model(settings.model).state_dict()
     except RuntimeError as error:
         raise ConfigError(f'MODEL {settings.model}: {one_line(error)}') from error
     found = read_weights(str(settings.weights), 'WEIGHTS')
-    if len(found) != len(wanted):
-        raise ConfigError(f'WEIGHTS {settings.weights} must hold the {len(wanted)} tensors of {settings.model}, '
+    if len(found) != len(expected):
+        raise ConfigError(f'WEIGHTS {settings.weights} must hold the {len(expected)} tensors of {settings.model}, '
                           f'but has {len(found)}; give the weights of that architecture.')
     state = {}
-    for (name, like), (old, tensor) in zip(wanted.items(), found.items(), strict=True):
+    for (name, like), (old, tensor) in zip(expected.items(), found.items(), strict=True):
         if like.shape != tensor.shape:
             raise ConfigError(f'WEIGHTS {settings.weights}: {old} must have the shape of {name}, '
                               f'{tuple(like.shape)}, but has {tuple(tensor.shape)}.')

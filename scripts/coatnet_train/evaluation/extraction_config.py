@@ -82,10 +82,10 @@ def check_values(settings: Settings) -> None:
             raise ConfigError(f'{name} needs --features pooled, got {settings.features}.')
         if settings.val_split == settings.split:
             raise ConfigError(f'{name} needs a --val-split other than --split, got {settings.split!r} for both.')
-    for wanted, package, name in (
+    for requested, package, name in (
             (settings.format == 'parquet', 'pyarrow', '--format parquet'),
             (settings.linear_probe, 'sklearn', '--linear-probe')):
-        if wanted:
+        if requested:
             try:
                 __import__(package)
             except ImportError as error:

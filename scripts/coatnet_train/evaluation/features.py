@@ -93,10 +93,10 @@ def linear_probe(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, v
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    most = 1000
+    max_iter = 1000
     held_out = max(math.ceil(0.2 * len(train_labels)), len(np.unique(train_labels)))
     search = GridSearchCV(
-        make_pipeline(StandardScaler(), LogisticRegression(max_iter=most)),
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=max_iter)),
         {'logisticregression__C': PROBE_STRENGTHS}, cv=StratifiedShuffleSplit(1, test_size=held_out, random_state=seed))
     try:
         with warnings.catch_warnings():
@@ -107,4 +107,4 @@ def linear_probe(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, v
     return {
         'top1': 100 * float(search.score(val, val_labels)), 'C': search.best_params_['logisticregression__C'],
         'held_out_top1': 100 * float(search.best_score_),
-        'converged': bool(search.best_estimator_[-1].n_iter_.max() < most)}
+        'converged': bool(search.best_estimator_[-1].n_iter_.max() < max_iter)}

@@ -86,18 +86,18 @@ def check_class_map(settings: Settings, dataset: Dataset, accelerator: Accelerat
                           f'{", ".join(left_out[:5])}{", ..." if len(left_out) > 5 else ""}')
 
 
-def open_scored_model(settings: Settings, wanted: ModelSettings, checkpoint: str) -> tuple[nn.Module, dict]:
+def open_scored_model(settings: Settings, model_settings: ModelSettings, checkpoint: str) -> tuple[nn.Module, dict]:
     """Create one model in eval mode with its data settings, and load its checkpoint if it has one."""
     model, data_config = open_model(
-        wanted, checkpoint, use_train_size=settings.use_train_size, use_ema=settings.use_ema,
+        model_settings, checkpoint, use_train_size=settings.use_train_size, use_ema=settings.use_ema,
         num_classes=settings.num_classes)
     if not model.num_classes:
-        raise ConfigError(f'--model {wanted.model} has no classes to score; give a model with a classifier, or '
+        raise ConfigError(f'--model {model_settings.model} has no classes to score; give a model with a classifier, or '
                           f'--num-classes and a --checkpoint.')
     of_weights = model.pretrained_cfg.get('num_classes')
-    if wanted.pretrained and of_weights != model.num_classes:
-        raise ConfigError(f'--num-classes {model.num_classes} gives --model {wanted.model} a new, random classifier: '
-                          f'its weights have {of_weights}; leave the flag out, or give a --checkpoint.')
+    if model_settings.pretrained and of_weights != model.num_classes:
+        raise ConfigError(f'--num-classes {model.num_classes} gives --model {model_settings.model} a new, random '
+                          f'classifier: its weights have {of_weights}; leave the flag out, or give a --checkpoint.')
     if settings.use_ema:
         plain, averaged = (read_weights(checkpoint, use_ema=use_ema) for use_ema in (False, True))
         if plain.keys() == averaged.keys() and all(torch.equal(plain[key], averaged[key]) for key in plain):
@@ -153,12 +153,12 @@ def pool(parts: list[Predictions]) -> Predictions:
                                  for name in ('labels', 'top5', 'confidence')))
 
 
-def evaluate_model(settings: Settings, wanted: ModelSettings, checkpoint: str, parts: list[Part],
+def evaluate_model(settings: Settings, model_settings: ModelSettings, checkpoint: str, parts: list[Part],
                    accelerator: Accelerator) -> tuple[dict, Predictions, LabelMap]:
     """The row of one model, what it predicted, and how its logits are named."""
-    model, data_config = open_scored_model(settings, wanted, checkpoint)
+    model, data_config = open_scored_model(settings, model_settings, checkpoint)
     if settings.real_labels and infer_imagenet_subset(model) != 'imagenet-1k':
-        raise ConfigError(f'--real-labels are for the 1000 classes of ImageNet-1k, --model {wanted.model} has '
+        raise ConfigError(f'--real-labels are for the 1000 classes of ImageNet-1k, --model {model_settings.model} has '
                           f'{model.num_classes}; leave them.')
     parameters = sum(parameter.numel() for parameter in model.parameters())
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
@@ -169,9 +169,9 @@ def evaluate_model(settings: Settings, wanted: ModelSettings, checkpoint: str, p
         source = 'class map' if settings.class_map or numbered else 'data set' if settings.dataset else ''
         labels = map_labels(part.class_names, model, settings.valid_labels, ordered_by=source, flat=part.flat)
         for note in labels.notes if part is parts[0] else ():
-            accelerator.print(f'{wanted.model}: {note}')
+            accelerator.print(f'{model_settings.model}: {note}')
         begin = time.perf_counter()
-        title = ' '.join(filter(None, (wanted.model, part.corruption, part.severity)))
+        title = ' '.join(filter(None, (model_settings.model, part.corruption, part.severity)))
         found, bad = evaluate_part(settings, part, model, data_config, labels, accelerator, title)
         seconds += time.perf_counter() - begin
         unreadable += bad
@@ -181,7 +181,7 @@ def evaluate_model(settings: Settings, wanted: ModelSettings, checkpoint: str, p
     scores = {name: None if value is None else round(value, 4) for name, value in predictions.scores.items()}
     row = {
         # the columns of timm's validate.py
-        'model': wanted.model, 'top1': scores['top1'], 'top1_err': round(100 - scores['top1'], 4),
+        'model': model_settings.model, 'top1': scores['top1'], 'top1_err': round(100 - scores['top1'], 4),
         'top5': scores['top5'], 'top5_err': round(100 - scores['top5'], 4),
         'param_count': round(parameters / 1e6, 2), 'img_size': data_config['input_size'][-1],
         'crop_pct': data_config['crop_pct'], 'interpolation': data_config['interpolation'], 'checkpoint': checkpoint,
@@ -200,8 +200,8 @@ def evaluate(settings: Settings) -> list[dict]:
     """Evaluate as `settings` say and return the rows of the table."""
     check_values(settings)
     runs = list(rows_of(settings))
-    for wanted, _ in runs:
-        check_model_name(wanted.model)
+    for model_settings, _ in runs:
+        check_model_name(model_settings.model)
     accelerator = create_accelerator(settings.device, settings.amp, settings.amp_dtype)
     parts = open_parts(settings)
     if parts[0].flat and not settings.real_labels:
@@ -212,8 +212,8 @@ def evaluate(settings: Settings) -> list[dict]:
     make_output_dirs(settings)
     rows = []
     try:
-        for wanted, checkpoint in runs:
-            row, predictions, labels = evaluate_model(settings, wanted, checkpoint, parts, accelerator)
+        for model_settings, checkpoint in runs:
+            row, predictions, labels = evaluate_model(settings, model_settings, checkpoint, parts, accelerator)
             rows.append(row)
             if accelerator.is_main_process:
                 write_row(settings, rows, predictions, labels, accelerator)

@@ -44,13 +44,14 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
             raise ConfigError(f'{option} {file} cannot be read as NumPy weights of --model {name}: '
                               f'{one_line(error)}.') from error
         return
-    state, own = read_weights(file, option, use_ema), model.state_dict()
+    state, model_state = read_weights(file, option, use_ema), model.state_dict()
     try:
-        state = convert(strip_prefix(state, own), model)
+        state = convert(strip_prefix(state, model_state), model)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f'{option} {file} does not fit --model {name}: {to_flags(one_line(error))}') from error
     if not model.num_classes:  # as timm does it for pretrained weights
-        state = {key: value for key, value in state.items() if key in own or not key.startswith(classifiers_of(model))}
+        state = {key: value for key, value in state.items()
+                 if key in model_state or not key.startswith(classifiers_of(model))}
     if misfit := explain_misfit(state, model):
         raise ConfigError(f'{option} {file} does not fit --model {name}: {misfit} {way_out(state, model, option)}')
     model.load_state_dict(state)
@@ -100,17 +101,17 @@ def find_state_dicts(found: dict, depth: int = 2) -> dict[str, dict[str, torch.T
     return dicts
 
 
-def strip_prefix(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def strip_prefix(state: dict[str, torch.Tensor], model_state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The part of a state dict under the prefix, such as 'model.', with which most names are the model's own."""
     counts = {'': 0}
     for key in state:
         parts = key.split('.')
         for place in range(min(4, len(parts))):
-            if '.'.join(parts[place:]) in own:
+            if '.'.join(parts[place:]) in model_state:
                 prefix = ''.join(f'{part}.' for part in parts[:place])
                 counts[prefix] = counts.get(prefix, 0) + 1
     best = max(counts, key=counts.get)
-    if counts[best] <= max(counts[''], len(own) / 2):
+    if counts[best] <= max(counts[''], len(model_state) / 2):
         return state
     if len(equal := [prefix for prefix in counts if counts[prefix] == counts[best]]) > 1:
         raise ValueError(f'it holds several models, under {", ".join(equal[:5])}; save the one that is meant in a file '
