@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict | list:
 
 
 def check_replaceable(output: Path) -> None:
-    """Refuse an output that is anything but an earlier export."""
+    """Raise ConfigError for an output that is anything but an earlier export."""
     if not output.exists() and not output.is_symlink():
         return
     names = {path.name for path in output.iterdir()} if output.is_dir() and not output.is_symlink() else {''}
@@ -101,7 +101,7 @@ def golden_images(config: dict) -> torch.Tensor:
 
 
 def check_architecture(model: nn.Module, run_dir: Path, config: dict) -> None:
-    """Refuse a run whose model computes something else than the registered one with the same weights."""
+    """Raise ConfigError for a run whose model computes something else than the registered one with the same weights."""
     images = golden_images(config)
     with torch.no_grad():
         gap = largest_gap(model(images), timm.create_model(f'local-dir:{run_dir}', pretrained=True).eval()(images))
@@ -136,7 +136,7 @@ def data_name(data: str, settings: Settings, args: dict, split: str) -> str:
     Args:
         data: --dataset or --data-dir of what read them.
         settings: --trained-on is the name of the training data.
-        args: Of the run.
+        args: Settings of the run.
         split: Which part of the training data was read, if `data` does not end in it.
     """
     trained = args['dataset'] or args['data_dir']

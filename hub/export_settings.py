@@ -50,7 +50,7 @@ class Settings(CardSettings, WeightsSettings, RunSettings):
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work, before anything is read."""
+    """Raise ConfigError for single values that cannot work, before anything is read."""
     if settings.dtype not in DTYPES:
         raise ConfigError(f'--dtype must be one of {", ".join(DTYPES)}, got {settings.dtype!r}.')
     if settings.data_dir and settings.dtype == 'float32':

@@ -63,7 +63,7 @@ def results_table(release: dict) -> str:
 
 
 def evaluated(release: dict) -> str:
-    """What the figures were measured on, and what is wrong with that."""
+    """The data of the figures, and their limits."""
     lines = [f'Measured on: {release["evaluated_on"]}.']
     if release['picked_best_epoch']:
         lines.append('These images also picked the best epoch, so the figures are a little too good.')

@@ -46,7 +46,7 @@ def write_onnx_files(folder: Path, model: nn.Module, images: torch.Tensor) -> No
 
 
 def check_no_pickles(path: Path) -> None:
-    """Refuse a model.pt2 with pickled data: loading that runs whatever it says."""
+    """Raise ConfigError for a model.pt2 with pickled data: loading that runs whatever it says."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}

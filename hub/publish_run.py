@@ -162,7 +162,7 @@ def read_state(api: HfApi, repo: str, tag: str, release: Release) -> State | Non
 
 
 def check_parent(state: State | None, recorded: dict | None, settings: Settings) -> None:
-    """Refuse to write over what somebody else has put there."""
+    """Raise ConfigError for files that somebody else has put there."""
     if state is None or state.up_to_date:
         return
     if state.tagged:
@@ -295,7 +295,7 @@ def publish(api: HfApi, release: Release, settings: Settings, packaged: Release)
     Args:
         api: Client of the Hub.
         release: Its card names the repository of --repo.
-        settings: Of publish.py.
+        settings: Settings of publish.py.
         packaged: What --package takes; it names no repository that nothing was pushed to.
     """
     print(describe(release))

@@ -20,7 +20,7 @@ class Settings:
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work, before anything is read."""
+    """Raise ConfigError for single values that cannot work, before anything is read."""
     if settings.push and not settings.repo:
         raise ConfigError('--push needs --repo OWNER/NAME, and it is not given; give it.')
     if not settings.repo and not settings.package:

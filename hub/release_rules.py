@@ -19,7 +19,7 @@ RELEASE_FIELDS = (
 
 
 def check_tag(name: str, option: str = '--name') -> None:
-    """Refuse a NAME.TAG whose tag timm could not register."""
+    """Raise ConfigError for a NAME.TAG whose tag timm could not register."""
     architecture, _, tag = name.partition('.')
     if not re.fullmatch(r'[a-z0-9]+(_[a-z0-9]+)*', tag) or tag == 'untrained':
         raise ConfigError(f'{option} must end in a tag of small letters, digits and single underscores that says '
@@ -27,7 +27,7 @@ def check_tag(name: str, option: str = '--name') -> None:
 
 
 def check_license(license: str, license_name: str | None, license_link: str | None, place: str = '') -> None:
-    """Refuse a licence that the Hub could not show: an id of its list, or 'other' with a name and a link."""
+    """Raise ConfigError unless the licence is an id of the Hub's list, or 'other' with a name and a link."""
     if not re.fullmatch(r'[a-z0-9]+([.-][a-z0-9]+)*', license):
         raise ConfigError(f'{place}--license must be an identifier of the Hub, such as apache-2.0, cc-by-nc-4.0 or '
                           f'other, got {license!r}.')

@@ -106,7 +106,7 @@ def check_tensors(found: dict[str, torch.Tensor], config: dict) -> None:
 
 
 def check_golden(golden: dict[str, torch.Tensor], config: dict) -> None:
-    """Refuse golden tensors that could not tell a right model from a wrong one."""
+    """Raise ConfigError for golden tensors that could not tell a right model from a wrong one."""
     require({*golden} == {'input', 'logits'} and all(value.dtype == torch.float32 for value in golden.values()),
             'golden.safetensors', 'must hold the float32 tensors input and logits and nothing else')
     count, shape = len(golden['input']), tuple(golden['input'].shape[1:])
@@ -117,7 +117,7 @@ def check_golden(golden: dict[str, torch.Tensor], config: dict) -> None:
 
 
 def check_card(folder: Path, config: dict) -> None:
-    """Refuse a card whose metadata say something else than config.json."""
+    """Raise ConfigError for a card whose metadata say something else than config.json."""
     try:
         metadata = ModelCard.load(folder / 'README.md').data.to_dict()
     except Exception as error:  # yaml and the card's own checks raise many kinds

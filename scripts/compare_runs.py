@@ -23,7 +23,7 @@ class Settings:
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work, before anything is read."""
+    """Raise ConfigError for single values that cannot work, before anything is read."""
     if not 2 <= len(settings.runs) <= MAX_RUNS:
         raise ConfigError(f'RUNS must be two to {MAX_RUNS} run folders, got {len(settings.runs)}.')
     if settings.results_file and Path(settings.results_file).suffix != '.json':

@@ -103,8 +103,8 @@ def answer(model: Model, photo: Image.Image, at: tuple[float, float] | None = No
     """Predict an image in RGB, and explain the prediction.
 
     Args:
-        model: Of `open_models`; one call at a time, for it listens inside the network.
-        photo: Of `read_upload`.
+        model: One of `open_models`; one call at a time, because hooks are set inside the network.
+        photo: What `read_upload` returned.
         at: (X, Y) of the query or kernel to show, fractions from 0 to 1 of what the model sees; None shows all.
     """
     image = create_transform(**model.data_config)(photo)

@@ -32,7 +32,7 @@ class Settings:
 
 
 def choose_models(settings: Settings, folder: Path = HERE / 'models') -> tuple[str, ...]:
-    """The names of the models on offer: those asked for, else the released ones and the run folders in `folder`."""
+    """Names of the models on offer: those requested, else the released ones and the run folders in `folder`."""
     found = settings.model or (
         *released_models(), *(f'local-dir:{config.parent}' for config in sorted(folder.glob('*/config.json'))))
     if not found:

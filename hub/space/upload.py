@@ -50,7 +50,7 @@ def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
 
 
 def check_size(image: Image.Image) -> None:
-    """Refuse what is too large, from the header alone."""
+    """Raise ConfigError for what is too large, from the header alone."""
     width, height = image.size
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise ConfigError(

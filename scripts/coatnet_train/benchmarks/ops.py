@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 def rows_of(settings: OpsSettings) -> list[Row]:
-    """Every comparison asked for."""
+    """Every requested comparison."""
     shapes = [tuple(map(int, shape.split('x'))) for shape in settings.shapes]
     ops = ('light', 'dynamic') if settings.op == 'both' else (settings.op,)
     return [Row(op, *shape, kernel, passes) for op in ops for shape in shapes for kernel in settings.kernels

@@ -96,7 +96,7 @@ def create_dataset(
 
 def _try_first(create: Callable[[], Dataset], settings: DataSettings, split: str, is_training: bool,
                labelled: bool) -> None:
-    """Read one image, and count the shards: what is wrong with either would show in a worker, or in none."""
+    """Read one image and count the shards here, because an error in a worker would be lost."""
     try:
         dataset = create()  # another one, because timm's streams are set up for good by the first read
         image = next(iter(dataset))[0]
@@ -201,7 +201,7 @@ def read_targets(dataset: Dataset) -> list[int]:
 
 
 class IndexedImageDataset(Dataset):
-    """(epoch, index) -> (image, label, index of the image asked for if it is unreadable, else -1).
+    """(epoch, index) -> (image, label, index of the requested image if it is unreadable, else -1).
 
     In training the next readable image takes the place of an unreadable one; in evaluation nothing does: the image
     is blank and the label -1, to be left out.
@@ -209,7 +209,7 @@ class IndexedImageDataset(Dataset):
     Args:
         dataset: What `create_dataset` returned.
         transform: PIL image to tensor.
-        seed: Of the augmentation.
+        seed: Seed of the augmentation.
         mode: 'RGB' or 'L'.
         substitute: Whether another image takes the place of an unreadable one.
     """
@@ -242,8 +242,8 @@ class StreamingImageDataset(IterableDataset):
     Args:
         dataset: What `create_dataset` returned.
         transform: PIL image to tensor.
-        seed: Of the augmentation.
-        rank: Of this process.
+        seed: Seed of the augmentation.
+        rank: Rank of this process.
         mode: 'RGB' or 'L'.
     """
 

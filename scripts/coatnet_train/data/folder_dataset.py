@@ -79,7 +79,7 @@ def _hold_out(root: Path, split: str) -> str:
 
 
 def _check_names(class_map: str) -> None:
-    """Refuse blank lines, which timm takes for classes, and names given twice, of which it keeps the last label."""
+    """Raise ConfigError for blank lines, which timm takes for classes, and for names given twice."""
     places = {}
     try:
         with Path(class_map).open(encoding='utf-8') as file:

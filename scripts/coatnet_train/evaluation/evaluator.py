@@ -52,7 +52,7 @@ def predict(
 
     Args:
         model: (B, C, H, W) -> (B, classes) logits; put into eval mode.
-        loader: Of `images.batches`; unless it is a stream, prepared by the accelerator.
+        loader: What `create_loader` returned; prepared by the accelerator unless it is a stream.
         accelerator: Its precision and its processes are used.
         classes: Indices of the logits that count, in the order of the labels; all if not given.
         on_batch: Called with the third item of every batch, for `UnreadableImages.add`.

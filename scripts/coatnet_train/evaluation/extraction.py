@@ -66,7 +66,7 @@ def open_split(settings: Settings, name: str) -> Split:
 
 
 def check_classes(settings: Settings, train: Split, val: Split) -> None:
-    """Refuse splits between which accuracy means nothing."""
+    """Raise ConfigError for splits between which accuracy means nothing."""
     name = '--knn' if settings.knn else '--linear-probe'
     for split in (train, val):
         if min(split.labels) < 0:

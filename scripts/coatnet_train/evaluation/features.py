@@ -85,7 +85,7 @@ def linear_probe(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, v
     Args:
         train, val: Features (N, C) and (M, C).
         train_labels, val_labels: (N,) and (M,).
-        seed: Of the fifth.
+        seed: Seed of the draw of that fifth.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

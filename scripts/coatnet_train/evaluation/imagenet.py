@@ -75,7 +75,7 @@ def open_parts(settings: Settings) -> list[Part]:
 
 
 def check_class_map(settings: Settings, dataset: Dataset, accelerator: Accelerator) -> None:
-    """Refuse a map whose labels are not places in a list of names, and tell what it leaves out."""
+    """Raise ConfigError for a map whose labels are not 0, 1, ... without a gap; print the folders it leaves out."""
     reader = getattr(dataset, 'reader', None)
     given = getattr(reader, 'class_to_idx', None) or {}
     if sorted(given.values()) != list(range(len(given))):

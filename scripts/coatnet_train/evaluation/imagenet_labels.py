@@ -75,8 +75,8 @@ def map_labels(class_names: list[str], model: nn.Module, valid_labels: str = 'au
     """Find the logit of each class by name: the model's own label_names, ImageNet synsets, or numbers (ImageNet-V2).
 
     Args:
-        class_names: Of the data, in label order.
-        model: Of timm; `num_classes` and `pretrained_cfg['label_names']` are read.
+        class_names: Class names of the data in label order.
+        model: Model whose `num_classes` and `pretrained_cfg['label_names']` are read.
         valid_labels: Logits that compete: 'all', 'folder', a file of indices or a name of timm's; 'auto' takes the 200
             of ImageNet-A or -R for exactly these classes, else all.
         ordered_by: 'data set' or 'class map' if the order of the classes came from there; where names do not fit, it
@@ -176,7 +176,7 @@ def to_real_labels(predictions: 'Predictions', file_names: list[str], real_label
 
     Args:
         predictions: With logit indices.
-        file_names: Of the images, in order, without folders.
+        file_names: Names of the image files in order, without folders.
         real_labels: 'timm' for the labels bundled with it, or a file in the form of real.json.
     """
     try:

@@ -88,7 +88,7 @@ def make_output_dirs(settings: Settings) -> None:
 
 def write_row(settings: Settings, rows: list[dict], predictions: Predictions, labels: LabelMap,
               accelerator: Accelerator) -> None:
-    """Write what was asked for, after each row so that a later one that fails takes nothing along."""
+    """Write the requested files after each row, so that nothing is lost if a later one fails."""
     row = rows[-1]
     try:
         if settings.output:

@@ -47,7 +47,7 @@ class Settings:
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work, before anything is read."""
+    """Raise ConfigError for single values that cannot work, before anything is read."""
     if settings.results_file and not Path(settings.results_file).parent.is_dir():
         raise ConfigError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
     if settings.speed and not Path(settings.results_file).is_file():

@@ -65,7 +65,7 @@ def summarize(settings: Settings, rows: list[dict]) -> dict:
 
 
 def check_same(settings: Settings, earlier: dict) -> None:
-    """Refuse to go on with rows that were made by other recipes of the same names."""
+    """Raise ConfigError for rows that were made by other recipes of the same names."""
     for recipe, models in earlier['recipes'].items():
         for model, before in models.items():
             after = json.loads(json.dumps(recipe_of(recipe, model)))

@@ -27,7 +27,7 @@ class Settings:
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work, before anything is read."""
+    """Raise ConfigError for single values that cannot work, before anything is read."""
     for name, known in (('sets', SETS), ('recipes', (DEFAULTS, *RECIPES))):
         if unknown := sorted(set(getattr(settings, name)) - set(known)):
             raise ConfigError(f'{flag(name)} must be of {", ".join(known)}, got {unknown[0]!r}.')

@@ -51,7 +51,7 @@ CORRUPTIONS: dict[str, Callable[[Image.Image], Image.Image]] = {'JPEG 30': jpeg,
 
 
 def check_model(settings: Settings, name: str) -> None:
-    """Refuse a model that cannot take the sizes or has other classes, before any is measured."""
+    """Raise ConfigError for a model that cannot take the sizes or has other classes, before any is measured."""
     _, class_names = create_dataset(DataSettings(data_dir=settings.data_dir), settings.val_split)
     for size in (*settings.sizes, None):
         model, _ = open_model(ModelSettings(model=name, pretrained=True, img_size=size), use_train_size=True)

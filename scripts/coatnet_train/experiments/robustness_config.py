@@ -21,7 +21,7 @@ class Settings:
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work, before anything is read."""
+    """Raise ConfigError for single values that cannot work, before anything is read."""
     check_range(settings, 'max_bad_images', 0, 1)
     if not settings.model or min(settings.sizes, default=0) < 1:
         raise ConfigError(f'--model and --sizes must name at least one each, sizes above 0, got {settings.model} and '

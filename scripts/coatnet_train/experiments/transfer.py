@@ -32,7 +32,7 @@ COLORS = dict(zip(METHODS, (BLUE, ORANGE, GREY), strict=True))
 
 
 def check_same(settings: Settings, earlier: dict) -> None:
-    """Refuse to go on with rows that were made under other settings."""
+    """Raise ConfigError for rows that were made under other settings."""
     if 'fractions' not in earlier:
         raise ConfigError(f'--results-file {settings.results_file} was written by an earlier version of this script; '
                           f'give another file.')

@@ -31,7 +31,7 @@ class Settings:
 
 
 def check_values(settings: Settings) -> None:
-    """Refuse single values that cannot work, before anything is read."""
+    """Raise ConfigError for single values that cannot work, before anything is read."""
     for name in ('batch_size', 'threads'):
         if getattr(settings, name) < 1:
             raise ConfigError(f'{flag(name)} must be at least 1, got {getattr(settings, name)}.')

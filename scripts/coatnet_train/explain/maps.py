@@ -44,7 +44,7 @@ def choose_target(model: nn.Module, name: str, explain: str = 'auto', stage: int
 
     Args:
         model: Any model; only those of the zoo have T and D.
-        name: Of the model, for messages.
+        name: Name of the model, for messages.
         explain: 'auto' or one of KINDS; 'auto' is Grad-CAM for models without T and D.
         stage: 1 to 4.
     """

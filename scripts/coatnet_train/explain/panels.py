@@ -82,11 +82,11 @@ def explain_image(
 
     Args:
         model: In eval mode.
-        target: Of `choose_target`.
+        target: What `choose_target` returned.
         image: (1, C, H, W), normalised.
         pixels: The same image as (H, W, 3) or (H, W) in 0..1, to draw over.
-        labels: Of `read_labels`.
-        name: Of the model, for error messages.
+        labels: What `read_labels` returned.
+        name: Name of the model, for error messages.
         at: (X, Y) of a query or kernel, fractions of width and height; None shows all of them.
 
     Returns:

@@ -28,7 +28,7 @@ class ModelSettings:
 
 
 def check_model_settings(settings: ModelSettings) -> None:
-    """Refuse values that cannot work, before torch and timm are imported; `open_model` checks the name."""
+    """Raise ConfigError for values that cannot work, without torch and timm; `open_model` checks the name."""
     if settings.img_size is not None and settings.img_size <= 0:
         raise ConfigError(f'--img-size must be greater than 0, got {settings.img_size}.')
     if settings.crop_pct is not None and not 0 < settings.crop_pct <= 1:

@@ -29,7 +29,7 @@ ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError
 
 
 def check_model_name(model: str) -> None:
-    """Refuse a name that timm does not know, and a tag that the architecture does not have."""
+    """Raise ConfigError for a name that timm does not know, and a tag that the architecture does not have."""
     try:
         source, name = parse_model_name(model)
     except ValueError as error:
@@ -70,7 +70,7 @@ def open_model(
         use_train_size: Take the size and crop of training, not those that the weights are tested at.
         try_sizes: Other sizes in pixels that images will have.
         use_ema: Take averaged weights where the checkpoint has some.
-        arguments: Of `timm.create_model`; None leaves one out.
+        arguments: Keyword arguments of `timm.create_model`; None leaves one out.
 
     Raises ConfigError for what timm cannot build or the model cannot take.
     """

@@ -28,7 +28,7 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
     """Load a file into a model, every tensor of it.
 
     Args:
-        model: Of `timm.create_model`.
+        model: Model to load into.
         name: As --model names it, for messages.
         file: State dict, alone or in a checkpoint of training, in the format of torch or safetensors; .npz where timm
             reads that for this model.

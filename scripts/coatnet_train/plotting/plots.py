@@ -100,8 +100,8 @@ def misclassified_figure(wrong: 'list[Misclassified]', files: list[str], class_n
         wrong: `Predictions.wrong`.
         files: File name of each, or ''.
         class_names: In label order.
-        mean: Of the normalisation.
-        std: Of the normalisation.
+        mean: Mean of the normalisation.
+        std: Standard deviation of the normalisation.
     """
     columns = min(6, max(3, len(wrong)))
     rows = max(1, -(-len(wrong) // columns))

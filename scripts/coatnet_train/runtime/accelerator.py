@@ -60,7 +60,7 @@ def create_accelerator(device: str, amp: bool = False, amp_dtype: str = 'bfloat1
         amp_dtype: 'bfloat16' or 'float16'.
         may_shard: Whether the weights may be sharded (FSDP), or every process needs all of them.
         amp_if_native: `amp` comes from a recipe, not from the user: a CPU that emulates bfloat16 takes float32.
-        options: Of `Accelerator`.
+        options: Keyword arguments of `Accelerator`.
     """
     device = choose_device(device)
     if amp_dtype not in ('bfloat16', 'float16'):

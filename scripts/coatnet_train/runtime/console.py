@@ -33,6 +33,6 @@ def printable(name: str) -> str:
 
 
 def check_utf8(path: str | os.PathLike, name: str) -> None:
-    """Refuse a path for weights or shards that is no UTF-8, which safetensors does not open; `name` is its flag."""
+    """Raise ConfigError unless a path is UTF-8, as safetensors opens no other; `name` is its flag."""
     if (shown := printable(os.fspath(path))).encode() != os.fsencode(path):
         raise ConfigError(f'{name} {shown} must be a path in UTF-8, as safetensors opens no other; rename it.')

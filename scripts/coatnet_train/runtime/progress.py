@@ -12,7 +12,7 @@ def progress_bar(iterable: Iterable | None = None, quiet: bool = False, **option
     Args:
         iterable: What is counted, or None for `update`.
         quiet: No bar on a terminal either, for processes that are not the first.
-        options: Of tqdm.
+        options: Keyword arguments of tqdm.
     """
     options = dict(dynamic_ncols=True, mininterval=0.5, unit_scale=options.get('unit') == 'img') | options
     return tqdm(iterable, disable=True if quiet else None, **options)

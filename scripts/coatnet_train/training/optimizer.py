@@ -14,7 +14,7 @@ def build_optimizer(settings: Settings, model: nn.Module, batch_size: int) -> to
     """timm's optimizer; its learning rate is --lr times images per update / --lr-base-size, where that is given.
 
     Args:
-        settings: Of finetune.py.
+        settings: Settings of finetune.py.
         model: On its device.
         batch_size: Images of a step over all processes.
     """

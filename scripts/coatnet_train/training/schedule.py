@@ -18,8 +18,8 @@ def with_schedule(settings: Settings, images: int, processes: int = 1) -> Settin
     of MIN_UPDATES, and at least MIN_EPOCHS; a tenth of them is warm-up.
 
     Args:
-        settings: Of finetune.py.
-        images: Of the training split.
+        settings: Settings of finetune.py.
+        images: Number of training images.
         processes: Number of processes that share a batch.
     """
     batch_size, epochs = settings.batch_size, settings.epochs
@@ -38,10 +38,10 @@ def advice(images: int, used: int, updates: int, batch_size: int, shared: int = 
     """Advice on a run that leaves images out, or is short.
 
     Args:
-        images: Of the training split.
-        used: Of these in an epoch.
-        updates: Of the weights in the whole run.
-        batch_size: Of a process.
+        images: Number of training images.
+        used: Number of these in an epoch.
+        updates: Weight updates in the whole run.
+        batch_size: Batch size of a process.
         shared: Processes times steps whose gradients are added up.
         step: What a batch size must be a multiple of, 2 where images are mixed in pairs.
         scheduled: Whether `with_schedule` chose batch size and epochs, which no advice should contradict.

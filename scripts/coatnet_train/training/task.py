@@ -41,7 +41,7 @@ def set_bn_momentum(model: nn.Module, momentum: float) -> None:
 
 
 def check_training(settings: Settings, model: nn.Module, data_config: dict) -> None:
-    """Refuse what would fail in the first step."""
+    """Raise ConfigError for what would fail in the first step."""
     if settings.batch_size > 1:
         return
     # statistics of BatchNorm need two values, which a map of 1 x 1 gives only from two images
