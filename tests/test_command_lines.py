@@ -106,10 +106,6 @@ def test_publish_answers_help_without_the_client_of_the_hub():
     assert done.returncode == 2 and done.stderr.startswith('publish.py: the module huggingface_hub is not installed; ')
 
 
-def test_recipes_alone_set_amp_if_native():
-    assert 'amp-if-native' not in run('finetune.py', '--help').stdout
-
-
 def test_what_is_imported_late_is_explained_too():
     done = run('hub/space/app.py', '--model resnet18', missing('gradio'))
     assert done.returncode == 2 and done.stderr.startswith('app.py: the module gradio is not installed; ')
