@@ -13,7 +13,6 @@ Once `coatnet_zoo` is imported, `timm.create_model('local-dir:OUTPUT/EXPERIMENT'
 loads it. Exit codes: 2 for a setting that cannot work, 75 when a SIGTERM was answered by saving (--resume auto goes
 on from there), 1 for a loss that is not finite.
 """
-
 import sys
 
 from coatnet_train.runtime.cli import Preempted, one_line, run_cli
