@@ -48,7 +48,7 @@ def stored_dtypes(model: nn.Module, dtype: str) -> dict[str, torch.dtype]:
 
 
 def largest_gap(logits: torch.Tensor, golden: torch.Tensor) -> float:
-    """Largest difference from the golden logits, as a share of the largest of these; NaN counts as infinite."""
+    """Largest difference from the golden logits, as a fraction of the largest of these; NaN counts as infinite."""
     gap = ((logits - golden).abs().max() / golden.abs().max()).item()
     return gap if gap == gap else float('inf')
 

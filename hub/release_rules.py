@@ -9,7 +9,7 @@ __all__ = ['DTYPES', 'FILES', 'ONNX_FILES', 'RELEASE_FIELDS', 'TOLERANCE', 'chec
 FILES = ('README.md', 'config.json', 'model.safetensors', 'golden.safetensors', 'curves.png')
 ONNX_FILES = ('model.onnx', 'model.pt2')  # both or neither
 DTYPES = ('float32', 'float16', 'bfloat16')
-TOLERANCE = 1e-5  # of logits, as a share of the largest golden one: float32 sums in another order differ by about 1e-6
+TOLERANCE = 1e-5  # of logits, relative to the largest golden one: float32 sums in another order differ by 1e-6
 # The key 'release' of config.json; null is what is not known, and the card then says so.
 RELEASE_FIELDS = (
     'metrics', 'evaluated_on', 'trained_on', 'recipe', 'command', 'hardware', 'hours', 'seed', 'commit', 'epochs',

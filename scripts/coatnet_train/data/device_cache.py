@@ -89,7 +89,7 @@ class Augmentation:
     Args:
         size: In pixels.
         mean, std: Of each channel, for images in 0 to 1.
-        scale: Area of the random crop, as a share of the image.
+        scale: Area of the random crop, as a fraction of the image.
         hflip: Probability of a horizontal flip.
         color_jitter: Brightness, contrast and saturation are scaled by factors up to this far from 1.
         reprob: Probability of random erasing, by timm's RandomErasing.

@@ -17,7 +17,7 @@ class EvaluationDataSettings(DataSettings):
     num_samples: int | None = None  # Images of a stream that does not say it.
     valid_labels: str = 'auto'  # Logits that compete: all, folder, imagenet_a, imagenet_r, a file; auto knows -A, -R.
     real_labels: str = ''  # Score against ReaL labels: timm for those bundled with it, or a file such as real.json.
-    max_bad_images: float = 0.0  # Share of unreadable images that is reported and left out before the run stops.
+    max_bad_images: float = 0.0  # Fraction of unreadable images to report and leave out before the run stops.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ class SplitDataSettings(DataSettings):
 
     split: str = 'train'  # Split to extract; '' takes the images of --data-dir itself, in class folders or not.
     val_split: str = 'validation'  # Split that --knn and --linear-probe test on; extracted only for them.
-    max_bad_images: float = 0.001  # Share of unreadable images that is reported and left out before the run stops.
+    max_bad_images: float = 0.001  # Fraction of unreadable images to report and leave out before the run stops.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ class Settings:
     sizes: tuple[int, ...] = (48, 64, 96, 128)  # Heights and widths in pixels.
     val_split: str = 'validation'  # Name of the split.
     batch_size: int = 64  # Images per step.
-    max_bad_images: float = 0.001  # Share of unreadable images that is reported and left out before the run stops.
+    max_bad_images: float = 0.001  # Fraction of unreadable images to report and leave out before the run stops.
     amp: bool = False  # bfloat16 autocast.
     device: str = 'auto'  # cpu or cuda; auto takes CUDA where there is one.
     workers: int = 1  # Processes that read images.

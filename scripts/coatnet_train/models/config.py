@@ -23,7 +23,7 @@ class ModelSettings:
     mean: tuple[float, ...] = ()  # Mean of each channel, in 0..1 (the model's own if not given).
     std: tuple[float, ...] = ()  # Standard deviation of each channel (the model's own if not given).
     interpolation: str = ''  # Resizing method, such as bicubic (the model's own if not given).
-    crop_pct: float | None = None  # Share of the resized image kept in evaluation (the model's own if not given).
+    crop_pct: float | None = None  # Fraction of the resized image kept in evaluation (the model's if not given).
     crop_mode: str = ''  # How evaluation crops: center, squash or border (the model's own if not given).
 
 

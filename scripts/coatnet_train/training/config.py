@@ -22,7 +22,7 @@ class TrainingDataSettings(DataSettings):
     val_split: str = 'validation'  # Name of the split that picks the best epoch.
     train_num_samples: int | None = None  # Training images of a stream that does not say it.
     val_num_samples: int | None = None  # Held-out images of such a stream.
-    max_bad_images: float = 0.001  # Share of unreadable images to report and skip before it ends; streams only warn.
+    max_bad_images: float = 0.001  # Fraction of unreadable images to skip before the run ends; streams only warn.
     class_balanced: bool = False  # Draw every class equally often.
     cache_images: bool = False  # Keep all images, as squares of the model's size, on the device; augment them there.
 
@@ -58,7 +58,7 @@ class TrainingSettings:
     smoothing: float = 0.1  # Label smoothing.
     teacher: str = ''  # Distil from this model, as --model names them: with weights, and with the data's classes.
     teacher_img_size: int | None = None  # Height and width of the teacher's images (the student's if not given).
-    kd_loss_weight: float = 0.5  # Share of the teacher in the loss.
+    kd_loss_weight: float = 0.5  # Weight of the teacher in the loss.
     kd_temperature: float = 1.0  # Divides the logits of both before they are compared.
     model_ema: bool = False  # Evaluate and release an exponential moving average of the weights.
     model_ema_decay: float = 0.9998  # Its decay, approached from 0 over the first steps.
@@ -68,8 +68,8 @@ class TrainingSettings:
 class AugmentationSettings:
     """Augmentation of the training images."""
 
-    train_img_sizes: tuple[int, ...] = ()  # Progressive sizes in pixels, each for an equal share of the epochs.
-    scale: tuple[float, float] = (0.08, 1.0)  # Area of the random crop, as a share of the image.
+    train_img_sizes: tuple[int, ...] = ()  # Progressive sizes in pixels, each for an equal part of the epochs.
+    scale: tuple[float, float] = (0.08, 1.0)  # Area of the random crop, as a fraction of the image.
     hflip: float = 0.5  # Probability of a horizontal flip.
     color_jitter: float = 0.4  # Strength of random brightness, contrast and saturation.
     aa: str | None = None  # AutoAugment policy, such as rand-m9-mstd0.5-inc1.
