@@ -54,7 +54,7 @@ def check_training(settings: Settings, model: nn.Module, data_config: dict) -> N
 
 def build_task(settings: Settings, model: nn.Module, teacher: nn.Module | None, data_config: dict,
                device: torch.device) -> TrainingTask:
-    """Cross-entropy, on soft targets where images are mixed, plus a fraction of the teacher's logits if there is one."""
+    """Cross-entropy, on soft targets where images are mixed, plus the distillation loss where there is a teacher."""
     loss = dict(soft_targets=True) if settings.mixup or settings.cutmix else dict(smoothing=settings.smoothing)
     if teacher is None:
         return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
