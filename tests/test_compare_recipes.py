@@ -9,9 +9,9 @@ from timm.data import ImageNetInfo
 
 import compare_recipes
 import finetune
-from coatnet_train.experiments import recipes as compare_recipes_run
+from coatnet_train.experiments import compare_recipes as compare_recipes_run
 from coatnet_train.experiments import small_sets
-from coatnet_train.experiments.recipes_config import Settings
+from coatnet_train.experiments.compare_recipes_config import Settings
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training import recipes
 

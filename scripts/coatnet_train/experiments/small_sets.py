@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from coatnet_train.experiments.recipes_config import Settings
+from coatnet_train.experiments.compare_recipes_config import Settings
 from coatnet_train.runtime.cli import ConfigError
 
 __all__ = ['MAKERS', 'images_in']

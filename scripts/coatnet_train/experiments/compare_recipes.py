@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from coatnet_train.experiments.recipes_config import DEFAULTS, Settings
+from coatnet_train.experiments.compare_recipes_config import DEFAULTS, Settings
 from coatnet_train.experiments.small_sets import MAKERS
 from coatnet_train.plotting.style import BLUE, DARK, GREY, clean_axes
 from coatnet_train.runtime.accelerator import choose_device
