@@ -161,8 +161,8 @@ def test_robustness(settings, run, by_hand):
 
 def test_transfer_starts_at_random_with_the_same_model(settings, run, tmp_path):
     transfer.main(transfer.Settings(
-        data_dir=settings.data_dir, model=run, shares=(0.5,), subsets=(1,), updates=(1,), batch_size=6, workers=0,
-        ways=('random start',), device='cpu', output=str(tmp_path)))
+        data_dir=settings.data_dir, model=run, fractions=(0.5,), subsets=(1,), updates=(1,), batch_size=6, workers=0,
+        methods=('random start',), device='cpu', output=str(tmp_path)))
     folder, = tmp_path.rglob('*-random')
     assert input_size(folder) == [1, 32, 32]
 

@@ -86,23 +86,23 @@ def test_previews_show_the_last_epoch_of_each_recipe_and_every_seed(tmp_path, mo
 ORIGIN = dict(hardware='a CPU')
 
 
-def test_transfer_shows_each_way_with_its_spread(tmp_path, monkeypatch):
+def test_transfer_shows_each_method_with_its_spread(tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'RESULTS', tmp_path)
     assert 'not measured' in report.transfer()
     settings = dict(
-        model='x_64.a', data_dir='some/flowers', img_size=64, updates=[300, 600, 900], shares=[0.01, 0.1, 1.0],
+        model='x_64.a', data_dir='some/flowers', img_size=64, updates=[300, 600, 900], fractions=[0.01, 0.1, 1.0],
         subsets=[5, 5, 1])
     (tmp_path / 'transfer_flowers_cpu.json').write_text(json.dumps(dict(settings=settings, rows=[ORIGIN], table={
         'linear probe': {'0.1': dict(top1=40.04, deviation=1.26, subsets=4),
                          '1.0': dict(top1=55.5, deviation='not measured', subsets=1)}})))
     text = report.transfer()
-    assert '| weights | data | way | 1 % of the labels | 10 % of the labels | 100 % of the labels |' in text
+    assert '| weights | data | method | 1 % of the labels | 10 % of the labels | 100 % of the labels |' in text
     assert '| `x_64.a` | flowers | linear probe | not measured | 40.0 ± 1.3 (4) | 55.5 (1) |' in text
     assert 'flowers at size 64, updates: 300, 600, 900; a CPU.' in text
     assert '(results/transfer_flowers_cpu.png)' in text
     (tmp_path / 'transfer_trees_cpu.json').write_text(json.dumps(dict(settings=settings, rows=[ORIGIN], table={
         'fine-tuned': {'0.01': dict(top1=12.0, deviation='not measured', subsets=1)}})))
-    text = report.transfer()  # one share makes no curve
+    text = report.transfer()  # one fraction makes no curve
     assert '12.0 (1)' in text and 'transfer_trees_cpu.png' not in text and 'transfer_flowers_cpu.png' in text
 
 

@@ -90,7 +90,7 @@ def test_example_runs_as_it_stands(folder, tmp_path, monkeypatch, capsys):
     assert text.index('pip install') < text.index('import coatnet_zoo') < text.index('timm.create_model(')
     assert "'hf-hub:me/colours'" in block
     monkeypatch.chdir(tmp_path)
-    Image.new('RGB', (50, 40), (200, 40, 30)).save('picture.jpg')
+    Image.new('RGB', (50, 40), (200, 40, 30)).save('image.jpg')
     exec(compile(block.replace('hf-hub:me/colours', f'local-dir:{folder}'), 'README.md', 'exec'), {})
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if '%' in line]
     assert sorted(name for _, name in lines) == ['blue', 'green', 'red']

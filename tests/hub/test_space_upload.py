@@ -133,10 +133,12 @@ def test_transparency_is_dropped_and_phones_are_held_upright(tmp_path):
 # The files of the Space
 
 
-def imports_at_start(file: Path) -> set[str]:
-    """Modules that are imported where this file is; those for type hints alone are not."""
-    found, statements = set(), ast.parse(file.read_text()).body
-    for node in [part for top in statements for part in (top.body if isinstance(top, ast.Try) else [top])]:
+def imports(file: Path) -> set[str]:
+    """Modules that a file imports: the page's own files also inside functions, coatnet_train where its modules begin."""
+    tree = ast.parse(file.read_text())
+    at_start = [part for top in tree.body for part in (top.body if isinstance(top, ast.Try) else [top])]
+    found = set()
+    for node in ast.walk(tree) if file.parent == SPACE else at_start:
         if isinstance(node, ast.ImportFrom):
             found |= {node.module, *(f'{node.module}.{name.name}' for name in node.names)}
         elif isinstance(node, ast.Import):
@@ -145,11 +147,11 @@ def imports_at_start(file: Path) -> set[str]:
 
 
 def test_requirements_bring_what_the_page_imports():
-    """Of coatnet_train, which the Space has whole, the page needs the modules that it reaches and their packages."""
+    """The Space has all of coatnet_train, but only the packages of what the page reaches."""
     todo, seen, packages = sorted(SPACE.glob('*.py')), set(), set()
     while todo:
         seen.add(file := todo.pop())
-        for module in imports_at_start(file):
+        for module in imports(file):
             inside = ROOT / 'scripts' / f'{module.replace(".", "/")}.py'
             if module.startswith('coatnet_train') and inside.is_file() and inside not in seen:
                 todo.append(inside)
