@@ -134,7 +134,7 @@ def test_transparency_is_dropped_and_phones_are_held_upright(tmp_path):
 
 
 def imports(file: Path) -> set[str]:
-    """Modules that a file imports: the page's own files also inside functions, coatnet_train where its modules begin."""
+    """Modules that a file imports: anywhere in the files of the page, at their start in those of coatnet_train."""
     tree = ast.parse(file.read_text())
     at_start = [part for top in tree.body for part in (top.body if isinstance(top, ast.Try) else [top])]
     found = set()
