@@ -5,7 +5,7 @@
 
 The photographs are scikit-image's cup of coffee and cat, the digits scikit-learn's 1,797; both trainings have the same
 settings and seed. Takes 2 to 3 minutes on 2 CPU cores. Ends with output/demo/demo.png, and with exit code 1 if the
-pretrained model reads fewer than 97 % of the held-out digits right, or is another one once reloaded.
+pretrained model has an accuracy below 97 % on the held-out digits, or is another one once reloaded.
 """
 import sys
 

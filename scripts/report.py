@@ -48,8 +48,8 @@ def count_models() -> dict:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    right = ['-:' if any(c.isdigit() for c in column[1][:1]) else '-' for column in zip(header, rows[0], strict=True)]
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in (header, right, *rows))
+    alignment = ['-:' if any(c.isdigit() for c in cell[:1]) else '-' for cell in rows[0]]
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in (header, alignment, *rows))
 
 
 def model_table() -> str:
@@ -316,7 +316,7 @@ def demo() -> str:
     report = json.loads(file.read_text())
     rows = [[way, *(f'{top1:.1f}' for top1 in after)] for way, after in report['top1'].items()]
     return (table(['after epoch', *map(str, range(1, report['epochs'] + 1))], rows)
-            + f'\n\nHeld-out digits read right (%), {report["images"]} in all, by `{report["model"]}`, seed '
+            + f'\n\nAccuracy (%) on held-out digits, {report["images"]} in all, by `{report["model"]}`, seed '
               f'{report["seed"]}; the demo takes\nthe best epoch by the same digits. {report["seconds"]:.0f} s on '
               f'{report["threads"]} threads of {report["hardware"]}.')
 

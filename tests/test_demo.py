@@ -83,7 +83,7 @@ def test_picture_shows_errors_in_red_before_the_rest(digits_dir, tmp_path):
     colours = [to_hex(axes.title.get_color()) for axes in digits]
     assert set(colours[:3]) == {'#dc2626'} and '#dc2626' not in colours[3:]
     said = figure.subfigs[1].subfigs[1].get_suptitle()
-    assert '3 read wrong' in said and '99.17 %' in said
+    assert '3 misclassified' in said and '99.17 %' in said
 
 
 def test_first_epoch_is_the_first_that_was_good_enough():
@@ -117,7 +117,7 @@ def test_demo_fails_on_low_accuracy_and_starts_afresh(tmp_path, monkeypatch, cap
     monkeypatch.setattr(demo_run, 'MIN_ACCURACY', 0.0)
     assert demo.main(str(results)) == 0
     said, report = capsys.readouterr().out, json.loads(results.read_text())
-    assert 'of 60 held-out digits right' in said
+    assert 'of 60 held-out digits correct' in said
     assert list(report['top1']) == ['pretrained', 'from random weights']
     for name, rows in report['top1'].items():
         assert len(rows) == 1 and f'{name:20}{rows[0]:7.2f}   below 90 %' in said

@@ -90,7 +90,7 @@ def draw_demo(overlays: list[Path], histories: dict[str, list[dict]], probabilit
     for (name, history), colour in zip(histories.items(), (BLUE, GREY), strict=True):
         axes.plot([row['epoch'] for row in history], [row['eval_top1'] for row in history], '.-', color=colour,
                   label=name)
-    axes.set(xlabel='epoch', ylabel='held-out digits read right (%)', ylim=(0, 100), title='The same training twice')
+    axes.set(xlabel='epoch', ylabel='held-out accuracy (%)', ylim=(0, 100), title='The same training twice')
     use_integer_epochs(axes)
     clean_axes(axes)
     axes.legend(frameon=False, loc='lower right')
@@ -102,10 +102,10 @@ def draw_digits(figure: SubFigure, probabilities: torch.Tensor, labels: np.ndarr
                 columns: int = 8, rows: int = 4) -> None:
     """Held-out digits with what the model reads: errors first, in red."""
     confidence, predicted = (values.numpy() for values in probabilities.max(dim=-1))
-    wrong, right = np.flatnonzero(predicted != labels), np.flatnonzero(predicted == labels)
-    shown = [*wrong, *np.random.default_rng(0).permutation(right)][: columns * rows]
-    figure.suptitle(f'{len(labels)} held-out digits: {len(wrong)} read wrong (red), '
-                    f'{100 * len(right) / len(labels):.2f} % right', fontsize=13)
+    wrong, correct = np.flatnonzero(predicted != labels), np.flatnonzero(predicted == labels)
+    shown = [*wrong, *np.random.default_rng(0).permutation(correct)][: columns * rows]
+    figure.suptitle(f'{len(labels)} held-out digits: {len(wrong)} misclassified (red), '
+                    f'{100 * len(correct) / len(labels):.2f} % correct', fontsize=13)
     for axes in figure.subplots(rows, columns).flat:
         axes.set_axis_off()
     for axes, index in zip(figure.axes, shown, strict=False):
@@ -123,9 +123,9 @@ def train(settings: FinetuneSettings) -> tuple[dict, list[dict]]:
     return summary, torch.load(checkpoint, weights_only=True)['progress']['history']
 
 
-def first_epoch(history: list[dict], least: float) -> int | None:
-    """The first epoch after which at least this share (%) was read right."""
-    return next((row['epoch'] for row in history if row['eval_top1'] >= least), None)
+def first_epoch(history: list[dict], min_top1: float) -> int | None:
+    """The first epoch with at least this top-1 (%), or None."""
+    return next((row['epoch'] for row in history if row['eval_top1'] >= min_top1), None)
 
 
 def run(results_file: str = '') -> int:
@@ -148,14 +148,14 @@ def run(results_file: str = '') -> int:
     probabilities, labels, files = read_held_out(run_dir, DEMO_DIR / 'digits' / 'val')
     histories = {'pretrained': history, 'from random weights': from_scratch}
     draw_demo(overlays, histories, probabilities, labels, files).savefig(DEMO_DIR / 'demo.png', dpi=120)
-    right = int((probabilities.argmax(dim=-1).numpy() == labels).sum())
-    accuracy = 100 * right / len(labels)
-    print('\nheld-out digits read right (%) after each epoch')
+    correct = int((probabilities.argmax(dim=-1).numpy() == labels).sum())
+    accuracy = 100 * correct / len(labels)
+    print('\naccuracy on held-out digits (%) after each epoch')
     for name, rows in histories.items():
         epoch = first_epoch(rows, TARGET_ACCURACY)
         print(f'{name:20}' + ''.join(f'{row["eval_top1"]:7.2f}' for row in rows)
               + (f'   {TARGET_ACCURACY:g} % after epoch {epoch}' if epoch else f'   below {TARGET_ACCURACY:g} %'))
-    print(f'reloaded from {run_dir}: {right} of {len(labels)} held-out digits right, {accuracy:.2f} %; '
+    print(f'reloaded from {run_dir}: {correct} of {len(labels)} held-out digits correct, {accuracy:.2f} %; '
           f'image: {DEMO_DIR / "demo.png"}')
     if abs(accuracy - summary['top1']) > 100 / len(labels):  # in other batches one digit may fall either way
         print(f'demo.py: the reloaded model has {accuracy:.2f} %, training reported {summary["top1"]:.2f} %.')
