@@ -1,4 +1,4 @@
-"""Letter C: MBConv with squeeze-excite, CoAtNet section 2.1 and appendix A.1.
+"""Block type C: MBConv with squeeze-excite, CoAtNet section 2.1 and appendix A.1.
 
     x <- Proj(Pool(x)) + Project(SE(DepthConv(Expand(Norm(x)))))
 
@@ -15,27 +15,12 @@ from timm.layers import DropPath
 from torch import nn
 
 from .activation import GELU
-from .blocking import CacheBlocked
-from .folding import fold_norm_into_next, fold_norm_into_previous
+from .downsample import downsample
+from .inference import CacheBlocked, fold_norm_into_next, fold_norm_into_previous, inplace_mul
 
-__all__ = ['MBConv', 'downsample']
+__all__ = ['MBConv']
 
-
-def downsample(stride: int) -> nn.Module:
-    """Pool(x): 2x2 average pooling; ceil mode keeps its odd sizes those of a stride-2 convolution."""
-    if stride == 1:
-        return nn.Identity()
-    # count_include_pad: no padding here, but ONNX Runtime 1.20 counts what ceil mode adds unless told so
-    return nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-
-
-@torch.fx.wrap
-def inplace_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """`x * gate`, in the memory of `x` if no gradient or graph needs it: whoever traces gets one graph for both."""
-    captured = False
-    if not torch.jit.is_scripting():
-        captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return x * gate if captured or x.requires_grad else x.mul_(gate)
+torch.fx.wrap('inplace_mul')  # one node, whatever traces; fx looks for it where it is called
 
 
 class MBConv(nn.Module):

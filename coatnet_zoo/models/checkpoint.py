@@ -5,11 +5,13 @@ so a timm model with a stem bias and other choices than the official ones needs 
 """
 import math
 import re
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..blocks.transformer import resize_bias_table
+from .backbone import Backbone
 
 __all__ = ['checkpoint_filter_fn', 'convert_state_dict', 'explain_misfit']
 
@@ -35,7 +37,7 @@ _OTHER_TIMM = (
 )
 
 
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
     """Convert a state dict to the names, layouts and bias-table sizes of `model`, or raise.
 
     Args:
@@ -54,7 +56,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return state_dict
 
 
-def convert_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def convert_state_dict(state_dict: dict[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
     """Names, layouts and bias-table sizes of `model` for a state dict; whether it fits is not checked.
 
     Args:
@@ -96,7 +98,8 @@ def explain_misfit(state_dict: dict[str, torch.Tensor], model: nn.Module, most: 
         most: Number of names listed as missing, unexpected and misshapen.
         adapted: Starts of names that are adapted afterwards: of any shape, and absent if they are the classifier's.
     """
-    own, cfg = model.state_dict(), model.pretrained_cfg
+    own = model.state_dict()
+    cfg: Any = model.pretrained_cfg
     classifiers, first_convs = (
         tuple(f'{name}.' for name in ([value] if isinstance(value, str) else value or ()))
         for value in (cfg.get('classifier'), cfg.get('first_conv')))
@@ -130,7 +133,7 @@ def explain_misfit(state_dict: dict[str, torch.Tensor], model: nn.Module, most: 
             'Wrong shape', [f'{key} {given} for {expected}' for key, (given, expected) in misshapen.items()])) if names)
 
 
-def _check_architecture(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
+def _check_architecture(state_dict: dict[str, torch.Tensor], model: Backbone) -> None:
     """Raise for timm's rw, rmlp, bn and cc CoAtNets, CoAtNeXt and MaxViT: all but coatnet_N_224."""
     if 'norm.weight' not in state_dict and not any('.attn_grid.' in key for key in state_dict):
         return  # only coatnet_N_224 keeps its last norm in the head, before a hidden layer
@@ -156,7 +159,7 @@ def _check_stem_bias(state_dict: dict[str, torch.Tensor], own: dict[str, torch.T
             "set there, add stem_bias=True to flavor='timm'; if it has the official choices, leave out flavor.")
 
 
-def _from_timm(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def _from_timm(state_dict: dict[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
     head_dim = model.cfg.head_dim
     out = {}
     for key, value in state_dict.items():
@@ -180,7 +183,7 @@ def _from_timm(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[st
 
 def _attention_block(key: str, state_dict: dict[str, torch.Tensor]) -> bool:
     match = re.match(r'stages\.\d+\.blocks\.\d+\.', key)
-    return bool(match) and f'{match.group()}attn.qkv.weight' in state_dict
+    return match is not None and f'{match.group()}attn.qkv.weight' in state_dict
 
 
 def _unflatten_table(key: str, table: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
@@ -189,7 +192,7 @@ def _unflatten_table(key: str, table: torch.Tensor, own: torch.Tensor | None) ->
         return table
     side = math.isqrt(len(table))
     if side * side == len(table):
-        size = (side, side)
+        size: tuple[int, ...] = (side, side)
     elif own is not None and own.shape[1] * own.shape[2] == len(table):
         size = tuple(own.shape[1:])
     else:
@@ -199,7 +202,7 @@ def _unflatten_table(key: str, table: torch.Tensor, own: torch.Tensor | None) ->
     return table.T.unflatten(1, size)
 
 
-def _check_classes(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
+def _check_classes(state_dict: dict[str, torch.Tensor], model: Backbone) -> None:
     """timm drops the classifier if the source is said to have another number of classes than the model."""
     weight, said = state_dict.get('head.fc.weight'), model.pretrained_cfg['num_classes']
     if weight is not None and len(weight) == model.num_classes:

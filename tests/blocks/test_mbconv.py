@@ -6,8 +6,8 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from coatnet_zoo.blocks import ConvStem, MBConv
-from coatnet_zoo.blocks.folding import fold_norm_into_next, fold_norm_into_previous
-from coatnet_zoo.blocks.stem import ImageCheck
+from coatnet_zoo.blocks.inference import fold_norm_into_next, fold_norm_into_previous
+from coatnet_zoo.blocks.stem import InputCheck
 
 
 @pytest.mark.parametrize('conv_stride', ['expand', 'depthwise'])
@@ -69,7 +69,7 @@ def test_fused_block_still_has_right_gradients(randomize):
 @pytest.mark.parametrize('conv_stride,images', [('expand', [3, 3, 1]), ('depthwise', [1] * 7)])
 def test_cache_blocking_takes_as_many_images_as_fit(conv_stride, images, randomize, monkeypatch):
     """Hidden map of 32 channels at 6 x 6, or 3 x 3 if `expand` strides, in float64: 9216 or 2304 bytes an image."""
-    monkeypatch.setattr('coatnet_zoo.blocks.blocking._CACHE', 7000)
+    monkeypatch.setattr('coatnet_zoo.blocks.inference._CACHE', 7000)
     block = randomize(MBConv(4, 8, 2, conv_stride=conv_stride, dtype=torch.float64)).eval()
     x = torch.randn(7, 4, 6, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     seen = []
@@ -107,7 +107,7 @@ def test_norm_is_not_folded_into_a_padded_convolution():
 
 
 def test_stem_by_the_formula(randomize):
-    stem = randomize(ConvStem(ImageCheck(3, (8, 8), 1, 'free'), 6, dtype=torch.float64)).eval()
+    stem = randomize(ConvStem(InputCheck(3, (8, 8), 1, 'free'), 6, dtype=torch.float64)).eval()
     x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
     y = F.conv2d(x, stem.conv1.weight, stem.conv1.bias, stride=2, padding=1)
     y = F.gelu(stem.norm1(y), approximate='tanh')
