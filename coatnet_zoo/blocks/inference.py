@@ -1,7 +1,6 @@
 """What only the inference form (`timm.utils.reparameterize_model`) needs.
 
 - Exact folding of what is affine in evaluation into the convolution or linear layer before or after it.
-- `CacheBlocked`: a block run on a few images at a time, so that its wide maps stay in a CPU's cache.
 - `InplaceGELU` and `inplace_mul`, which overwrite an input that nobody else holds.
 """
 import math
@@ -9,13 +8,11 @@ import math
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerScale
-from timm.models import register_notrace_module
 from torch import nn
 
-__all__ = ['CacheBlocked', 'InplaceGELU', 'fold_norm_into_next', 'fold_norm_into_previous', 'fold_scale_into_previous',
-           'inplace_gelu', 'inplace_mul']
+__all__ = ['InplaceGELU', 'fold_norm_into_next', 'fold_norm_into_previous', 'fold_scale_into_previous', 'inplace_gelu',
+           'inplace_mul']
 
-_CACHE = 6 << 20  # bytes of the widest map that one pass may hold, a share of a usual last-level cache
 _CHUNK = 1 << 16  # elements that stay in a core's cache over the four passes of the tanh GELU
 
 
@@ -71,38 +68,6 @@ def fold_scale_into_previous(linear: nn.Linear, scale: nn.Module) -> nn.Module:
     linear.weight.copy_(linear.weight.double() * gamma[:, None])
     linear.bias.copy_(linear.bias.double() * gamma)
     return nn.Identity()
-
-
-@register_notrace_module
-class CacheBlocked(nn.Module):
-    """A block run on a few images at a time, on a CPU in eager inference; elsewhere the block as it is.
-
-    The hidden map of an MBConv is four times as wide as what goes in and out. For a whole batch it is written to and
-    read from memory at every step, and past 32 MiB the allocator also maps fresh pages for it at every call.
-
-    Args:
-        block: A folded block, which treats the images of a batch independently.
-        widest: Elements of its widest map per pixel of its input.
-    """
-
-    def __init__(self, block: nn.Module, widest: float):
-        super().__init__()
-        self.block = block
-        self.widest = widest
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and self.is_free(x):
-            image = self.widest * x.shape[-2] * x.shape[-1] * x.element_size()
-            parts = x.split(max(1, int(_CACHE // image)))
-            if len(parts) > 1:
-                return torch.cat([self.block(part) for part in parts])
-        return self.block(x)
-
-    @torch.jit.unused
-    def is_free(self, x: torch.Tensor) -> bool:
-        """Neither a graph nor a gradient is being recorded, and the caches are a CPU's."""
-        captured = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
-        return not captured and not torch.is_grad_enabled() and x.device.type == 'cpu' and len(x) > 1
 
 
 class InplaceGELU(nn.Module):

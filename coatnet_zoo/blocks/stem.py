@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from .activation import GELU
-from .inference import CacheBlocked, fold_norm_into_previous
+from .inference import fold_norm_into_previous
 
 __all__ = ['ConvStem', 'InputCheck', 'PatchStem', 'check_size']
 
@@ -114,7 +114,7 @@ class ConvStem(nn.Module):
             return self
         self.norm1 = fold_norm_into_previous(self.conv1, self.norm1)
         self.folded = True
-        return CacheBlocked(self, self.conv1.out_channels / (self.conv1.stride[0] * self.conv1.stride[1]))
+        return self
 
 
 class PatchStem(nn.Module):
