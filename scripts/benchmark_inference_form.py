@@ -2,11 +2,11 @@
 
     python scripts/benchmark_inference_form.py --results-file results/inference_form_cpu.json
 
-Every candidate runs once a round, in alternating order, and its median over the rounds counts. What is measured is the
-CPU time of this process on one thread (page faults included), which a busy machine disturbs less than wall time. The
-package's inference form computes the tanh GELU as x * sigmoid(...), in chunks that stay in a core's cache; the
-candidates take torch's in-place GELU instead, or the same formula without chunks, or add batches split so that the
-widest map of each MBConv and of the stem takes at most 6 MiB.
+Every candidate runs once a round, in alternating order; the median of its times, and of their ratios to the package's
+time in the same round, count. What is measured is the CPU time of this process on one thread (page faults included),
+which a busy machine disturbs less than wall time. The package's inference form computes the tanh GELU as
+x * sigmoid(...), in chunks that stay in a core's cache; the candidates take torch's in-place GELU instead, or the same
+formula without chunks, or add batches split so that the widest map of each MBConv and of the stem takes at most 6 MiB.
 """
 import copy
 import statistics
@@ -101,7 +101,7 @@ def measure(model_name: str, batch_size: int, rounds: int) -> dict[str, list[flo
 
 
 def main(settings: Settings) -> dict:
-    """Print and store the median time of each candidate, and its ratio to the package's form."""
+    """Print and store the median time of each candidate, and its ratio to the package's time."""
     import torch
     from files import write_json
     from provenance import provenance
@@ -111,14 +111,15 @@ def main(settings: Settings) -> dict:
     for model in settings.models:
         for batch_size in settings.batch_sizes:
             seconds = measure(model, batch_size, settings.rounds)
-            medians = {name: statistics.median(values) for name, values in seconds.items()}
-            shares = {name: value / medians['package'] for name, value in medians.items()}
-            print(f'{model} {batch_size:3}  ' + '  '.join(
-                f'{name} {1e3 * medians[name]:.1f} ms ({share - 1:+.1%})' for name, share in shares.items()))
-            rows.append(dict(
-                model=model, batch_size=batch_size,
-                cpu_ms={name: round(1e3 * value, 2) for name, value in medians.items()},
-                of_package={name: round(share, 4) for name, share in shares.items()}))
+            row = dict(model=model, batch_size=batch_size, cpu_ms={}, of_package={}, quartiles={})
+            for name, values in seconds.items():
+                ratios = [value / package for value, package in zip(values, seconds['package'], strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4)
+                row['cpu_ms'][name] = round(1e3 * statistics.median(values), 1)
+                row['of_package'][name], row['quartiles'][name] = round(middle, 3), [round(low, 3), round(high, 3)]
+                print(f'{model:12} {batch_size:3}  {name:20} {row["cpu_ms"][name]:8.1f} ms  {middle - 1:+.1%} of the '
+                      f'package, quartiles {low - 1:+.1%} to {high - 1:+.1%}')
+            rows.append(row)
     report = dict(rows=rows, settings=asdict(settings), clock='time.process_time, one thread', **provenance('cpu'))
     if settings.results_file:
         write_json(Path(settings.results_file), report)
