@@ -18,7 +18,7 @@ from .lightconv import LightConv2d, LightConvBlock, conv_heads
 
 __all__ = ['DynamicConv2d', 'DynamicConvBlock']
 
-torch.fx.wrap('dynamicconv2d')  # one node, whatever traces: its checks look at tensors
+torch.fx.wrap('dynamicconv2d')  # one node for every tracer: its checks look at tensors
 
 
 @register_notrace_module

@@ -1,7 +1,7 @@
-"""What only the inference form (`timm.utils.reparameterize_model`) needs.
+"""Parts of the inference form, which `timm.utils.reparameterize_model` makes of a model.
 
 - Exact folding of what is affine in evaluation into the convolution or linear layer before or after it.
-- `InplaceGELU` and `inplace_mul`, which overwrite an input that nobody else holds.
+- `InplaceGELU` and `inplace_mul`, which overwrite an input that nothing else refers to.
 """
 import math
 
@@ -116,7 +116,7 @@ def _is_dense(x: torch.Tensor) -> bool:
 
 
 def inplace_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """`x * gate`, in the memory of `x` if no gradient or graph needs it: whoever traces gets one graph for both."""
+    """`x * gate`, in the memory of `x` unless a gradient or a traced graph needs it (one graph for both)."""
     captured = False
     if not torch.jit.is_scripting():
         captured = torch.compiler.is_compiling() or torch.jit.is_tracing()

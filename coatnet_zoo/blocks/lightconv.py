@@ -24,7 +24,7 @@ from .inference import fold_scale_into_previous
 
 __all__ = ['LightConv2d', 'LightConvBlock']
 
-torch.fx.wrap('lightconv2d')  # one node, whatever traces: its checks look at tensors
+torch.fx.wrap('lightconv2d')  # one node for every tracer: its checks look at tensors
 
 
 @register_notrace_module

@@ -20,7 +20,7 @@ from .inference import fold_norm_into_next, fold_norm_into_previous, inplace_mul
 
 __all__ = ['MBConv']
 
-torch.fx.wrap('inplace_mul')  # one node, whatever traces; fx looks for it where it is called
+torch.fx.wrap('inplace_mul')  # one node for every tracer; fx looks the name up where it is called
 
 
 class MBConv(nn.Module):
@@ -83,7 +83,7 @@ class MBConv(nn.Module):
         x = self.act1(self.norm1(self.expand(self.pre_norm(x))))
         x = self.act2(self.norm2(self.depthwise(x)))
         gate = self.se(x.mean((2, 3), keepdim=True))
-        x = inplace_mul(x, gate) if self.folded else x * gate  # folded, x is nobody else's
+        x = inplace_mul(x, gate) if self.folded else x * gate  # folded, nothing else refers to x
         return shortcut + self.drop_path(self.project(x))
 
     def fuse(self) -> nn.Module:

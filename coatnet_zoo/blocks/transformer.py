@@ -72,7 +72,7 @@ class RelativeBias(nn.Module):
                 refuse_legacy_onnx()
             table = resize_bias_table(table, (height, width))
         else:
-            height, width = self.feat_size  # the same numbers, constant for whoever traces shapes (legacy ONNX export)
+            height, width = self.feat_size  # the same numbers, constant where shapes are traced (legacy ONNX export)
         # windows[:, a, b, u, v] = table[:, H-1+a-u, W-1+b-v]: no index tensor to keep, move or go stale
         windows = table.flip(1, 2).unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)
         return windows.reshape(1, table.shape[0], height * width, height * width)
