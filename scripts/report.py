@@ -28,17 +28,13 @@ ALIKE = ('coatnet_pico_64', 'lightconvnet_pico_64', 'dynamicconvnet_pico_64', 'c
 
 def count_models() -> dict:
     """Parameters and multiply-adds of every name of the zoo, at its own image size, on the meta device."""
-    import timm  # these take seconds, and only --count needs them
-    from model_size import model_size
+    from model_size import model_size  # these take seconds, and only --count needs them
     from provenance import provenance
-    from timm.models import model_entrypoint
 
     import coatnet_zoo
 
     counts = {}
-    for name in timm.list_models():
-        if not model_entrypoint(name).__module__.startswith(f'{coatnet_zoo.__name__}.'):
-            continue
+    for name in coatnet_zoo.list_models():
         parameters, multiply_adds, model = model_size(name, num_classes=1000)  # whatever is released for it
         counts[name] = dict(
             word=model.cfg.layout, parameters=parameters, multiply_adds=multiply_adds, img_size=model.img_size[0],

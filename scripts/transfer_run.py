@@ -21,7 +21,7 @@ from pictures import open_pictures, targets_of
 from processes import choose_device
 from provenance import provenance
 from settings import SettingsError, earlier_results, flag
-from timm.models import model_entrypoint, safe_model_name
+from timm.models import safe_model_name
 from transfer_settings import WAYS, Settings
 
 import coatnet_zoo
@@ -74,7 +74,7 @@ def train(settings: Settings, architecture: str, data_dir: Path, count: int, upd
           pretrained: bool) -> float:
     """Top-1 (%) after the last epoch of a run, which goes on where an earlier call was stopped."""
     epochs = -(-updates // max(1, count // settings.batch_size))
-    ours = model_entrypoint(architecture).__module__.startswith(f'{coatnet_zoo.__name__}.')
+    ours = architecture in coatnet_zoo.list_models()
     summary = finetune.main(finetune.Settings(
         data_dir=str(data_dir), model=settings.model, pretrained=pretrained,
         img_size=settings.img_size, epochs=epochs, val_interval=epochs, batch_size=min(settings.batch_size, count),

@@ -25,6 +25,7 @@ COMMANDS = {
     'benchmark.py ops': ('--kernels 4', '--kernels must be odd'),
     'benchmark.py scaling': ('--sizes 64', '--sizes must be two or more'),
     'benchmark.py loader': ('--data-dir x --window 0', '--window must be greater than 0'),
+    'benchmark_inference_form.py': ('', ''),
     'ablation.py': ('--data-dir x --speed', '--speed needs a --results-file'),
     'transfer.py': ('--data-dir x --model x --shares 2', '--shares must be above 0'),
     'compare_recipes.py': ('--sets digits --seeds 0 --threads 0', '--threads must be from 1'),

@@ -79,9 +79,9 @@ def test_vit_stem_is_the_papers_vit_rel():
 
 
 @pytest.mark.parametrize('options,message', [
-    (dict(layout='CCTX'), "layout must be four letters, one a stage, out of C, T, L, D, got 'CCTX'"),
+    (dict(layout='CCTX'), "layout must be four block types, one a stage, out of C, T, L, D, got 'CCTX'"),
     (dict(layout='CCT'), "got 'CCT'"),
-    (dict(layout=('C', 'C', 'T', 'T')), 'layout must be four letters'),
+    (dict(layout=('C', 'C', 'T', 'T')), 'layout must be four block types'),
     (dict(rel_bias='before'), "rel_bias must be one of 'pre', 'post', 'none', got 'before'"),
     (dict(conv_norm='group'), "conv_norm must be one of 'batch', 'layer', got 'group'"),
     (dict(conv_stride='dw'), "conv_stride must be one of 'expand', 'depthwise', got 'dw'"),
@@ -129,6 +129,13 @@ def test_vit_stem_is_the_papers_vit_rel():
 def test_values_that_cannot_be_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
+
+
+@pytest.mark.parametrize('name', BackboneCfg.__dataclass_fields__)
+def test_every_field_is_checked(name):
+    for value in (object(), -2, 'none of these', [1, 2]):
+        with pytest.raises(ValueError, match=f'^{name} must be '):
+            BackboneCfg(**{name: value})
 
 
 def test_flavors_name_every_difference_and_nothing_else():
