@@ -28,18 +28,20 @@ from .config import BackboneCfg
 
 __all__ = []  # register_model appends the names
 
+# Narrow models start from timm's scheme: N(0, 0.02) was made for widths of 96 and more (results/weight_init_*.json).
+_narrow = BackboneCfg(weight_init='vit_eff')
 # The paper's table of the family, S0 to S4; pico and nano are this zoo's, in widths that take attention in every stage.
 model_cfgs = {
-    'coatnet_pico': BackboneCfg(depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32),
-    'coatnet_nano': BackboneCfg(depths=(2, 3, 6, 3), embed_dim=(64, 128, 256, 512), stem_width=48),
+    'coatnet_pico': replace(_narrow, depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32),
+    'coatnet_nano': replace(_narrow, depths=(2, 3, 6, 3), embed_dim=(64, 128, 256, 512), stem_width=48),
     'coatnet_0': BackboneCfg(depths=(2, 3, 5, 2), embed_dim=(96, 192, 384, 768), stem_width=64),
     'coatnet_1': BackboneCfg(depths=(2, 6, 14, 2), embed_dim=(96, 192, 384, 768), stem_width=64),
     'coatnet_2': BackboneCfg(depths=(2, 6, 14, 2), embed_dim=(128, 256, 512, 1024), stem_width=128),
     'coatnet_3': BackboneCfg(depths=(2, 6, 14, 2), embed_dim=(192, 384, 768, 1536), stem_width=192),
     'coatnet_4': BackboneCfg(depths=(2, 12, 28, 2), embed_dim=(192, 384, 768, 1536), stem_width=192),
     'coatnet_5': BackboneCfg(depths=(2, 12, 28, 2), embed_dim=(256, 512, 1280, 2048), stem_width=192, head_dim=64),
-    'coatnet_pico_64': BackboneCfg(
-        depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32, stem_stride=1),  # images of some 64 pixels
+    'coatnet_pico_64': replace(
+        _narrow, depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32, stem_stride=1),  # for 64 px images
 }
 # Mixing of linear cost where CoAtNet has attention.
 model_cfgs |= {
