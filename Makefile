@@ -40,6 +40,7 @@ test-lowest:
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # the page at localhost, from the very folder that is pushed
 space: $(VENV)/.space space-folder

@@ -1,8 +1,8 @@
-"""Released weights: which names have some, where they are, and proof that a file is what was released.
+"""Released weights: which names have some, where the files are, and the check that a file is the one released.
 
 `weights/releases.json` has an entry for each NAME.TAG: `repo`, `commit` and `file` on the Hub (null if it is not
 there), `packaged` (a file of `weights/`, or null), `sha256`, `size`, `pretrained_cfg`, and where the numbers come from.
-A client of the Hub accepts a damaged download of the right size, so every file is checked before it is loaded.
+huggingface_hub does not detect a corrupted download of the right size, so the SHA-256 is verified before loading.
 """
 import hashlib
 import json
@@ -21,16 +21,16 @@ from huggingface_hub.errors import (
 )
 
 __all__ = [
-    'check_release', 'fetch', 'find_release', 'read_releases', 'sha256_of', 'verify_weights', 'with_releases']
+    'add_released_tags', 'check_release', 'fetch', 'find_release', 'read_releases', 'sha256_of', 'verify_weights']
 
 WEIGHTS = Path(__file__).with_name('weights')
 
 
 def read_releases(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a releases.json, once each says where its weights are and what they must be.
+    """Read and check a releases.json: each entry says where its weights are and what they must be.
 
     Raises:
-        ValueError: It cannot be read, is no JSON, or an entry is not as hub/publish.py writes it.
+        ValueError: The file cannot be read, is no JSON, or has an entry that hub/publish.py would not write.
     """
     try:
         releases = json.loads(path.read_text(encoding='utf-8'))
@@ -55,33 +55,33 @@ def read_releases(path: Path) -> dict[str, dict[str, Any]]:
 
 RELEASES = read_releases(WEIGHTS / 'releases.json')
 
-# What a tag may say of its weights; shapes and names of layers are the architecture's.
-_OF_TAGS = (
+# pretrained_cfg fields that a tag may set; shapes and names of layers are the architecture's
+_TAG_FIELDS = (
     'num_classes', 'label_names', 'label_descriptions', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std',
     'test_input_size', 'test_crop_pct', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
-def with_releases(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def add_released_tags(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Add the released tags of these architectures, for `generate_default_cfgs`.
 
     Args:
         cfgs: 'NAME.untrained' and its pretrained cfg, for each architecture.
     """
-    released = {}
+    released: dict[str, Any] = {}
     for name, entry in RELEASES.items():
         untrained = cfgs.get(f'{name.partition(".")[0]}.untrained')
         if untrained is None:
-            continue  # of the other family
-        said = {key: tuple(value) if isinstance(value, list) else value
-                for key, value in entry['pretrained_cfg'].items() if key in _OF_TAGS}
+            continue  # an architecture of another file
+        fields = {key: tuple(value) if isinstance(value, list) else value
+                  for key, value in entry['pretrained_cfg'].items() if key in _TAG_FIELDS}
         source = {'file': str(WEIGHTS / entry['packaged'])} if entry['packaged'] else {
             'hf_hub_id': _hub_id(entry), 'hf_hub_filename': entry['file']}
-        released[name] = {**untrained, **said, **source}
+        released[name] = {**untrained, **fields, **source}
     return {**cfgs, **released}
 
 
-def check_release(name: str, cfg: dict[str, Any], usual: dict[str, Any]) -> None:
-    """Refuse weights that would change what their architecture is without a tag.
+def check_release(name: str, cfg: dict[str, Any], default_cfg: dict[str, Any]) -> None:
+    """Refuse weights that would change the default input size or number of classes of their architecture.
 
     timm takes number of classes and input size of an architecture from its first tag with weights, even for
     `pretrained=False`.
@@ -89,23 +89,24 @@ def check_release(name: str, cfg: dict[str, Any], usual: dict[str, Any]) -> None
     Args:
         name: NAME.TAG.
         cfg: Its pretrained cfg.
-        usual: The pretrained cfg of NAME.untrained.
+        default_cfg: The pretrained cfg of NAME.untrained.
 
     Raises:
         ValueError: Another input size, or, unless NAME ends in _64, another number of classes.
     """
-    if tuple(cfg['input_size']) != tuple(usual['input_size']):
+    if tuple(cfg['input_size']) != tuple(default_cfg['input_size']):
         raise ValueError(
             f'{name}: weights of input size {tuple(cfg["input_size"])} would change the input size of '
-            f'{name.partition(".")[0]}, {tuple(usual["input_size"])}; train at that size or release another name.')
-    if not name.partition('.')[0].endswith('_64') and cfg['num_classes'] != usual['num_classes']:
+            f'{name.partition(".")[0]}, {tuple(default_cfg["input_size"])}; train at that size or release under '
+            f'another name.')
+    if not name.partition('.')[0].endswith('_64') and cfg['num_classes'] != default_cfg['num_classes']:
         raise ValueError(
             f'{name}: weights of {cfg["num_classes"]} classes would change the number of classes of '
-            f'{name.partition(".")[0]}, {usual["num_classes"]}; only names that end in _64 may do so.')
+            f'{name.partition(".")[0]}, {default_cfg["num_classes"]}; only names that end in _64 may do so.')
 
 
 def find_release(cfg: dict[str, Any]) -> str | None:
-    """The NAME.TAG whose file timm reads for this pretrained cfg, None if it is nothing released here."""
+    """NAME.TAG of the release that timm reads for this pretrained cfg, None if it is not a release."""
     from_hub = cfg.get('source') == 'hf-hub' or not cfg.get('file')
     for name, entry in RELEASES.items():
         if from_hub and entry['repo'] and cfg.get('hf_hub_id') == _hub_id(entry):
@@ -116,11 +117,11 @@ def find_release(cfg: dict[str, Any]) -> str | None:
 
 
 def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
-    """The checked file of a release: the package's own, or of the Hub's cache, downloaded if it is not there.
+    """Path of the verified file of a release: in the package, or in the Hub's cache, downloaded if it is not there.
 
     Args:
         name: NAME.TAG of `weights/releases.json`.
-        cache_dir: Of the Hub's files, if not the usual one.
+        cache_dir: Cache folder of the Hub's files; None for the Hub's default.
 
     Raises:
         FileNotFoundError: A file of the package is gone.
@@ -134,20 +135,20 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
             path = Path(hf_hub_download(
                 entry['repo'], entry['file'], revision=entry['commit'], cache_dir=cache_dir))
         except Exception as error:  # the transport below the client, and so its errors, differs between versions
-            raise RuntimeError(f'{name}: {_why_not(entry, error)}') from error
+            raise RuntimeError(f'{name}: {_hub_error_message(entry, error)}') from error
     _check_sha256(name, entry, path)
     return path
 
 
 def verify_weights(name: str, cache_dir: str | Path | None = None) -> Path:
-    """Check the weights that are on this machine against the sha256 they were released with; nothing is downloaded.
+    """Verify the weights on this machine against the sha256 they were released with; nothing is downloaded.
 
     Args:
         name: 'NAME.TAG', or NAME for its first release.
-        cache_dir: Of the Hub's files, if not the usual one.
+        cache_dir: Cache folder of the Hub's files; None for the Hub's default.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
         ValueError: Nothing of that name is released.
@@ -201,22 +202,22 @@ def _check_sha256(name: str, entry: dict[str, Any], path: Path) -> None:
             f'{way_out}.')
 
 
-def _why_not(entry: dict[str, Any], error: Exception) -> str:
-    """What went wrong at the Hub and the way out, in one sentence."""
+def _hub_error_message(entry: dict[str, Any], error: Exception) -> str:
+    """Error message for a failed download: what went wrong at the Hub and the way out."""
     repo, status = entry['repo'], getattr(getattr(error, 'response', None), 'status_code', None)
-    own = 'pretrained_cfg_overlay=dict(file=...) loads a file of your own'
+    local_file = 'pretrained_cfg_overlay=dict(file=...) loads a file of your own'
     if isinstance(error, LocalEntryNotFoundError):
-        told = ' (HF_HUB_OFFLINE is set)' if os.environ.get('HF_HUB_OFFLINE') else ''
-        return (f'the weights are not in the cache and the Hub cannot be reached{told}; go online once to download '
-                f'{repo}, or copy the cache from a machine that has them; {own}.')
+        reason = ' (HF_HUB_OFFLINE is set)' if os.environ.get('HF_HUB_OFFLINE') else ''
+        return (f'the weights are not in the cache and the Hub cannot be reached{reason}; go online once to download '
+                f'{repo}, or copy the cache from a machine that has them; {local_file}.')
     if isinstance(error, RepositoryNotFoundError):
         login = ('your token may not see it; ask its owner for access' if get_token() else
                  'log in with `hf auth login` or set HF_TOKEN if you have access')
-        return f'the Hub shows no repository {repo}: it is private or gone; {login}; {own}.'
+        return f'the Hub shows no repository {repo}: it is private or gone; {login}; {local_file}.'
     if isinstance(error, (RevisionNotFoundError, EntryNotFoundError)):
         return (f'{repo} no longer has {entry["file"]} at commit {entry["commit"]}; update coatnet_zoo, or '
-                f'{own}.')
+                f'{local_file}.')
     if isinstance(error, HfHubHTTPError) and status == 401:
         return 'the Hub refuses the token of HF_TOKEN or of your login; renew it, or unset it for public weights.'
     return (f'{repo} could not be downloaded ({type(error).__name__}: {" ".join(str(error).split())}); try again, or '
-            f'{own}.')
+            f'{local_file}.')

@@ -1,7 +1,7 @@
 """The model of a released folder: what export.py stores and verify.py holds it to."""
 import timm
 import torch
-from timm.models import get_arch_pretrained_cfgs, model_entrypoint
+from timm.models import get_arch_pretrained_cfgs
 from torch import nn
 
 import coatnet_zoo
@@ -14,8 +14,7 @@ __all__ = ['bare_model', 'largest_gap', 'own_cfg', 'split_name', 'stored_dtypes'
 def split_name(name: str, option: str = '--name') -> tuple[str, str]:
     """('coatnet_pico_64', 'tin200') of 'coatnet_pico_64.tin200'; refuses what timm or this zoo could not register."""
     architecture, _, tag = name.partition('.')
-    mine = [known for known in timm.list_models()
-            if model_entrypoint(known).__module__.startswith(f'{coatnet_zoo.__name__}.')]
+    mine = coatnet_zoo.list_models()
     if architecture not in mine:
         raise ConfigError(f'{option} must be a name of the zoo, a dot and a tag, such as coatnet_pico_64.tin200, got '
                           f'{name!r}{did_you_mean(architecture, mine) or "."}')

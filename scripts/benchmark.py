@@ -1,7 +1,7 @@
 """Time one model against another, side by side in one run: images/s, peak memory and the ratio.
 
-Three sub-commands make other tables: `ops` times the operators by themselves, `scaling` models over image sizes,
-`loader` the reading of images; each has a --help of its own.
+Four sub-commands make other tables: `ops` times the operators by themselves, `scaling` models over image sizes,
+`loader` the reading of images, `inference_form` its optimisations on a CPU; each has a --help of its own.
 
     python scripts/benchmark.py --model coatnet_0 --against coatnet_0_224
     python scripts/benchmark.py --model coatnet_0 --model-kwargs flavor=timm --against coatnet_0_224 --modes inference
@@ -18,17 +18,20 @@ import sys
 from inspect import cleandoc
 
 from coatnet_train.benchmarks.config import (
+    InferenceFormSettings,
     LoaderSettings,
     ModelPairSettings,
     OpsSettings,
     ScalingSettings,
     check_benchmark,
+    check_inference_form,
     check_ops,
     check_scaling,
 )
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
-TABLES = {'ops': OpsSettings, 'scaling': ScalingSettings, 'loader': LoaderSettings}
+TABLES = {
+    'inference_form': InferenceFormSettings, 'ops': OpsSettings, 'scaling': ScalingSettings, 'loader': LoaderSettings}
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -46,6 +49,9 @@ def dispatch(arguments: list[str]) -> None:
     elif table == 'loader':
         check_benchmark(settings, ('batch_size', 'rounds', 'window', 'threads'))
         from coatnet_train.benchmarks.loader import main
+    elif table == 'inference_form':
+        check_inference_form(settings)
+        from coatnet_train.benchmarks.inference_form import main
     else:
         check_benchmark(settings, ('batch_size', 'img_size', 'threads', 'rounds', 'window'))
         from coatnet_train.benchmarks.models import main

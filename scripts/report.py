@@ -29,17 +29,12 @@ COMPARED_MODELS = (
 
 def count_models() -> dict:
     """Parameters and multiply-adds of every name of the zoo, at its own image size, on the meta device."""
-    import timm  # these take seconds, and only --count needs them
-    from timm.models import model_entrypoint
-
-    import coatnet_zoo
+    import coatnet_zoo  # these take seconds, and only --count needs them
     from coatnet_train.models.model_size import model_size
     from coatnet_train.runtime.provenance import provenance
 
     counts = {}
-    for name in timm.list_models():
-        if not model_entrypoint(name).__module__.startswith(f'{coatnet_zoo.__name__}.'):
-            continue
+    for name in coatnet_zoo.list_models():
         parameters, multiply_adds, model = model_size(name, num_classes=1000)  # whatever is released for it
         counts[name] = dict(
             layout=model.cfg.layout, parameters=parameters, multiply_adds=multiply_adds, img_size=model.img_size[0],

@@ -125,7 +125,8 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
         archive.extractall(site)
     assert {n.partition('/')[0] for n in names if '.dist-info/' not in n} == {'coatnet_zoo'}
     assert any(n.endswith('licenses/LICENSE') for n in names)
-    assert {'coatnet_zoo/weights/releases.json', 'coatnet_zoo/weights/some.safetensors'} <= set(names)
+    files = {'py.typed', 'weights/releases.json', 'weights/some.safetensors'}
+    assert {f'coatnet_zoo/{file}' for file in files} <= set(names)
     code = '''
 import coatnet_zoo, timm, torch
 print(coatnet_zoo.__file__)

@@ -1,9 +1,10 @@
-"""Letter D: the DynamicConv block, Pay Less Attention section 4.
+"""Block type D: the DynamicConv block, Pay Less Attention section 4.
 
-The block of letter L, its kernel predicted at each position i from the input of the convolution there and nowhere
+The block of type L, its kernel predicted at each position i from the input of the convolution there and nowhere
 else, by one linear layer without bias: W_i = Linear(x_i), d to heads * K * K.
 """
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models import register_notrace_module
@@ -17,7 +18,7 @@ from .lightconv import LightConv2d, LightConvBlock, conv_heads
 
 __all__ = ['DynamicConv2d', 'DynamicConvBlock']
 
-torch.fx.wrap('dynamicconv2d')  # one node, whatever traces: its checks look at tensors
+torch.fx.wrap('dynamicconv2d')  # one node for every tracer: its checks look at tensors
 
 
 @register_notrace_module
@@ -71,5 +72,6 @@ class DynamicConv2d(nn.Module):
 class DynamicConvBlock(LightConvBlock):
     """DynamicConv and FFN; shapes and arguments of `LightConvBlock`, and `static_branch` of `DynamicConv2d`."""
 
-    def __init__(self, *args, static_branch: bool = False, **kwargs):
-        super().__init__(*args, conv_layer=partial(DynamicConv2d, static_branch=static_branch), **kwargs)
+    def __init__(self, dim: int, dim_out: int, stride: int = 1, static_branch: bool = False, **kwargs: Any):
+        conv_layer = partial(DynamicConv2d, static_branch=static_branch)
+        super().__init__(dim, dim_out, stride, conv_layer=conv_layer, **kwargs)

@@ -1,10 +1,10 @@
-"""Letter L: the LightConv block, Pay Less Attention section 3.
+"""Block type L: the LightConv block, Pay Less Attention section 3.
 
     x <- Proj(Pool(x)) + Out(LightConv(GLU(In(Pool(Norm(x))))));   x <- x + FFN(Norm(x))
 
 In takes d to 2d, GLU(a, b) = a * sigmoid(b), Out takes d to d. What differs from the authors' code (fairseq) is what a
 decade of vision models has settled on: the norm before the branch, GELU in the FFN, LayerScale (CaiT) and stochastic
-depth. The shortcut and the pooling of a stage's first block are those of letter T.
+depth. The shortcut and the pooling of a stage's first block are those of block type T.
 """
 from collections.abc import Callable
 
@@ -19,12 +19,12 @@ from ..ops.contract import check_choices, check_kernel
 from ..ops.dropconnect import draw_seed
 from ..ops.lightconv2d.eager import eager
 from .activation import GELU
-from .folding import fold_scale_into_previous
-from .mbconv import downsample
+from .downsample import downsample
+from .inference import fold_scale_into_previous
 
 __all__ = ['LightConv2d', 'LightConvBlock']
 
-torch.fx.wrap('lightconv2d')  # one node, whatever traces: its checks look at tensors
+torch.fx.wrap('lightconv2d')  # one node for every tracer: its checks look at tensors
 
 
 @register_notrace_module
@@ -111,7 +111,7 @@ class LightConvBlock(nn.Module):
         dropconnect: Probability of dropping a normalised kernel weight in training.
         mlp_ratio: Hidden channels of the FFN as a multiple of `dim_out`.
         layer_scale: First value of the learned scale of each branch; 0 leaves it out.
-        conv_layer: Makes the convolution that gives the letter its name.
+        conv_layer: Makes the convolution of the block type.
         norm_layer: Makes a norm over the last dimension.
         act_layer: Makes an activation.
     """
@@ -145,11 +145,12 @@ class LightConvBlock(nn.Module):
         self.in_proj = nn.Linear(dim, 2 * dim_out if glu else dim_out, **dd)
         self.conv = conv_layer(dim_out, kernel_size, head_dim, dropconnect, normalize, **dd)
         self.out_proj = nn.Linear(dim_out, dim_out, **dd)
-        self.scale1 = scale()
+        self.scale1: nn.Module = scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim_out, **dd)
-        self.mlp = Mlp(dim_out, max(1, int(dim_out * mlp_ratio)), act_layer=act_layer, **dd)
-        self.scale2 = scale()
+        hidden = max(1, int(dim_out * mlp_ratio))
+        self.mlp = Mlp(dim_out, hidden, act_layer=act_layer, **dd)  # type: ignore[arg-type]  # a partial serves too
+        self.scale2: nn.Module = scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -165,6 +166,7 @@ class LightConvBlock(nn.Module):
 
     def fuse(self) -> nn.Module:
         """Fold both LayerScales into the linear layers before them, in place; the convolution folds itself."""
+        assert isinstance(self.mlp.fc2, nn.Linear)
         self.scale1 = fold_scale_into_previous(self.out_proj, self.scale1)
         self.scale2 = fold_scale_into_previous(self.mlp.fc2, self.scale2)
         return self

@@ -1,4 +1,4 @@
-"""Letter C: MBConv with squeeze-excite, CoAtNet section 2.1 and appendix A.1.
+"""Block type C: MBConv with squeeze-excite, CoAtNet section 2.1 and appendix A.1.
 
     x <- Proj(Pool(x)) + Project(SE(DepthConv(Expand(Norm(x)))))
 
@@ -15,27 +15,12 @@ from timm.layers import DropPath
 from torch import nn
 
 from .activation import GELU
-from .blocking import CacheBlocked
-from .folding import fold_norm_into_next, fold_norm_into_previous
+from .downsample import downsample
+from .inference import fold_norm_into_next, fold_norm_into_previous, inplace_mul
 
-__all__ = ['MBConv', 'downsample']
+__all__ = ['MBConv']
 
-
-def downsample(stride: int) -> nn.Module:
-    """Pool(x): 2x2 average pooling; ceil mode keeps its odd sizes those of a stride-2 convolution."""
-    if stride == 1:
-        return nn.Identity()
-    # count_include_pad: no padding here, but ONNX Runtime 1.20 counts what ceil mode adds unless told so
-    return nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-
-
-@torch.fx.wrap
-def inplace_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """`x * gate`, in the memory of `x` if no gradient or graph needs it: whoever traces gets one graph for both."""
-    captured = False
-    if not torch.jit.is_scripting():
-        captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return x * gate if captured or x.requires_grad else x.mul_(gate)
+torch.fx.wrap('inplace_mul')  # one node for every tracer; fx looks the name up where it is called
 
 
 class MBConv(nn.Module):
@@ -98,7 +83,7 @@ class MBConv(nn.Module):
         x = self.act1(self.norm1(self.expand(self.pre_norm(x))))
         x = self.act2(self.norm2(self.depthwise(x)))
         gate = self.se(x.mean((2, 3), keepdim=True))
-        x = inplace_mul(x, gate) if self.folded else x * gate  # folded, x is nobody else's
+        x = inplace_mul(x, gate) if self.folded else x * gate  # folded, nothing else refers to x
         return shortcut + self.drop_path(self.project(x))
 
     def fuse(self) -> nn.Module:
@@ -109,4 +94,4 @@ class MBConv(nn.Module):
         self.norm1 = fold_norm_into_previous(self.expand, self.norm1)
         self.norm2 = fold_norm_into_previous(self.depthwise, self.norm2)
         self.folded = True
-        return CacheBlocked(self, self.expand.out_channels / (self.expand.stride[0] * self.expand.stride[1]))
+        return self

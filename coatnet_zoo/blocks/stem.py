@@ -1,18 +1,17 @@
-"""What comes before the stages: the check of the image, and the two stems of the paper."""
+"""The two stems of the paper, and the check of the input batch before them."""
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from .activation import GELU
-from .blocking import CacheBlocked
-from .folding import fold_norm_into_previous
+from .inference import fold_norm_into_previous
 
-__all__ = ['ConvStem', 'ImageCheck', 'PatchStem', 'check_size']
+__all__ = ['ConvStem', 'InputCheck', 'PatchStem', 'check_size']
 
 
 def check_size(height: int, width: int, total_stride: int, divisible: bool) -> None:
-    """Raise ValueError unless a word can take an image of this size (pixels).
+    """Raise ValueError unless a layout can take an image of this size (pixels).
 
     Args:
         height: Image height.
@@ -31,7 +30,7 @@ def check_size(height: int, width: int, total_stride: int, divisible: bool) -> N
 
 
 @torch.fx.wrap  # a single node for every tracer of torch.fx, not for timm's alone
-def check_image(x: torch.Tensor, in_chans: int, height: int, width: int, stride: int, rule: str) -> torch.Tensor:
+def check_input(x: torch.Tensor, in_chans: int, height: int, width: int, stride: int, rule: str) -> torch.Tensor:
     """Return `x` if the model can take it, else raise a ValueError (a jit.Error once scripted) that says what it takes.
 
     Args:
@@ -62,8 +61,8 @@ def check_image(x: torch.Tensor, in_chans: int, height: int, width: int, stride:
     return x
 
 
-class ImageCheck(nn.Module):
-    """The door: refuses what the model cannot take and lays the rest out in channels_last."""
+class InputCheck(nn.Module):
+    """Validates the input batch and converts it to channels_last."""
 
     def __init__(self, in_chans: int, img_size: tuple[int, int], stride: int, rule: str):
         super().__init__()
@@ -73,7 +72,7 @@ class ImageCheck(nn.Module):
         self.rule = rule
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = check_image(x, self.in_chans, self.img_size[0], self.img_size[1], self.stride, self.rule)
+        x = check_input(x, self.in_chans, self.img_size[0], self.img_size[1], self.stride, self.rule)
         return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # no copy if it is laid out so already
 
     def extra_repr(self) -> str:
@@ -88,7 +87,7 @@ class ConvStem(nn.Module):
 
     def __init__(
             self,
-            check: ImageCheck,
+            check: InputCheck,
             width: int,
             stride: int = 2,
             bias: bool = True,
@@ -115,14 +114,14 @@ class ConvStem(nn.Module):
             return self
         self.norm1 = fold_norm_into_previous(self.conv1, self.norm1)
         self.folded = True
-        return CacheBlocked(self, self.conv1.out_channels / (self.conv1.stride[0] * self.conv1.stride[1]))
+        return self
 
 
 class PatchStem(nn.Module):
     """The stem of ViT_REL: one patch x patch convolution of that stride."""
 
     def __init__(
-            self, check: ImageCheck, width: int, patch_size: int = 16, bias: bool = True, device=None, dtype=None):
+            self, check: InputCheck, width: int, patch_size: int = 16, bias: bool = True, device=None, dtype=None):
         super().__init__()
         self.check = check
         self.conv1 = nn.Conv2d(check.in_chans, width, patch_size, patch_size, bias=bias, device=device, dtype=dtype)

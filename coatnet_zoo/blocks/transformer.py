@@ -1,4 +1,4 @@
-"""Letter T: the Transformer block with relative attention, CoAtNet section 2.1 (eq. 3) and appendix A.1.
+"""Block type T: the Transformer block with relative attention, CoAtNet section 2.1 (eq. 3) and appendix A.1.
 
     x <- Proj(Pool(x)) + Attention(Pool(Norm(x)));   x <- x + FFN(Norm(x))
 
@@ -9,6 +9,7 @@ with w learned per block and head, independent of the input. The widths change i
 is projected only if the width changes, as in the authors' shared code (google-research/maxvit, TransformerBlock).
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import nn
 from torch.jit import Final
 
 from .activation import GELU
-from .mbconv import downsample
+from .downsample import downsample
 
 __all__ = ['RelativeAttention2d', 'RelativeBias', 'TransformerBlock', 'resize_bias_table']
 
@@ -65,13 +66,13 @@ class RelativeBias(nn.Module):
 
     def forward(self, height: int, width: int) -> torch.Tensor:
         """Bias (1, heads, N, N) with N = height * width, queries in rows, keys in columns, row-major positions."""
-        table = self.table
+        table: torch.Tensor = self.table
         if self.dynamic:
             if not torch.jit.is_scripting():
                 refuse_legacy_onnx()
             table = resize_bias_table(table, (height, width))
         else:
-            height, width = self.feat_size  # the same numbers, constant for whoever traces shapes (legacy ONNX export)
+            height, width = self.feat_size  # the same numbers, constant where shapes are traced (legacy ONNX export)
         # windows[:, a, b, u, v] = table[:, H-1+a-u, W-1+b-v]: no index tensor to keep, move or go stale
         windows = table.flip(1, 2).unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)
         return windows.reshape(1, table.shape[0], height * width, height * width)
@@ -95,6 +96,8 @@ class RelativeBias(nn.Module):
 class FixedBias(nn.Module):
     """Inference form of `RelativeBias`: the laid-out (1, heads, N, N)."""
 
+    bias: torch.Tensor
+
     def __init__(self, bias: torch.Tensor):
         super().__init__()
         # three dimensions: model.to(memory_format=channels_last) would permute a buffer of four
@@ -113,7 +116,7 @@ class RelativeAttention2d(nn.Module):
         feat_size: (H, W) of the map.
         head_dim: Channels of one head; divides `dim_out`.
         rel_bias: 'pre', 'post' or 'none', see the head of this file.
-        softmax: 'float32' takes the softmax of half-precision logits in float32, 'input' leaves it to their dtype.
+        softmax_dtype: 'float32' takes the softmax of half-precision logits in float32, 'input' in their own dtype.
             (torch's fused attention, used where it can be, always takes it in float32.)
         dynamic: Accept maps of other sizes.
     """
@@ -127,7 +130,7 @@ class RelativeAttention2d(nn.Module):
             feat_size: tuple[int, int],
             head_dim: int = 32,
             rel_bias: str = 'pre',
-            softmax: str = 'float32',
+            softmax_dtype: str = 'float32',
             dynamic: bool = False,
             device=None,
             dtype=None,
@@ -140,7 +143,7 @@ class RelativeAttention2d(nn.Module):
         self.head_dim = head_dim
         self.scale = head_dim ** -0.5
         self.bias_after = rel_bias == 'post'
-        self.upcast = softmax == 'float32'
+        self.upcast = softmax_dtype == 'float32'
         self.fused_attn = use_fused_attn()
 
         self.qkv = nn.Linear(dim, 3 * dim_out, **dd)
@@ -185,7 +188,7 @@ class TransformerBlock(nn.Module):
         mlp_ratio: Hidden channels of the FFN as a multiple of `dim_out`.
         head_dim: Channels of an attention head.
         rel_bias: 'pre', 'post' or 'none'.
-        softmax: 'float32' or 'input'.
+        softmax_dtype: 'float32' or 'input'.
         dynamic: Accept maps of other sizes.
         norm_layer: Makes a norm over the last dimension.
         act_layer: Makes an activation.
@@ -202,7 +205,7 @@ class TransformerBlock(nn.Module):
             mlp_ratio: float = 4.,
             head_dim: int = 32,
             rel_bias: str = 'pre',
-            softmax: str = 'float32',
+            softmax_dtype: str = 'float32',
             dynamic: bool = False,
             norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
             act_layer: Callable[[], nn.Module] = GELU,
@@ -210,14 +213,15 @@ class TransformerBlock(nn.Module):
             dtype=None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.pool = downsample(stride)
         self.shortcut = nn.Linear(dim, dim_out, **dd) if dim != dim_out else nn.Identity()
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = RelativeAttention2d(dim, dim_out, feat_size, head_dim, rel_bias, softmax, dynamic, **dd)
+        self.attn = RelativeAttention2d(dim, dim_out, feat_size, head_dim, rel_bias, softmax_dtype, dynamic, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim_out, **dd)
-        self.mlp = Mlp(dim_out, max(1, int(dim_out * mlp_ratio)), act_layer=act_layer, **dd)
+        hidden = max(1, int(dim_out * mlp_ratio))
+        self.mlp = Mlp(dim_out, hidden, act_layer=act_layer, **dd)  # type: ignore[arg-type]  # a partial serves too
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def set_feat_size(self, feat_size: tuple[int, int]) -> None:

@@ -1,5 +1,7 @@
 """The families; importing them registers their names with timm."""
 from . import coatnet, lightconvnet
-from .backbone import FLAVORS, Backbone, BackboneCfg
+from .backbone import Backbone
+from .build import list_models
+from .config import FLAVORS, BackboneCfg
 
-__all__ = ['FLAVORS', 'Backbone', 'BackboneCfg', 'coatnet', 'lightconvnet']
+__all__ = ['FLAVORS', 'Backbone', 'BackboneCfg', 'coatnet', 'lightconvnet', 'list_models']

@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint
+import torch
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_arch_pretrained_cfgs,
+    load_state_dict,
+    model_entrypoint,
+)
+from timm.models._hub import load_state_dict_from_path  # how timm chooses among the files of a folder; no public alias
 from torch import nn
 
 from ..releases import fetch, find_release
-from .backbone import Backbone, BackboneCfg
+from .backbone import Backbone
 from .checkpoint import checkpoint_filter_fn
+from .config import BackboneCfg
 
-__all__ = ['build_backbone']
+__all__ = ['build_backbone', 'list_models']
 
 _CFG_FIELDS = ('flavor', *(field.name for field in dataclasses.fields(BackboneCfg)))
 _MODEL_ARGS = tuple(inspect.signature(Backbone).parameters)[1:]
@@ -21,6 +30,20 @@ _BUILDER_ARGS = (  # what timm's factory and builder take out before the class i
     'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'cache_dir',
     'features_only', 'out_indices', 'feature_cls')
 _SOURCES = ('state_dict', 'file', 'url', 'hf_hub_id')
+_RENAMED = {  # keywords that older config.json files may hold, and what to write in their place
+    'drop_path_ramp': "'drop_path_schedule', with 'exclusive' for 'open' and 'inclusive' for 'closed'",
+    'softmax': "'attn_softmax_dtype', with the same values"}
+
+
+def list_models(pretrained: bool = False) -> list[str]:
+    """Names that this package registers with timm, sorted as timm sorts.
+
+    Args:
+        pretrained: List NAME.TAG of those that have weights instead.
+    """
+    package = __package__.partition('.')[0]
+    return [name for name in timm.list_models(pretrained=pretrained)
+            if model_entrypoint(name).__module__.startswith(f'{package}.')]
 
 
 def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, **kwargs: Any) -> nn.Module:
@@ -42,59 +65,59 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
         RuntimeError: No weights exist, the Hub does not give them, or the checkpoint is damaged or does not fit.
     """
     _check_keywords(variant, cfg, kwargs)
-    overlay = kwargs.get('pretrained_cfg_overlay')
-    if overlay and (overlay.get('hf_hub_id') or overlay.get('url')):
+    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    if overlay.get('hf_hub_id') or overlay.get('url'):
         # or timm might prefer a release's own file or repository to what the user names
-        kwargs['pretrained_cfg_overlay'] = overlay = {
-            'file': None, 'hf_hub_id': None, 'hf_hub_filename': None, **overlay}
-    source = _check_source(variant, kwargs.get('pretrained_cfg'), overlay, pretrained, kwargs.get('cache_dir'))
-    options = {key: kwargs.pop(key) for key in tuple(kwargs) if key in _CFG_FIELDS}
-    usual = next(iter(get_arch_pretrained_cfgs(variant).values()))
-    if not usual.fixed_input_size:  # timm fills it in for the others
-        kwargs.setdefault('img_size', usual.input_size[1:])
-    reading = False
+        overlay = {'file': None, 'hf_hub_id': None, 'hf_hub_filename': None, **overlay}
+    pretrained_cfg = kwargs.get('pretrained_cfg')
+    source_cfg = _source_cfg(variant, pretrained_cfg, overlay)
+    checkpoint = None
+    if pretrained:
+        name = f'{variant}.{pretrained_cfg}' if isinstance(pretrained_cfg, str) else variant
+        checkpoint = _find_checkpoint(name, source_cfg, kwargs.get('cache_dir'))
+    if checkpoint:  # timm hands a state dict to the filter, where the file is read: an error there is the file's
+        overlay |= {'state_dict': {'file': checkpoint}, 'source': None}
 
-    def construct(**model_args: Any) -> Backbone:
-        nonlocal reading
-        model = Backbone(**model_args)
-        reading = True
-        return model
-
-    def convert(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-        nonlocal reading
-        reading = False
+    def adapt(state_dict: dict[str, Any], model: Backbone) -> dict[str, torch.Tensor]:
+        if checkpoint:
+            state_dict = _read_checkpoint(checkpoint, variant)
+            del model.pretrained_cfg['state_dict']
+            if source_cfg.get('source'):
+                model.pretrained_cfg['source'] = source_cfg['source']
         return checkpoint_filter_fn(state_dict, model)
 
-    try:
-        return build_model_with_cfg(
-            construct,
-            variant,
-            pretrained,
-            model_cfg=cfg.with_options(**options),
-            pretrained_filter_fn=convert,
-            feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
-            **kwargs)
-    except Exception as error:
-        if pretrained and reading and source:  # torch's readers raise about ten kinds of error on damaged files
-            raise RuntimeError(
-                f'{source} could not be read as weights of {variant}: it is truncated or no checkpoint at all '
-                f'({type(error).__name__}: {error}).') from error
-        raise
+    options = {key: kwargs.pop(key) for key in tuple(kwargs) if key in _CFG_FIELDS}
+    default_cfg = next(iter(get_arch_pretrained_cfgs(variant).values()))
+    if not default_cfg.fixed_input_size:  # timm fills it in for the others
+        kwargs.setdefault('img_size', default_cfg.input_size[1:])
+    return build_model_with_cfg(
+        Backbone,
+        variant,
+        pretrained,
+        model_cfg=cfg.with_options(**options),
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=adapt,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
+        **kwargs)
 
 
 def _check_keywords(variant: str, cfg: BackboneCfg, kwargs: dict[str, Any]) -> None:
     if 'output_stride' in kwargs:
         raise ValueError(
             f'output_stride is not supported, got {kwargs["output_stride"]!r}: the strides of {variant} are '
-            f'{list(cfg.reductions)} by its word. Take an earlier level through out_indices instead.')
-    levels, wanted = len(cfg.reductions), kwargs.get('out_indices')
-    if isinstance(wanted, (list, tuple)) and not all(-levels <= level < levels for level in wanted):
+            f'{list(cfg.reductions)} by its architecture. Take an earlier level through out_indices instead.')
+    levels, requested = len(cfg.reductions), kwargs.get('out_indices')
+    if isinstance(requested, (list, tuple)) and not all(-levels <= level < levels for level in requested):
         hint = ' segmentation_models_pytorch asks for these with its encoder_depth of 5: pass encoder_depth=4.'
         raise ValueError(
             f'out_indices must be from 0 to {levels - 1}, the levels of {variant} with strides {list(cfg.reductions)}, '
-            f'got {tuple(wanted)}.{hint if tuple(wanted) == tuple(range(levels + 1)) else ""}')
+            f'got {tuple(requested)}.{hint if tuple(requested) == tuple(range(levels + 1)) else ""}')
     known = (*_MODEL_ARGS, *_CFG_FIELDS, *_BUILDER_ARGS)
     for key in kwargs:
+        if key in _RENAMED:
+            raise TypeError(
+                f'{variant} has no keyword {key!r} any more: write {_RENAMED[key]}; in a saved model, that is '
+                f'model_args in its config.json.')
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             raise TypeError(
@@ -102,40 +125,46 @@ def _check_keywords(variant: str, cfg: BackboneCfg, kwargs: dict[str, Any]) -> N
                 f'Known: {", ".join((*_MODEL_ARGS, *_CFG_FIELDS))}.')
 
 
-def _check_source(
-        variant: str, cfg: Any, overlay: dict[str, Any] | None, pretrained: bool, cache_dir: str | Path | None) -> str:
-    """The file or folder that timm will read, '' if that is not known; refuses unknown tags, missing files and names.
-
-    Released weights are downloaded and checked here; timm then finds them in the cache.
-    """
-    tags, asked = get_arch_pretrained_cfgs(variant), variant
+def _source_cfg(variant: str, cfg: PretrainedCfg | dict[str, Any] | str | None, overlay: dict[str, Any]) -> dict:
+    """The pretrained cfg that timm will resolve, as a dict; refuses unknown tags."""
+    tags = get_arch_pretrained_cfgs(variant)
     if isinstance(cfg, str):
-        asked = f'{variant}.{cfg}'
-        if asked not in tags:
+        if f'{variant}.{cfg}' not in tags:
             raise ValueError(
                 f'{variant} has no pretrained tag {cfg!r}; known tags: '
                 f'{", ".join(name.partition(".")[2] for name in tags)}.')
-        cfg = tags[asked]
-    if not pretrained:
-        return ''
+        cfg = tags[f'{variant}.{cfg}']
     cfg = cfg or next(iter(tags.values()))
-    cfg = cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg
-    cfg = {**cfg, **(overlay or {})}
+    return {**(cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg), **overlay}
+
+
+def _find_checkpoint(name: str, cfg: dict[str, Any], cache_dir: str | Path | None) -> Path | None:
+    """The file or folder of the weights; None where timm is to fetch them itself or has them in memory.
+
+    Released weights are downloaded and verified here; a name without weights and a missing file are refused.
+    """
     if not any(cfg.get(key) for key in _SOURCES):
-        zoo = __package__.partition('.')[0]
-        released = [name for name in timm.list_pretrained() if model_entrypoint(name).__module__.startswith(zoo)]
         raise RuntimeError(
-            f'pretrained=True: {asked} has no released weights. Names of this zoo that have some: '
-            f'{", ".join(released) or "none yet"}. Pass pretrained=False, or weights of your own by '
-            f'pretrained_cfg_overlay=dict(file=...).')
-    file, folder = cfg.get('file'), cfg.get('source') == 'local-dir'
+            f'pretrained=True: {name} has no released weights. Names of this zoo that have some: '
+            f'{", ".join(list_models(pretrained=True)) or "none yet"}. Pass pretrained=False, or weights of your own '
+            f'by pretrained_cfg_overlay=dict(file=...).')
     if cfg.get('state_dict') and cfg.get('source') not in ('hf-hub', 'local-dir'):
-        return ''
-    if name := find_release(cfg):
-        return str(fetch(name, cache_dir))
-    if not file:
-        return ''
-    if not (Path(file).is_dir() if folder else Path(file).is_file()):
+        return None
+    if release := find_release(cfg):
+        return fetch(release, cache_dir)
+    if not cfg.get('file'):
+        return None
+    path, is_folder = Path(cfg['file']), cfg.get('source') == 'local-dir'
+    if not (path.is_dir() if is_folder else path.is_file()):
         raise FileNotFoundError(
-            f'pretrained=True: there is no checkpoint {"folder" if folder else "file"} {str(file)!r}.')
-    return str(file)
+            f'pretrained=True: there is no checkpoint {"folder" if is_folder else "file"} {str(path)!r}.')
+    return path
+
+
+def _read_checkpoint(path: Path, variant: str) -> dict[str, Any]:
+    try:
+        return load_state_dict_from_path(path) if path.is_dir() else load_state_dict(str(path))
+    except Exception as error:  # torch's readers raise about ten kinds of error on damaged files
+        raise RuntimeError(
+            f'{path} could not be read as weights of {variant}: it is truncated or no checkpoint at all '
+            f'({type(error).__name__}: {error}).') from error

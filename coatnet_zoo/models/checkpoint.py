@@ -1,15 +1,17 @@
-"""What comes in: state dicts of this zoo at any image size, and those of timm's coatnet_N_224.
+"""Conversion of state dicts: those of this package at any image size, and those of timm's coatnet_N_224.
 
-Of how a timm model was built a state dict shows the stem bias alone: stride, form of GELU and epsilons leave no trace,
+A state dict shows only the stem bias of how a timm model was built. Stride, form of GELU and epsilons leave no trace,
 so a timm model with a stem bias and other choices than the official ones needs the same choices as keywords here.
 """
 import math
 import re
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..blocks.transformer import resize_bias_table
+from .backbone import Backbone
 
 __all__ = ['checkpoint_filter_fn', 'convert_state_dict', 'explain_misfit']
 
@@ -35,11 +37,11 @@ _OTHER_TIMM = (
 )
 
 
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
     """Convert a state dict to the names, layouts and bias-table sizes of `model`, or raise.
 
     Args:
-        state_dict: Of this zoo, or of timm's `coatnet_N_224`, known by its names.
+        state_dict: Tensors by name, of this package or of timm's `coatnet_N_224`, told apart by the names.
         model: The backbone to load into.
 
     Raises:
@@ -48,68 +50,70 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         ValueError: The state dict is of another architecture of timm.
     """
     state_dict = convert_state_dict(state_dict, model)
-    if misfit := explain_misfit(state_dict, model, most=12, adapted=('head.fc.', 'stem.conv1.weight')):
+    if misfit := explain_misfit(state_dict, model, max_names=12, adapted=('head.fc.', 'stem.conv1.weight')):
         raise RuntimeError(f'The checkpoint does not fit the model: {misfit}')
     _check_classes(state_dict, model)
     return state_dict
 
 
-def convert_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Names, layouts and bias-table sizes of `model` for a state dict; whether it fits is not checked.
+def convert_state_dict(state_dict: dict[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
+    """Convert a state dict to the names, layouts and bias-table sizes of `model`; whether it fits is not checked.
 
     Args:
-        state_dict: Of this zoo, or of timm's `coatnet_N_224`, known by its names.
+        state_dict: Tensors by name, of this package or of timm's `coatnet_N_224`, told apart by the names.
         model: The backbone to load into.
 
     Raises:
         RuntimeError: Values are no tensors, or a timm model with other choices than `model`.
         ValueError: The state dict is of another architecture of timm.
     """
-    own = model.state_dict()
+    target = model.state_dict()
     if wrong := [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]:
         raise RuntimeError(f'The checkpoint holds values that are no tensors: {", ".join(map(str, wrong[:12]))}.')
     is_timm = any('.conv1_1x1.' in key or '.attn.rel_pos.' in key for key in state_dict)
     if is_timm:
         _check_architecture(state_dict, model)
-        _check_stem_bias(state_dict, own)
+        _check_stem_bias(state_dict, target)
         state_dict = _from_timm(state_dict, model)
     else:
         state_dict = dict(state_dict)
     for key, table in state_dict.items():
-        if key.endswith('rel_bias.table') and key in own and table.ndim == 3 and len(table) == len(own[key]) and all(
-                s % 2 for s in table.shape[1:]):
-            resized = resize_bias_table(table.float(), tuple((s + 1) // 2 for s in own[key].shape[1:]))
+        if (key.endswith('rel_bias.table') and key in target and table.ndim == 3 and len(table) == len(target[key])
+                and all(side % 2 for side in table.shape[1:])):
+            height, width = target[key].shape[1:]
+            resized = resize_bias_table(table.float(), ((height + 1) // 2, (width + 1) // 2))
             state_dict[key] = resized.to(table.dtype)
     for key in ('head.pre_logits.fc.weight', 'head.fc.weight'):  # 1x1 convolutions where global_pool=''
-        if key in state_dict and key in own and own[key].ndim != (weight := state_dict[key]).ndim:
-            state_dict[key] = weight[..., None, None] if own[key].ndim == 4 else weight.flatten(1)
+        if key in state_dict and key in target and target[key].ndim != (weight := state_dict[key]).ndim:
+            state_dict[key] = weight[..., None, None] if target[key].ndim == 4 else weight.flatten(1)
     return state_dict
 
 
-def explain_misfit(state_dict: dict[str, torch.Tensor], model: nn.Module, most: int = 3,
+def explain_misfit(state_dict: dict[str, torch.Tensor], model: nn.Module, max_names: int = 3,
                    adapted: tuple[str, ...] = ()) -> str:
-    """Why a state dict does not load into any timm model, the likely reason first; '' if it does.
+    """Say why a state dict does not load into a timm model, the likely reason first; '' if it loads.
 
     Args:
         state_dict: Names as in `model`.
         model: The model to load into, with timm's `pretrained_cfg`.
-        most: Number of names listed as missing, unexpected and misshapen.
+        max_names: Number of names listed as missing, unexpected and misshapen.
         adapted: Starts of names that are adapted afterwards: of any shape, and absent if they are the classifier's.
     """
-    own, cfg = model.state_dict(), model.pretrained_cfg
+    target = model.state_dict()
+    cfg: Any = model.pretrained_cfg
     classifiers, first_convs = (
         tuple(f'{name}.' for name in ([value] if isinstance(value, str) else value or ()))
         for value in (cfg.get('classifier'), cfg.get('first_conv')))
     optional = tuple(name for name in adapted if name in classifiers)
-    missing = [key for key in own if key not in state_dict and not key.startswith(optional)]
-    unexpected = [key for key in state_dict if key not in own and not key.startswith(optional)]
-    misshapen = {key: (tuple(value.shape), tuple(own[key].shape)) for key, value in state_dict.items()
-                 if key in own and value.shape != own[key].shape and not key.startswith(adapted)}
+    missing = [key for key in target if key not in state_dict and not key.startswith(optional)]
+    unexpected = [key for key in state_dict if key not in target and not key.startswith(optional)]
+    misshapen = {key: (tuple(value.shape), tuple(target[key].shape)) for key, value in state_dict.items()
+                 if key in target and value.shape != target[key].shape and not key.startswith(adapted)}
     if not (missing or unexpected or misshapen):
         return ''
     reasons, shapes, names = [], dict(misshapen), len(missing) + len(unexpected)
-    if len(missing) > len(own) / 2:
-        reasons.append(f'it is of another architecture ({len(own) - len(missing)} of {len(own)} names agree)')
+    if len(missing) > len(target) / 2:
+        reasons.append(f'it is of another architecture ({len(target) - len(missing)} of {len(target)} names agree)')
         shapes, names = {}, 0
     for key, (given, expected) in misshapen.items():
         if key.startswith(classifiers) and key in shapes and given[0] != expected[0]:
@@ -125,12 +129,12 @@ def explain_misfit(state_dict: dict[str, torch.Tensor], model: nn.Module, most: 
         key, (given, expected) = next(iter(shapes.items()))
         reasons.append(f'it has another {what} ({key} is {given} and must be {expected})')
     return f'{", ".join(reasons)}.' + ''.join(
-        f' {label} ({len(names)}): {", ".join(names[:most])}{", ..." if len(names) > most else ""}.'
+        f' {label} ({len(names)}): {", ".join(names[:max_names])}{", ..." if len(names) > max_names else ""}.'
         for label, names in (('Missing', missing), ('Unexpected', unexpected), (
             'Wrong shape', [f'{key} {given} for {expected}' for key, (given, expected) in misshapen.items()])) if names)
 
 
-def _check_architecture(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
+def _check_architecture(state_dict: dict[str, torch.Tensor], model: Backbone) -> None:
     """Raise for timm's rw, rmlp, bn and cc CoAtNets, CoAtNeXt and MaxViT: all but coatnet_N_224."""
     if 'norm.weight' not in state_dict and not any('.attn_grid.' in key for key in state_dict):
         return  # only coatnet_N_224 keeps its last norm in the head, before a hidden layer
@@ -143,8 +147,8 @@ def _check_architecture(state_dict: dict[str, torch.Tensor], model: nn.Module) -
         f'timm.create_model({example!r}, pretrained=True).')
 
 
-def _check_stem_bias(state_dict: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
-    given, expected = 'stem.conv1.bias' in state_dict, 'stem.conv1.bias' in own
+def _check_stem_bias(state_dict: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    given, expected = 'stem.conv1.bias' in state_dict, 'stem.conv1.bias' in target
     if expected and not given:
         raise RuntimeError(
             "The checkpoint is timm's coatnet_N_224 in its default form (no stem bias: depthwise stride, exact GELU, "
@@ -156,7 +160,7 @@ def _check_stem_bias(state_dict: dict[str, torch.Tensor], own: dict[str, torch.T
             "set there, add stem_bias=True to flavor='timm'; if it has the official choices, leave out flavor.")
 
 
-def _from_timm(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def _from_timm(state_dict: dict[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
     head_dim = model.cfg.head_dim
     out = {}
     for key, value in state_dict.items():
@@ -180,18 +184,18 @@ def _from_timm(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[st
 
 def _attention_block(key: str, state_dict: dict[str, torch.Tensor]) -> bool:
     match = re.match(r'stages\.\d+\.blocks\.\d+\.', key)
-    return bool(match) and f'{match.group()}attn.qkv.weight' in state_dict
+    return match is not None and f'{match.group()}attn.qkv.weight' in state_dict
 
 
-def _unflatten_table(key: str, table: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+def _unflatten_table(key: str, table: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
     """timm's flat ((2H-1)(2W-1), heads) to (heads, 2H-1, 2W-1); a flat table says its shape only if it is square."""
     if table.ndim == 3:
         return table
     side = math.isqrt(len(table))
     if side * side == len(table):
-        size = (side, side)
-    elif own is not None and own.shape[1] * own.shape[2] == len(table):
-        size = tuple(own.shape[1:])
+        size: tuple[int, ...] = (side, side)
+    elif target is not None and target.shape[1] * target.shape[2] == len(table):
+        size = tuple(target.shape[1:])
     else:
         raise RuntimeError(
             f'{key}: a flat bias table of {len(table)} rows is not square, so the image size it was made for cannot '
@@ -199,12 +203,12 @@ def _unflatten_table(key: str, table: torch.Tensor, own: torch.Tensor | None) ->
     return table.T.unflatten(1, size)
 
 
-def _check_classes(state_dict: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """timm drops the classifier if the source is said to have another number of classes than the model."""
-    weight, said = state_dict.get('head.fc.weight'), model.pretrained_cfg['num_classes']
+def _check_classes(state_dict: dict[str, torch.Tensor], model: Backbone) -> None:
+    """Keep timm from dropping a classifier that fits: it goes by the number of classes in the pretrained cfg."""
+    weight, stated = state_dict.get('head.fc.weight'), model.pretrained_cfg['num_classes']
     if weight is not None and len(weight) == model.num_classes:
         model.pretrained_cfg['num_classes'] = len(weight)  # timm reads it after this: weights that fit are kept
-    elif weight is not None and model.num_classes == said:
+    elif weight is not None and model.num_classes == stated:
         raise RuntimeError(
-            f'num_classes: the checkpoint has a classifier of {len(weight)} classes, the model one of {said}. Pass '
+            f'num_classes: the checkpoint has a classifier of {len(weight)} classes, the model one of {stated}. Pass '
             f'pretrained_cfg_overlay=dict(..., num_classes={len(weight)}); timm then fits the classifier to the model.')

@@ -13,32 +13,35 @@ CoAtNet: Marrying Convolution and Attention for All Data Sizes
 
 The authors published no CoAtNet code or weights; what the paper leaves open follows their MaxViT code, which holds
 the same blocks (google-research/maxvit). Differs from timm's maxxvit.py in the stride (in the first 1x1, the paper's
-default) and in the fields of `backbone.FLAVORS`; `flavor='timm'` sets timm's choices.
+default) and in the fields of `config.FLAVORS`; `flavor='timm'` sets timm's choices.
 """
 from dataclasses import replace
 from typing import Any
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
-from ..releases import with_releases
-from .backbone import Backbone, BackboneCfg
+from ..releases import add_released_tags
 from .build import build_backbone
+from .config import BackboneCfg
 
 __all__ = []  # register_model appends the names
 
+# Narrow models start from timm's scheme: N(0, 0.02) was made for widths of 96 and more (results/weight_init_*.json).
+_narrow = BackboneCfg(weight_init='vit_eff')
 # The paper's table of the family, S0 to S4; pico and nano are this zoo's, in widths that take attention in every stage.
 model_cfgs = {
-    'coatnet_pico': BackboneCfg(depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32),
-    'coatnet_nano': BackboneCfg(depths=(2, 3, 6, 3), embed_dim=(64, 128, 256, 512), stem_width=48),
+    'coatnet_pico': replace(_narrow, depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32),
+    'coatnet_nano': replace(_narrow, depths=(2, 3, 6, 3), embed_dim=(64, 128, 256, 512), stem_width=48),
     'coatnet_0': BackboneCfg(depths=(2, 3, 5, 2), embed_dim=(96, 192, 384, 768), stem_width=64),
     'coatnet_1': BackboneCfg(depths=(2, 6, 14, 2), embed_dim=(96, 192, 384, 768), stem_width=64),
     'coatnet_2': BackboneCfg(depths=(2, 6, 14, 2), embed_dim=(128, 256, 512, 1024), stem_width=128),
     'coatnet_3': BackboneCfg(depths=(2, 6, 14, 2), embed_dim=(192, 384, 768, 1536), stem_width=192),
     'coatnet_4': BackboneCfg(depths=(2, 12, 28, 2), embed_dim=(192, 384, 768, 1536), stem_width=192),
     'coatnet_5': BackboneCfg(depths=(2, 12, 28, 2), embed_dim=(256, 512, 1280, 2048), stem_width=192, head_dim=64),
-    'coatnet_pico_64': BackboneCfg(
-        depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32, stem_stride=1),  # images of some 64 pixels
+    'coatnet_pico_64': replace(
+        _narrow, depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32, stem_stride=1),  # for 64 px images
 }
 # Mixing of linear cost where CoAtNet has attention.
 model_cfgs |= {
@@ -57,7 +60,7 @@ def _cfg(size: int = 224, pool: int = 7, **kwargs: Any) -> dict[str, Any]:
         'paper_ids': 'arXiv:2106.04803', **kwargs}
 
 
-default_cfgs = generate_default_cfgs(with_releases({
+default_cfgs = generate_default_cfgs(add_released_tags({
     'coatnet_pico.untrained': _cfg(),
     'coatnet_nano.untrained': _cfg(),
     'coatnet_0.untrained': _cfg(),
@@ -74,79 +77,83 @@ default_cfgs = generate_default_cfgs(with_releases({
 }))
 
 
+def _create(variant: str, pretrained: bool, /, **kwargs: Any) -> nn.Module:
+    return build_backbone(variant, model_cfgs[variant], pretrained, **kwargs)
+
+
 @register_model
-def coatnet_pico(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_pico(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CCTT, 4 M parameters."""
-    return build_backbone('coatnet_pico', model_cfgs['coatnet_pico'], pretrained, **kwargs)
+    return _create('coatnet_pico', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_nano(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CCTT, 15 M parameters."""
-    return build_backbone('coatnet_nano', model_cfgs['coatnet_nano'], pretrained, **kwargs)
+    return _create('coatnet_nano', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_0(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoAtNet-0 of the paper."""
-    return build_backbone('coatnet_0', model_cfgs['coatnet_0'], pretrained, **kwargs)
+    return _create('coatnet_0', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_1(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoAtNet-1 of the paper."""
-    return build_backbone('coatnet_1', model_cfgs['coatnet_1'], pretrained, **kwargs)
+    return _create('coatnet_1', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_2(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoAtNet-2 of the paper."""
-    return build_backbone('coatnet_2', model_cfgs['coatnet_2'], pretrained, **kwargs)
+    return _create('coatnet_2', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_3(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoAtNet-3 of the paper."""
-    return build_backbone('coatnet_3', model_cfgs['coatnet_3'], pretrained, **kwargs)
+    return _create('coatnet_3', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_4(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoAtNet-4 of the paper."""
-    return build_backbone('coatnet_4', model_cfgs['coatnet_4'], pretrained, **kwargs)
+    return _create('coatnet_4', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_5(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoAtNet-5 of the paper."""
-    return build_backbone('coatnet_5', model_cfgs['coatnet_5'], pretrained, **kwargs)
+    return _create('coatnet_5', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_pico_64(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_pico_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """coatnet_pico for small images: stem stride 1, total stride 16."""
-    return build_backbone('coatnet_pico_64', model_cfgs['coatnet_pico_64'], pretrained, **kwargs)
+    return _create('coatnet_pico_64', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_0_ccdd(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_0_ccdd(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoAtNet-0 with DynamicConv in place of attention."""
-    return build_backbone('coatnet_0_ccdd', model_cfgs['coatnet_0_ccdd'], pretrained, **kwargs)
+    return _create('coatnet_0_ccdd', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_1_ccdd(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_1_ccdd(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoAtNet-1 with DynamicConv in place of attention."""
-    return build_backbone('coatnet_1_ccdd', model_cfgs['coatnet_1_ccdd'], pretrained, **kwargs)
+    return _create('coatnet_1_ccdd', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_2_ccdd(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_2_ccdd(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoAtNet-2 with DynamicConv in place of attention."""
-    return build_backbone('coatnet_2_ccdd', model_cfgs['coatnet_2_ccdd'], pretrained, **kwargs)
+    return _create('coatnet_2_ccdd', pretrained, **kwargs)
 
 
 @register_model
-def coatnet_pico_ccdd_64(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def coatnet_pico_ccdd_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """coatnet_pico_64 with DynamicConv in place of attention."""
-    return build_backbone('coatnet_pico_ccdd_64', model_cfgs['coatnet_pico_ccdd_64'], pretrained, **kwargs)
+    return _create('coatnet_pico_ccdd_64', pretrained, **kwargs)

@@ -19,10 +19,11 @@ from typing import Any
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
-from ..releases import with_releases
-from .backbone import Backbone, BackboneCfg
+from ..releases import add_released_tags
 from .build import build_backbone
+from .config import BackboneCfg
 
 __all__ = []  # register_model appends the names
 
@@ -56,7 +57,7 @@ def _cfg(size: int = 224, pool: int = 7, **kwargs: Any) -> dict[str, Any]:
         'paper_ids': 'arXiv:1901.10430', **kwargs}
 
 
-default_cfgs = generate_default_cfgs(with_releases({
+default_cfgs = generate_default_cfgs(add_released_tags({
     'lightconvnet_pico.untrained': _cfg(),
     'lightconvnet_nano.untrained': _cfg(),
     'lightconvnet_tiny.untrained': _cfg(),
@@ -72,73 +73,77 @@ default_cfgs = generate_default_cfgs(with_releases({
 }))
 
 
+def _create(variant: str, pretrained: bool, /, **kwargs: Any) -> nn.Module:
+    return build_backbone(variant, model_cfgs[variant], pretrained, **kwargs)
+
+
 @register_model
-def lightconvnet_pico(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def lightconvnet_pico(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LLLL, about 4 M parameters."""
-    return build_backbone('lightconvnet_pico', model_cfgs['lightconvnet_pico'], pretrained, **kwargs)
+    return _create('lightconvnet_pico', pretrained, **kwargs)
 
 
 @register_model
-def lightconvnet_nano(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def lightconvnet_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LLLL, about 15 M parameters."""
-    return build_backbone('lightconvnet_nano', model_cfgs['lightconvnet_nano'], pretrained, **kwargs)
+    return _create('lightconvnet_nano', pretrained, **kwargs)
 
 
 @register_model
-def lightconvnet_tiny(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def lightconvnet_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LLLL, about 28 M parameters."""
-    return build_backbone('lightconvnet_tiny', model_cfgs['lightconvnet_tiny'], pretrained, **kwargs)
+    return _create('lightconvnet_tiny', pretrained, **kwargs)
 
 
 @register_model
-def lightconvnet_small(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def lightconvnet_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LLLL, about 50 M parameters."""
-    return build_backbone('lightconvnet_small', model_cfgs['lightconvnet_small'], pretrained, **kwargs)
+    return _create('lightconvnet_small', pretrained, **kwargs)
 
 
 @register_model
-def lightconvnet_base(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def lightconvnet_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LLLL, about 89 M parameters."""
-    return build_backbone('lightconvnet_base', model_cfgs['lightconvnet_base'], pretrained, **kwargs)
+    return _create('lightconvnet_base', pretrained, **kwargs)
 
 
 @register_model
-def lightconvnet_pico_64(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def lightconvnet_pico_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """lightconvnet_pico for small images: stem stride 1, total stride 16."""
-    return build_backbone('lightconvnet_pico_64', model_cfgs['lightconvnet_pico_64'], pretrained, **kwargs)
+    return _create('lightconvnet_pico_64', pretrained, **kwargs)
 
 
 @register_model
-def dynamicconvnet_pico(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def dynamicconvnet_pico(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LLDD, about 4 M parameters."""
-    return build_backbone('dynamicconvnet_pico', model_cfgs['dynamicconvnet_pico'], pretrained, **kwargs)
+    return _create('dynamicconvnet_pico', pretrained, **kwargs)
 
 
 @register_model
-def dynamicconvnet_nano(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def dynamicconvnet_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LLDD, about 15 M parameters."""
-    return build_backbone('dynamicconvnet_nano', model_cfgs['dynamicconvnet_nano'], pretrained, **kwargs)
+    return _create('dynamicconvnet_nano', pretrained, **kwargs)
 
 
 @register_model
-def dynamicconvnet_tiny(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def dynamicconvnet_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LLDD, about 28 M parameters."""
-    return build_backbone('dynamicconvnet_tiny', model_cfgs['dynamicconvnet_tiny'], pretrained, **kwargs)
+    return _create('dynamicconvnet_tiny', pretrained, **kwargs)
 
 
 @register_model
-def dynamicconvnet_small(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def dynamicconvnet_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LLDD, about 50 M parameters."""
-    return build_backbone('dynamicconvnet_small', model_cfgs['dynamicconvnet_small'], pretrained, **kwargs)
+    return _create('dynamicconvnet_small', pretrained, **kwargs)
 
 
 @register_model
-def dynamicconvnet_base(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def dynamicconvnet_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """LLDD, about 89 M parameters."""
-    return build_backbone('dynamicconvnet_base', model_cfgs['dynamicconvnet_base'], pretrained, **kwargs)
+    return _create('dynamicconvnet_base', pretrained, **kwargs)
 
 
 @register_model
-def dynamicconvnet_pico_64(pretrained: bool = False, **kwargs: Any) -> Backbone:
+def dynamicconvnet_pico_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """dynamicconvnet_pico for small images: stem stride 1, total stride 16."""
-    return build_backbone('dynamicconvnet_pico_64', model_cfgs['dynamicconvnet_pico_64'], pretrained, **kwargs)
+    return _create('dynamicconvnet_pico_64', pretrained, **kwargs)

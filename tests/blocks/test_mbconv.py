@@ -6,8 +6,8 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from coatnet_zoo.blocks import ConvStem, MBConv
-from coatnet_zoo.blocks.folding import fold_norm_into_next, fold_norm_into_previous
-from coatnet_zoo.blocks.stem import ImageCheck
+from coatnet_zoo.blocks.inference import fold_norm_into_next, fold_norm_into_previous
+from coatnet_zoo.blocks.stem import InputCheck
 
 
 @pytest.mark.parametrize('conv_stride', ['expand', 'depthwise'])
@@ -53,7 +53,7 @@ def test_fused_block_is_the_block(norm_layer, stride, conv_stride, randomize):
     with torch.no_grad():
         expected = block(x)
         folded = block.fuse()
-        assert folded.block is block and block.fuse() is block  # idempotent
+        assert folded is block and block.fuse() is block  # in place, idempotent
         torch.testing.assert_close(folded(x), expected, rtol=0, atol=1e-12)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in block.modules())
 
@@ -64,24 +64,6 @@ def test_fused_block_still_has_right_gradients(randomize):
     expected = torch.autograd.grad(block(x).square().sum(), x)[0]
     actual = torch.autograd.grad(block.fuse()(x).square().sum(), x)[0]
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize('conv_stride,images', [('expand', [3, 3, 1]), ('depthwise', [1] * 7)])
-def test_cache_blocking_takes_as_many_images_as_fit(conv_stride, images, randomize, monkeypatch):
-    """Hidden map of 32 channels at 6 x 6, or 3 x 3 if `expand` strides, in float64: 9216 or 2304 bytes an image."""
-    monkeypatch.setattr('coatnet_zoo.blocks.blocking._CACHE', 7000)
-    block = randomize(MBConv(4, 8, 2, conv_stride=conv_stride, dtype=torch.float64)).eval()
-    x = torch.randn(7, 4, 6, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    seen = []
-    with torch.no_grad():
-        expected = block(x)
-        folded = block.fuse()
-        block.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-        out = folded(x)
-    assert seen == images and out.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    folded(x)
-    assert seen[len(images):] == [7]  # with gradients, the whole batch at once
 
 
 def test_fused_block_leaves_outputs_alone_where_gradients_need_them(randomize):
@@ -107,7 +89,7 @@ def test_norm_is_not_folded_into_a_padded_convolution():
 
 
 def test_stem_by_the_formula(randomize):
-    stem = randomize(ConvStem(ImageCheck(3, (8, 8), 1, 'free'), 6, dtype=torch.float64)).eval()
+    stem = randomize(ConvStem(InputCheck(3, (8, 8), 1, 'free'), 6, dtype=torch.float64)).eval()
     x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
     y = F.conv2d(x, stem.conv1.weight, stem.conv1.bias, stride=2, padding=1)
     y = F.gelu(stem.norm1(y), approximate='tanh')

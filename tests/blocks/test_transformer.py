@@ -106,8 +106,8 @@ def test_dynamic_bias_is_not_frozen_by_fuse():
 def test_attention_softmax_of_half_logits_is_taken_in_float32():
     set_fused_attn(False)
     try:
-        upcast = RelativeAttention2d(8, 8, (8, 8), head_dim=8, softmax='float32', rel_bias='none').bfloat16()
-        inherit = RelativeAttention2d(8, 8, (8, 8), head_dim=8, softmax='input', rel_bias='none').bfloat16()
+        upcast = RelativeAttention2d(8, 8, (8, 8), head_dim=8, softmax_dtype='float32', rel_bias='none').bfloat16()
+        inherit = RelativeAttention2d(8, 8, (8, 8), head_dim=8, softmax_dtype='input', rel_bias='none').bfloat16()
     finally:
         set_fused_attn(True)
     inherit.load_state_dict(upcast.state_dict())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from timm.models import get_model_args, group_parameters
 from timm.optim import create_optimizer_v2
 
-from coatnet_zoo.models import FLAVORS, Backbone, BackboneCfg
+from coatnet_zoo.models import FLAVORS, Backbone, BackboneCfg, coatnet
 
 TINY = BackboneCfg(depths=(1, 2, 1, 1), embed_dim=(8, 16, 16, 24), stem_width=8, stem_stride=1, head_dim=8)
 
@@ -79,9 +79,9 @@ def test_vit_stem_is_the_papers_vit_rel():
 
 
 @pytest.mark.parametrize('options,message', [
-    (dict(layout='CCTX'), "layout must be four letters, one a stage, out of C, T, L, D, got 'CCTX'"),
+    (dict(layout='CCTX'), "layout must be four block types, one a stage, out of C, T, L, D, got 'CCTX'"),
     (dict(layout='CCT'), "got 'CCT'"),
-    (dict(layout=('C', 'C', 'T', 'T')), 'layout must be four letters'),
+    (dict(layout=('C', 'C', 'T', 'T')), 'layout must be four block types'),
     (dict(rel_bias='before'), "rel_bias must be one of 'pre', 'post', 'none', got 'before'"),
     (dict(conv_norm='group'), "conv_norm must be one of 'batch', 'layer', got 'group'"),
     (dict(conv_stride='dw'), "conv_stride must be one of 'expand', 'depthwise', got 'dw'"),
@@ -131,6 +131,13 @@ def test_values_that_cannot_be_are_refused_by_name(options, message):
         tiny(**options)
 
 
+@pytest.mark.parametrize('name', BackboneCfg.__dataclass_fields__)
+def test_every_field_is_checked(name):
+    for value in (object(), -2, 'none of these', [1, 2]):
+        with pytest.raises(ValueError, match=f'^{name} must be '):
+            BackboneCfg(**{name: value})
+
+
 def test_flavors_name_every_difference_and_nothing_else():
     assert set(FLAVORS['official']) == set(FLAVORS['timm'])
     assert all(FLAVORS['official'][k] != FLAVORS['timm'][k] for k in FLAVORS['official'])
@@ -156,6 +163,14 @@ def test_official_initialisation():
             assert p.abs().max() == 0, name
         elif p.numel() > 1000:
             assert p.std().item() == pytest.approx(.02, rel=.1), name
+
+
+def test_narrow_models_start_from_another_scheme_than_the_papers_widths():
+    """results/weight_init_*.json: N(0, 0.02) leaves coatnet_pico_64 behind after two epochs at both learning rates."""
+    schemes = {name: cfg.weight_init for name, cfg in coatnet.model_cfgs.items()}
+    narrow = {'coatnet_pico', 'coatnet_nano', 'coatnet_pico_64', 'coatnet_pico_ccdd_64'}
+    assert {name for name, scheme in schemes.items() if scheme == 'vit_eff'} == narrow
+    assert set(schemes.values()) == {'normal', 'vit_eff'}
 
 
 def test_timm_initialisation_matches_timms_spread():

@@ -10,7 +10,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from coatnet_zoo.blocks.mbconv import inplace_mul
+from coatnet_zoo.blocks.inference import inplace_mul
 
 IMAGES = torch.randn(2, 3, 32, 32)
 

@@ -63,7 +63,7 @@ def test_folded_dynamic_model_still_takes_any_size(randomize):
 def test_folded_word_without_attention_can_be_resized(randomize):
     folded = reparameterize_model(randomize(small(layout='CCCC')).eval())
     folded.set_input_size(48)
-    assert folded.img_size == (48, 48) and folded.stem.block.check.img_size == (48, 48)
+    assert folded.img_size == (48, 48) and folded.stem.check.img_size == (48, 48)
 
 
 def test_nothing_goes_stale_in_training(randomize):

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from coatnet_train.runtime.cli import ConfigError, flag
 
 __all__ = [
-    'Backend', 'LoaderSettings', 'ModelPairSettings', 'OpsSettings', 'Pass', 'ScalingSettings', 'check_benchmark',
-    'check_ops', 'check_scaling']
+    'Backend', 'InferenceFormSettings', 'LoaderSettings', 'ModelPairSettings', 'OpsSettings', 'Pass', 'ScalingSettings',
+    'check_benchmark', 'check_inference_form', 'check_ops', 'check_scaling']
 
 HEAD_DIM = 32  # channels that share a kernel
 MAX_DYNAMIC_KERNEL = 7  # side of the largest kernel that is predicted at every position
@@ -100,6 +100,26 @@ class ScalingSettings:
 
 
 @dataclass(frozen=True)
+class InferenceFormSettings:
+    """Time two optimisations of the inference form on a CPU: the chunked tanh GELU, and batches split to stay in cache.
+
+        python scripts/benchmark.py inference_form --results-file results/inference_form_cpu.json
+
+    Every candidate runs once a round, in alternating order; the median of its times, and of their ratios to the
+    package's time in the same round, count. What is measured is the CPU time of this process on one thread (page
+    faults included), which a busy machine disturbs less than wall time. The package's inference form computes the tanh
+    GELU as x * sigmoid(...), in chunks that stay in a core's cache; the candidates take torch's in-place GELU instead,
+    or the same formula without chunks, or add batches split so that the widest map of each MBConv and of the stem takes
+    at most 6 MiB.
+    """
+
+    models: tuple[str, ...] = ('coatnet_pico', 'coatnet_0')  # Names of this package.
+    batch_sizes: tuple[int, ...] = (1, 8, 32)  # Images of a batch.
+    rounds: int = 15  # Measurements of each candidate.
+    results_file: str = ''  # JSON file to write.
+
+
+@dataclass(frozen=True)
 class LoaderSettings:
     """Time the reading of images by itself, as finetune.py reads them, and training on them: which of the two waits?
 
@@ -131,6 +151,16 @@ def check_benchmark(settings: Any, counts: tuple[str, ...]) -> None:
             raise ConfigError(f'{flag(name)} must be greater than 0, got {value}.')
     if settings.results_file and not Path(settings.results_file).parent.is_dir():
         raise ConfigError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
+
+
+def check_inference_form(settings: InferenceFormSettings) -> None:
+    """Raise ConfigError for rounds too few for quartiles, or batches without images."""
+    check_benchmark(settings, ('rounds',))
+    if settings.rounds < 2:
+        raise ConfigError(f'--rounds must be at least 2, got {settings.rounds}: quartiles need two rounds.')
+    if not settings.models or min(settings.batch_sizes, default=0) < 1:
+        raise ConfigError(f'--models and --batch-sizes must name at least one each, sizes above 0, got '
+                          f'{settings.models} and {settings.batch_sizes}.')
 
 
 def check_ops(settings: OpsSettings) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from timm.models import model_entrypoint, safe_model_name
+from timm.models import safe_model_name
 
 import coatnet_zoo
 from coatnet_train.data.config import DataSettings
@@ -81,7 +81,7 @@ def train(settings: Settings, architecture: str, data_dir: Path, count: int, upd
           pretrained: bool) -> float:
     """Top-1 (%) after the last epoch of a run, which goes on where an earlier call was stopped."""
     epochs = -(-updates // max(1, count // settings.batch_size))
-    ours = model_entrypoint(architecture).__module__.startswith(f'{coatnet_zoo.__name__}.')
+    ours = architecture in coatnet_zoo.list_models()
     summary = finetune(FinetuneSettings(
         data_dir=str(data_dir), model=settings.model, pretrained=pretrained,
         img_size=settings.img_size, epochs=epochs, val_interval=epochs, batch_size=min(settings.batch_size, count),
