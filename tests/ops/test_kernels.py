@@ -45,7 +45,8 @@ def test_kernels_keep_to_the_definition():
 
 
 def test_the_yardstick_sees_one_shifted_tap():
-    assert in_interpreter('--shifted').splitlines() == ['light out x weight'] * 2 + ['dynamic out x weight'] * 2
+    assert in_interpreter('--shifted').splitlines() == [
+        *['light out x weight'] * 2, *['dynamic out x weight'] * 2, *['band out x weight'] * 2]
 
 
 # As operators of torch, on a CPU without the interpreter, where eager computes them.
@@ -227,6 +228,14 @@ GPU_CASES = [
     Case(4, 120, 5, (33, 57), (5, 7), layout='sliced'),
     Case(3, 256, 2, (17, 9), (3, 3), layout='contiguous'),
 ]
+GPU_BAND_CASES = [
+    interpreted.band(8, 96, 3, (56, 56), (7, 7), bf16, dropconnect=.1),
+    interpreted.band(8, 192, 6, (28, 28), (7, 7), bf16),
+    interpreted.band(8, 384, 12, (14, 14), (7, 7), torch.float16),
+    interpreted.band(4, 384, 24, (14, 14), (3, 3), bf16),
+    interpreted.band(4, 256, 4, (31, 45), (5, 7), torch.float16, normalize='none'),
+    interpreted.band(2, 96, 3, (56, 56), (7, 7), torch.float16, scale=30.),
+]
 
 
 @needs_gpu
@@ -235,6 +244,12 @@ GPU_CASES = [
 def test_on_a_gpu(op, case):
     if case.only in ('', op):
         assert interpreted.check(op, case, 'cuda') == []
+
+
+@needs_gpu
+@pytest.mark.parametrize('case', interpreted.BAND_CASES + GPU_BAND_CASES)
+def test_band_kernels_on_a_gpu(case):
+    assert interpreted.check_band(case, 'cuda') == []
 
 
 @needs_gpu
