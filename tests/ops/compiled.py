@@ -20,8 +20,10 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from coatnet_zoo.ops.dynamicconv2d import band_kernels
+from coatnet_zoo.ops.band_ops import Launch
+from coatnet_zoo.ops.dynamicconv2d import band as dynamic_band
 from coatnet_zoo.ops.dynamicconv2d import kernels as dynamic_kernels
+from coatnet_zoo.ops.lightconv2d import band as light_band
 from coatnet_zoo.ops.lightconv2d import kernels as light_kernels
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +78,8 @@ def usage(compiled: CompiledKernel) -> Usage:
             places[label[1]] = count
         elif re.match(r'\s*/\*[0-9a-f]{4,}\*/\s', line):
             count += 1
-            branch = re.search(r'BRA.*`\((\.L\w+)\)', line)
+            # without a condition it only leads back from where a barrier is waited for
+            branch = re.search(r'(?:@!?U?P\w+\s+BRA\S*|BRA\S*\s+!?U?P\w+,)\s+`\((\.L\w+)\)', line)
             if branch and branch[1] in places:
                 loop = max(loop, count - places[branch[1]])
     return Usage(compiled.metadata.name, registers, stack + local, compiled.metadata.shared, count, loop)
@@ -121,10 +124,13 @@ def launch_band(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: i
     """Every kernel for tensor cores once, likewise."""
     x, logits = channels_last(size, C, dtype), channels_last(size, C // head * K * K, dtype)
     seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
-    bias, launch = torch.empty(C, dtype=dtype, device='meta'), band_kernels.Launch(tma=tma)
-    _, stats = band_kernels.launch_fwd(x, logits, (K, K), bias, seed, p, True, launch)
-    band_kernels.launch_bwd_input(x, logits, (K, K), stats, seed, p, True, launch)
-    band_kernels.launch_bwd_logits(x, x, logits, (K, K), stats, seed, p, True, launch)
+    weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, dtype=dtype, device='meta')
+    launch = Launch(tma=tma)
+    light_band.launch_fwd(x, weight, bias, seed, p, True, transposed=False, launch=launch)
+    light_band.launch_bwd_weight(x, x, (K, K), C // head, launch)
+    _, stats = dynamic_band.launch_fwd(x, logits, (K, K), bias, seed, p, True, launch)
+    dynamic_band.launch_bwd_input(x, logits, (K, K), stats, seed, p, True, launch)
+    dynamic_band.launch_bwd_logits(x, x, logits, (K, K), stats, seed, p, True, launch)
 
 
 class Build(NamedTuple):

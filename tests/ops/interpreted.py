@@ -5,19 +5,21 @@ As a script, under TRITON_INTERPRET=1, on a CPU; `test_kernels.py` starts it so 
 """
 import sys
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from triton import jit
 from triton import language as tl
 
-from coatnet_zoo.ops import dynamicconv2d, lightconv2d
+from coatnet_zoo.ops import band_ops, dynamicconv2d, lightconv2d
 from coatnet_zoo.ops.contract import INTERPRETED
 from coatnet_zoo.ops.dropconnect import _mix, draw_seed
-from coatnet_zoo.ops.dynamicconv2d import band_kernels
+from coatnet_zoo.ops.dynamicconv2d import band as dynamic_band
 from coatnet_zoo.ops.dynamicconv2d import eager as dynamic_eager
 from coatnet_zoo.ops.dynamicconv2d import kernels as dynamic_kernels
 from coatnet_zoo.ops.dynamicconv2d import naive as dynamic_naive
+from coatnet_zoo.ops.lightconv2d import band as light_band
 from coatnet_zoo.ops.lightconv2d import eager as light_eager
 from coatnet_zoo.ops.lightconv2d import kernels as light_kernels
 from coatnet_zoo.ops.lightconv2d import naive as light_naive
@@ -64,8 +66,8 @@ CASES = [
     Case(1, 8, 2, (7, 7), (5, 5), f16, scale=1e4, dropconnect=.5),
 ]
 
-# DynamicConv on tensor cores: maps that fill no tile, and every head width and kernel size
-band = partial(Case, only='dynamic', kernels='band')
+# on tensor cores: maps that fill no tile, and every head width and kernel size
+band = partial(Case, kernels='band')
 BAND_CASES = [
     band(1, 32, 1, (7, 7), (7, 7), bf16),
     band(1, 32, 2, (14, 14), (7, 7), f16, dropconnect=.3),
@@ -139,9 +141,9 @@ def check(op: str, case: Case, device: str = 'cpu', twice: bool = True) -> list[
 
     Asserts shapes, dtypes, strides, and that nothing overflows or, if run `twice`, has other bits the second time.
     """
-    naive, eager, triton = {
-        'light': (light_naive, light_eager, light_kernels.triton),
-        'dynamic': (dynamic_naive, dynamic_eager, partial(dynamic_kernels.triton, kernels=case.kernels))}[op]
+    naive, eager, kernels = {'light': (light_naive, light_eager, light_kernels),
+                             'dynamic': (dynamic_naive, dynamic_eager, dynamic_kernels)}[op]
+    triton = partial(kernels.triton, kernels=case.kernels)
     inputs, grad, seed = operands(op, case, device)
     wide = {name: tensor.double() for name, tensor in inputs.items()}
     expected = evaluate(op, case, naive.naive, wide, grad.double(), seed)
@@ -161,13 +163,15 @@ def check(op: str, case: Case, device: str = 'cpu', twice: bool = True) -> list[
     return wrong
 
 
-def check_band(case: Case, device: str = 'cpu') -> list[str]:
+def check_band(op: str, case: Case, device: str = 'cpu') -> list[str]:
     """`check` of the band kernels, with ordinary loads and through descriptors, in one strip and in several."""
-    default, wrong = band_kernels.default_launch, []
-    for launch in (band_kernels.Launch(tma=False, strips=1), band_kernels.Launch(tma=True, strips=3)):
-        band_kernels.default_launch = lambda x, launch=launch: launch
-        wrong += check('dynamic', case, device, twice=device != 'cpu')  # the interpreter knows no order but one
-    band_kernels.default_launch = default
+    wrong = []
+    for launch in (band_ops.Launch(tma=False, strips=1), band_ops.Launch(tma=True, strips=3)):
+        for kernels in (light_band, dynamic_band):
+            kernels.default_launch = lambda x, launch=launch: launch
+        wrong += check(op, case, device, twice=device != 'cpu')  # the interpreter knows no order but one
+    for kernels in (light_band, dynamic_band):
+        kernels.default_launch = band_ops.default_launch
     return wrong
 
 
@@ -190,9 +194,9 @@ def run_shifted() -> None:
     for op in ('light', 'dynamic'):
         for case in (Case(1, 32, 1, (7, 7), (3, 3)), Case(1, 4, 2, (7, 7), (7, 7), bf16)):
             print(op, *check(op, case))
-    band_kernels.tap_column = shifted_column
-    for case in BAND_CASES[:2]:
-        print('band', *check('dynamic', case))
+    band_ops.tap_column = shifted_column
+    for op in ('light', 'dynamic'):
+        print('band', op, *check(op, BAND_CASES[0]))
 
 
 @jit
@@ -265,9 +269,9 @@ if __name__ == '__main__':
                 if case.only in ('', op):
                     wrong = check(op, case, twice=max(case.kernel) < 13)  # the large ones take seconds
                     assert not wrong, f'{op} {case}: {wrong} are further from the definition than the yardstick allows'
-        for case in BAND_CASES:
-            wrong = check_band(case)
-            assert not wrong, f'{case}: {wrong} are further from the definition than the yardstick allows'
+        for op, case in product(('light', 'dynamic'), BAND_CASES):
+            wrong = check_band(op, case)
+            assert not wrong, f'band {op} {case}: {wrong} are further from the definition than the yardstick allows'
         check_mask()
         check_edges()
         check_wide()

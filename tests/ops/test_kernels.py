@@ -35,7 +35,8 @@ def test_kernels_keep_to_the_definition():
 
 def test_the_yardstick_sees_one_shifted_tap():
     assert in_interpreter('--shifted').splitlines() == [
-        *['light out x weight'] * 2, *['dynamic out x weight'] * 2, *['band out x weight'] * 2]
+        *['light out x weight'] * 2, *['dynamic out x weight'] * 2, 'band light out x weight',
+        'band dynamic out x weight']
 
 
 # As operators of torch, on a CPU without the interpreter, where eager computes them.
@@ -160,9 +161,10 @@ def test_on_a_gpu(op, case):
 
 
 @needs_gpu
+@pytest.mark.parametrize('op', ['light', 'dynamic'])
 @pytest.mark.parametrize('case', interpreted.BAND_CASES + GPU_BAND_CASES)
-def test_band_kernels_on_a_gpu(case):
-    assert interpreted.check_band(case, 'cuda') == []
+def test_band_kernels_on_a_gpu(op, case):
+    assert interpreted.check_band(op, case, 'cuda') == []
 
 
 @needs_gpu

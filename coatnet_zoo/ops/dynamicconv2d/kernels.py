@@ -9,12 +9,13 @@ a tile is BLOCK_P positions by BLOCK_C channels, channels innermost, in float32.
 through the caches; normalised weights never reach memory. Forward saves the maximum and the reciprocal of the sum of
 each softmax, apart: their log-sum-exp would lose the digits that large logits need.
 
-`band_kernels.py` does the same on tensor cores, with the same statistics, for the calls it covers.
+`band.py` does the same on tensor cores, with the same statistics, for the calls it covers.
 """
 import torch
 import triton.language as tl
 from triton import cdiv, jit, next_power_of_2
 
+from ..band_ops import takes_band
 from ..dropconnect import dropconnect_scale, threshold
 from ..triton_ops import (
     OPTIONS,
@@ -32,7 +33,7 @@ from ..triton_ops import (
     strips,
     within,
 )
-from . import band_kernels
+from . import band
 from .eager import eager, shifted_sum, shifts
 
 __all__ = ['triton']
@@ -312,16 +313,6 @@ def launch_logits_grad(
     return out
 
 
-def takes_band(x: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int], kernels: str) -> bool:
-    """Whether `band_kernels` run, else those of this file: 'auto' where they can, 'band' and 'direct' force one."""
-    if kernels not in ('auto', 'band', 'direct'):
-        raise ValueError(f"dynamicconv2d: kernels must be 'auto', 'band' or 'direct', got {kernels!r}.")
-    reason = band_kernels.why_not(x, logits, kernel) if kernels != 'direct' else 'not asked for'
-    if kernels == 'band' and reason:
-        raise ValueError(f"dynamicconv2d: the band kernels cannot run: {reason}; use kernels='auto'.")
-    return not reason
-
-
 @torch.library.custom_op('coatnet_zoo::dynamicconv2d', mutates_args=())
 def dynamicconv2d(
         x: torch.Tensor, logits: torch.Tensor, Kh: int, Kw: int, bias: torch.Tensor | None, seed: torch.Tensor | None,
@@ -331,7 +322,8 @@ def dynamicconv2d(
     On a CPU without the interpreter through eager.
     """
     if runs_triton(x):
-        launch = band_kernels.launch_fwd if takes_band(x, logits, (Kh, Kw), kernels) else launch_aggregate
+        on_tensor_cores = takes_band('dynamicconv2d', kernels, band.why_not(x, logits, (Kh, Kw)))
+        launch = band.launch_fwd if on_tensor_cores else launch_aggregate
         return launch(x, logits, (Kh, Kw), bias, seed, dropconnect, softmax)
     out = eager(x, logits, (Kh, Kw), bias, 'softmax' if softmax else 'none', dropconnect, seed)
     stats = _empty_stats(x, logits.shape[1] // (Kh * Kw), softmax)
@@ -351,12 +343,12 @@ def dynamicconv2d_backward(
     """Gradients of x, logits and bias, each in its dtype; what is not `needed` comes back with no elements."""
     grad_x, grad_logits, grad_bias = x.new_empty(0), logits.new_empty(0), x.new_empty(0)
     if runs_triton(x):
-        band = takes_band(x, logits, (Kh, Kw), kernels)
+        on_tensor_cores = takes_band('dynamicconv2d', kernels, band.why_not(x, logits, (Kh, Kw)))
         if needed[0]:
-            launch = band_kernels.launch_bwd_input if band else launch_scatter_back
+            launch = band.launch_bwd_input if on_tensor_cores else launch_scatter_back
             grad_x = launch(grad, logits, (Kh, Kw), stats, seed, dropconnect, softmax)
         if needed[1]:
-            launch = band_kernels.launch_bwd_logits if band else launch_logits_grad
+            launch = band.launch_bwd_logits if on_tensor_cores else launch_logits_grad
             grad_logits = launch(grad, x, logits, (Kh, Kw), stats, seed, dropconnect, softmax)
     elif needed[0] or needed[1]:
         grad_x, grad_logits = _gradients_in_torch(grad, x, logits, (Kh, Kw), stats, seed, dropconnect, softmax, needed)
