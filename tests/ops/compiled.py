@@ -72,16 +72,18 @@ def usage(compiled: CompiledKernel) -> Usage:
         said = subprocess.run([TOOLS / 'cuobjdump', '-res-usage', file.name], capture_output=True, text=True).stdout
         code = subprocess.run([TOOLS / 'nvdisasm', '-c', file.name], capture_output=True, text=True).stdout
     registers, stack, local = map(int, re.search(r'REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)', said).groups())
-    places, count, loop = {}, 0, 0
+    places, count, loop, end = {}, 0, 0, 0
     for line in code.splitlines():
         if label := re.match(r'\s*(\.L\w+):', line):
             places[label[1]] = count
         elif re.match(r'\s*/\*[0-9a-f]{4,}\*/\s', line):
             count += 1
-            # without a condition it only leads back from where a barrier is waited for
-            branch = re.search(r'(?:@!?U?P\w+\s+BRA\S*|BRA\S*\s+!?U?P\w+,)\s+`\((\.L\w+)\)', line)
-            if branch and branch[1] in places:
+            branch = re.search(r'BRA.*`\((\.L\w+)\)', line)
+            # what leads back over the program's end is a barrier's wait
+            if branch and places.get(branch[1], -1) >= end:
                 loop = max(loop, count - places[branch[1]])
+            if re.search(r'\sEXIT\s', line):
+                end = count
     return Usage(compiled.metadata.name, registers, stack + local, compiled.metadata.shared, count, loop)
 
 
