@@ -31,7 +31,8 @@ def form(request, randomize):
 
 @pytest.mark.parametrize('options', [
     {}, dict(flavor='timm'), dict(layout='CCCC'), dict(layout='TTTT'), dict(rel_bias='post'), dict(rel_bias='none'),
-    dict(conv_norm='layer'), dict(dynamic_img_size=True), dict(stem='vit', layout='CTTT')], ids=str)
+    dict(conv_norm='layer'), dict(pool='max', se_act='act', head_norm='none', inner_width='input'),
+    dict(dynamic_img_size=True), dict(stem='vit', layout='CTTT')], ids=str)
 def test_folding_keeps_the_logits_and_leaves_no_batchnorm(options, randomize):
     model = randomize(small(**options)).eval()
     folded = reparameterize_model(model)
