@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from .download import download, sha256_of
 
-__all__ = ['CHOICES', 'WEIGHTS', 'cached_weights', 'check_choices', 'fetch_weights', 'find_weights', 'read_h5']
+__all__ = ['CHOICES', 'WEIGHTS', 'cached_path', 'cached_weights', 'check_choices', 'convert_weights', 'fetch_weights',
+           'find_weights', 'import_h5py', 'is_cached', 'read_h5']
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def fetch_weights(
     path = cached_path(name, cache_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix('.lock')):  # several processes may start at once
-        if not _checksum_file(path).is_file() or not path.is_file():
+        if not is_cached(name, cache_dir):
             import_h5py()  # before 94 MB are downloaded
             archive = path.with_suffix('.h5')
             try:
@@ -117,11 +118,10 @@ def cached_weights(name: str, cache_dir: str | Path | None = None) -> Path:
         RuntimeError: The file has changed since.
     """
     path = cached_path(name, cache_dir)
-    checksum = _checksum_file(path)
-    if not path.is_file() or not checksum.is_file():
+    if not is_cached(name, cache_dir):
         raise FileNotFoundError(
             f'{name}: {path} does not exist; timm.create_model({name!r}, pretrained=True) downloads and converts it.')
-    expected = checksum.read_text(encoding='utf-8').partition(' ')[0]
+    expected = _checksum_file(path).read_text(encoding='utf-8').partition(' ')[0]
     if (found := sha256_of(path)) != expected:
         raise RuntimeError(
             f'{name}: {path} is damaged and was not loaded: its sha256 is {found}, at conversion it was {expected}; '
@@ -133,6 +133,12 @@ def cached_path(name: str, cache_dir: str | Path | None = None) -> Path:
     """Where the converted weights are or will be."""
     folder = Path(torch.hub.get_dir(), 'checkpoints') if cache_dir is None else Path(cache_dir)
     return folder / f'{name.replace(".", "-")}-{WEIGHTS[name].md5[:8]}.safetensors'
+
+
+def is_cached(name: str, cache_dir: str | Path | None = None) -> bool:
+    """Whether the converted weights are in the cache, and so load without a network; they are not verified."""
+    path = cached_path(name, cache_dir)
+    return path.is_file() and _checksum_file(path).is_file()
 
 
 def read_h5(path: Path) -> dict[str, torch.Tensor]:

@@ -119,6 +119,17 @@ def test_torchscript(form):
         scripted(torch.randn(1, 3, 30, 32) if model.cfg.layout.endswith('T') else torch.randn(1, 3, 15, 32))
 
 
+@pytest.mark.parametrize('folded', [False, True], ids=['eager', 'folded'])
+def test_choices_of_kecam_leave_eager_mode_too(folded, randomize):
+    model = randomize(small(pool='max', se_act='act', head_norm='none', inner_width='input', head_hidden_size=0)).eval()
+    with torch.no_grad():
+        expected = model(IMAGES)
+        model = reparameterize_model(model) if folded else model
+        exported = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: BATCH},)).module()
+        for form in (torch.jit.script(model), exported):
+            torch.testing.assert_close(form(IMAGES), expected, rtol=0, atol=1e-4)
+
+
 def test_torch_compile_fullgraph(form):
     model, expected = form
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')

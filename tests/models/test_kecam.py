@@ -9,9 +9,11 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -285,6 +287,7 @@ def in_cache(tmp_path: Path) -> list[str]:
 def test_the_first_load_downloads_and_the_second_needs_nothing(server, published, tmp_path, monkeypatch):
     model = timm.create_model(NAME, pretrained=True)
     path = coatnet_zoo.verify_weights(NAME)
+    assert kecam.is_cached(NAME) and not kecam.is_cached(f'{NAME}_160')
     assert in_cache(tmp_path) == [path.name, f'{path.name}.sha256'] and path.parent == tmp_path / 'hub/checkpoints'
     with safe_open(path, 'pt') as file:
         assert file.metadata()['source'] == server.url and file.metadata()['source_md5'] == kecam.WEIGHTS[NAME].md5
@@ -321,6 +324,22 @@ def test_a_server_without_ranges_gives_all_of_it_again(server, tmp_path):
         timm.create_model(NAME, pretrained=True)
     timm.create_model(NAME, pretrained=True)
     assert len(in_cache(tmp_path)) == 2
+
+
+def test_a_download_that_was_complete_is_only_checked(server, published, tmp_path):
+    """The process died between the last byte and the new name."""
+    path = kecam.cached_path(NAME)
+    path.parent.mkdir(parents=True)
+    shutil.copy(published, path.with_suffix('.h5.part'))
+    timm.create_model(NAME, pretrained=True)
+    assert server.asked == [f'bytes={published.stat().st_size}-'] and kecam.is_cached(NAME)
+
+
+def test_processes_that_start_at_once_download_once(server, tmp_path):
+    fetch = partial(kecam.fetch_weights, NAME, server.url, lambda state_dict: None)
+    with ThreadPoolExecutor(3) as pool:
+        paths = {task.result() for task in [pool.submit(fetch) for _ in range(3)]}
+    assert paths == {kecam.cached_path(NAME)} and len(server.asked) == 1
 
 
 def test_another_file_than_was_published_is_not_kept(server, tmp_path):
