@@ -55,9 +55,9 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize('prepare_model', WRAPPED.values(), ids=list(WRAPPED))
+@pytest.mark.parametrize('wrap', WRAPPED.values(), ids=list(WRAPPED))
 def test_state_dicts_load_whatever_they_are_wrapped_in(model, load, wrap):
-    loaded = load(prepare_model(model.state_dict()))
+    loaded = load(wrap(model.state_dict()))
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), model(images)) and model(images).std() > 0
 

@@ -20,6 +20,7 @@ from coatnet_train.plotting import plots
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training import recipes
 from coatnet_train.training import run as training_run
+from coatnet_train.training import trainer
 
 
 def test_run_leaves_a_loadable_model_with_its_own_classes_and_data_settings(settings):
@@ -69,6 +70,20 @@ def test_run_folder_is_complete_and_readable(settings):
         best['epoch'], best['eval_top1'], best['eval_loss'])
     assert summary['torch'] == torch.__version__ and summary['seed'] == settings.seed
     assert history[0]['lr'] > history[1]['lr'] > settings.min_lr
+
+
+@pytest.mark.parametrize(('seconds', 'rows'), [(0, [1, 2, 2]), (1000, [2])], ids=['every_epoch', 'only_at_the_end'])
+def test_curves_are_drawn_after_some_time_and_at_the_end(settings, monkeypatch, seconds, rows):
+    drawn = []
+
+    def write_curves(run_dir: Path, history: list[dict]) -> None:
+        assert len(read_metrics(run_dir)) == len(history)
+        drawn.append(len(history))
+
+    monkeypatch.setattr(trainer, 'write_curves', write_curves)
+    monkeypatch.setattr(trainer, 'CURVES_SECONDS', seconds)
+    run(settings)
+    assert drawn == rows
 
 
 def test_closing_line_loads_the_model_as_it_stands(settings, capsys):
