@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support.constants import ROOT
+
 PACKAGE = ROOT / 'coatnet_zoo'
 
 

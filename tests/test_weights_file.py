@@ -10,7 +10,6 @@ from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.models.weights_file import to_flags
 from coatnet_train.runtime.cli import ConfigError
-from coatnet_train.training.fsdp import prepare_model
 
 NAME = 'coatnet_pico_64'
 SMALL = ('depths=(1,1,1,1)', 'embed_dim=(16,16,32,64)')

@@ -7,20 +7,19 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from closeness import assert_same_up_to_rounding
 from PIL import Image
-from runs import assert_everything_loads, read_checkpoint, read_metrics, run, run_command
 from safetensors import safe_open
 from safetensors.torch import load_file
-from script_runs import CLASSES
 from timm.data import create_dataset, create_transform, resolve_data_config
 
 import finetune
 from coatnet_train.plotting import plots
 from coatnet_train.runtime.cli import ConfigError
-from coatnet_train.training import recipes
+from coatnet_train.training import recipes, trainer
 from coatnet_train.training import run as training_run
-from coatnet_train.training import trainer
+from support.closeness import assert_same_up_to_rounding
+from support.constants import CLASSES
+from support.finetune_runs import assert_everything_loads, read_checkpoint, read_metrics, run, run_command
 
 
 def test_run_leaves_a_loadable_model_with_its_own_classes_and_data_settings(settings):

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from closeness import assert_same_up_to_rounding
-from freeze_release import RELEASES as FROZEN
-from freeze_release import tensors_of
 from safetensors.torch import load_file
 from timm.models import get_arch_pretrained_cfgs
 
 import eval_imagenet
 from coatnet_zoo import releases
+from freeze_release import RELEASES as FROZEN
+from freeze_release import tensors_of
+from support.closeness import assert_same_up_to_rounding
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / 'shared'
