@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 if capability := os.environ.get('ATEN_CPU_CAPABILITY'):
@@ -13,6 +15,7 @@ if capability := os.environ.get('ATEN_CPU_CAPABILITY'):
     os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(Path(tempfile.gettempdir(), f'inductor-{capability}')))
 
 torch.set_num_threads(1)  # the models here are tiny: waking a second thread takes longer than their work
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # the same for processes that tests start
 
 
 @pytest.fixture
@@ -45,6 +48,13 @@ def randomize() -> Callable[[nn.Module], nn.Module]:
         return model
 
     return fill
+
+
+@pytest.fixture
+def plain_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save a white pixel for every figure, unless the test is marked draws_figures: drawing is half of a short run."""
+    if not request.node.get_closest_marker('draws_figures'):
+        monkeypatch.setattr(Figure, 'savefig', lambda self, path, **kwargs: Image.new('L', (1, 1), 255).save(path, 'PNG'))
 
 
 @pytest.fixture

@@ -52,8 +52,11 @@ def test_run_leaves_a_loadable_model_with_its_own_classes_and_data_settings(sett
     assert summary['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-4)
 
 
+@pytest.mark.draws_figures
 def test_run_folder_is_complete_and_readable(settings):
     run_dir = run(settings)
+    for name in ('confusion.png', 'curves.png', 'misclassified.png'):
+        assert min(Image.open(run_dir / name).size) > 300
     assert {path.relative_to(run_dir).as_posix() for path in run_dir.rglob('*') if path.is_file()} == {
         'args.json', 'config.json', 'confusion.png', 'curves.png', 'last/checkpoint.pt', 'metrics.csv',
         'misclassified.png', 'model.safetensors', 'predictions.csv', 'summary.json'}
