@@ -53,8 +53,9 @@ def randomize() -> Callable[[nn.Module], nn.Module]:
 @pytest.fixture
 def plain_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Save a white pixel for every figure, unless the test is marked draws_figures: drawing is half of a short run."""
+    pixel = Image.new('L', (1, 1), 255)
     if not request.node.get_closest_marker('draws_figures'):
-        monkeypatch.setattr(Figure, 'savefig', lambda self, path, **kwargs: Image.new('L', (1, 1), 255).save(path, 'PNG'))
+        monkeypatch.setattr(Figure, 'savefig', lambda self, path, **kwargs: pixel.save(path, 'PNG'))
 
 
 @pytest.fixture
