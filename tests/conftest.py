@@ -18,6 +18,30 @@ torch.set_num_threads(1)  # the models here are tiny: waking a second thread tak
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # the same for processes that tests start
 
 
+def plain_text(value: object) -> str | None:
+    """A short text of settings, alike in every process; None for what has no such text, such as a tensor."""
+    if isinstance(value, bytes):
+        return f'{len(value)} bytes'
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix('torch.')
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return str(value)
+    if isinstance(value, dict):
+        parts = [plain_text(item) for item in value.values()]
+        return None if None in parts else ','.join(f'{key}={part}' for key, part in zip(value, parts, strict=True))
+    if isinstance(value, (tuple, list)):
+        parts = [plain_text(item) for item in value]
+        return None if None in parts else ','.join(parts)
+    return None
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name parametrised tests by their settings, where pytest would number them."""
+    if isinstance(val, (dict, tuple, list, bytes, torch.dtype)) and (text := plain_text(val)) is not None:
+        return text[:80] or 'none'
+    return None
+
+
 @pytest.fixture
 def randomize() -> Callable[[nn.Module], nn.Module]:
     """Give a model random norms, biases, running statistics and sizeable weights, so that no term hides at zero."""
