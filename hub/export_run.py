@@ -218,6 +218,9 @@ def license_of_start(args: dict) -> dict[str, str]:
 def describe_release(settings: Settings, config: dict) -> dict:
     """What config.json says under 'release'; None is what the run's files and the settings do not tell."""
     args, summary = (read_json(settings.run_dir / name) for name in ('args.json', 'summary.json'))
+    if settings.teacher and not args.get('teacher'):
+        raise ConfigError(f'--teacher describes the teacher of a distilled run, but RUN_DIR {settings.run_dir} had '
+                          f'none; leave it out.')
     try:
         seconds = summary['train_seconds'] + (earlier_run(args) or {'train_seconds': 0})['train_seconds']
         found, evaluated_on, picked = held_out_figures(settings, args, summary, config)
@@ -232,8 +235,8 @@ def describe_release(settings: Settings, config: dict) -> dict:
             'hardware': f'{summary["processes"]} x ' * (summary['processes'] > 1) + summary['hardware'],
             'hours': round(seconds / 3600, 4), 'seed': summary['seed'], 'commit': summary['commit'],
             'epochs': summary['epochs'], 'best_epoch': summary['best_epoch'], 'started_from': starting_point(args),
-            'teacher': without_folders(args['teacher']) or None, 'date': summary['date'], 'torch': summary['torch'],
-            'timm': summary['timm'], 'dtype': settings.dtype, 'repo': settings.repo,
+            'teacher': settings.teacher or without_folders(args['teacher']) or None, 'date': summary['date'],
+            'torch': summary['torch'], 'timm': summary['timm'], 'dtype': settings.dtype, 'repo': settings.repo,
             'source': settings.source, 'license_name': settings.license_name, 'license_link': settings.license_link}
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f'RUN_DIR {settings.run_dir}: args.json, summary.json or evaluation.json is not as '
@@ -307,6 +310,9 @@ def run(settings: Settings) -> Path:
     model = open_weights(settings, config)
     check_architecture(model, settings.run_dir, config)
     state = rounded(model, settings.dtype)
+    if settings.dtype != 'float32' and all(torch.equal(value.float(), model.state_dict()[name].float())
+                                           for name, value in state.items()):
+        release['metrics']['top1_change'] = 0.  # a run whose weights were rounded before
     print(f'weights: {len(state)} tensors of {settings.run_dir}, all finite, those of {config["architecture"]}')
 
     temporary = output.with_name(f'.{output.name}.tmp')

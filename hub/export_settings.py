@@ -39,6 +39,7 @@ class CardSettings:
     trained_on: str | None = None  # Name of the training data (that of --dataset in the run if not given).
     data_license: str | None = None  # Licence or terms of the training data.
     dataset_id: str | None = None  # The training data's OWNER/NAME on the Hub (that of hfds/ in the run if not given).
+    teacher: str | None = None  # The teacher of a distilled run in words: model, weights, what it has seen.
     evaluated_on: str | None = None  # Name of the images that the figures are of (their folder if not given).
     repo: str | None = None  # OWNER/NAME that the card's example loads (publish.py writes it if not given).
     source: str | None = None  # Where pip gets coatnet_zoo for the card's example: a git address, or a name on PyPI.
@@ -58,7 +59,7 @@ def check_values(settings: Settings) -> None:
                           'figures into the card by eval_imagenet.py --results-file RUN_DIR/evaluation.json.')
     check_tag(settings.name)
     check_license(settings.license or 'apache-2.0', settings.license_name, settings.license_link)
-    for name in ('trained_on', 'data_license', 'evaluated_on', 'license_name', 'license_link', 'source'):
+    for name in ('trained_on', 'data_license', 'teacher', 'evaluated_on', 'license_name', 'license_link', 'source'):
         value = getattr(settings, name)
         if value is not None and not (value.strip() and value.isprintable()):  # it stands in a table of the card
             raise ConfigError(f'{flag(name)} must be one line of text, got {value!r}; give that, or leave it out.')

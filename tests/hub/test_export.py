@@ -457,6 +457,23 @@ def test_data_are_named_without_the_folders_of_the_machine(run_dir, data, traine
     assert '../' not in (folder / 'README.md').read_text().replace(release['command'], '')
 
 
+def test_teacher_in_words_is_for_distilled_runs(run_dir):
+    with pytest.raises(ConfigError, match=r'^--teacher .* had none; leave it out\.$'):
+        make(run_dir, teacher='EfficientNet-Lite2')
+    change_json(run_dir / 'args.json', teacher='local-dir:../runs/large')
+    folder = make(run_dir, teacher='EfficientNet-Lite2, trained on ImageNet-1k')
+    assert '| teacher | EfficientNet-Lite2, trained on ImageNet-1k |' in (folder / 'README.md').read_text()
+
+
+def test_rounding_a_rounded_run_changes_nothing(run_dir):
+    change = 'change of top-1 by rounding to float16 (points)'
+    folder = make(run_dir, dtype='float16')
+    assert f'| {change} | +0.000 |' not in (folder / 'README.md').read_text()
+    shutil.copyfile(folder / 'model.safetensors', run_dir / 'model.safetensors')
+    folder = make(run_dir, dtype='float16')
+    assert f'| {change} | +0.000 |' in (folder / 'README.md').read_text()
+
+
 @pytest.mark.parametrize(('data', 'split', 'name', 'picked'), [
     ('../data/colours', '', 'Colours, validation', True), ('colours/val', '', 'Colours, val', True),
     ('/mnt/colours', '--split test', 'Colours, test', False), ('../../imagenet/val', '', 'imagenet, val', False),
