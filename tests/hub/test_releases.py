@@ -12,13 +12,13 @@ import timm
 import torch
 from huggingface_hub import CommitOperationAdd, constants
 from safetensors.torch import load_file, save_file
-from server import READER_TOKEN
 from timm.models import get_arch_pretrained_cfgs
 
 import coatnet_zoo
 from coatnet_zoo import kecam, releases
+from support.constants import ROOT
+from support.hub_server import READER_TOKEN
 
-ROOT = Path(__file__).parents[2]
 REPO = 'owner/coatnet_pico_64.digits'
 NAME = 'coatnet_pico_64.digits'
 
