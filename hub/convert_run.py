@@ -21,7 +21,7 @@ from coatnet_train.training.run_dir import write_config, write_weights
 from coatnet_zoo import kecam
 from coatnet_zoo.download import digest_of
 from convert_settings import Settings
-from export_run import without_folders
+from export_run import replace_dir, without_folders
 from origin import ORIGIN
 
 RUN_FILES = {'config.json', 'model.safetensors', ORIGIN}
@@ -186,8 +186,7 @@ def write_run(output: Path, model: nn.Module, names: list[str], data_config: dic
         write_config(temporary / 'config.json', model, names, data_config)
         write_weights(temporary / 'model.safetensors', state)
         write_json(temporary / ORIGIN, origin)
-        shutil.rmtree(output, ignore_errors=True)
-        temporary.rename(output)
+        replace_dir(temporary, output)
     except OSError as error:
         raise ConfigError(f'--output {output} cannot be written: {one_line(error)}; choose another.') from error
     finally:
