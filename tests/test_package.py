@@ -123,7 +123,7 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
         archive.extractall(site)
     assert {n.partition('/')[0] for n in names if '.dist-info/' not in n} == {'coatnet_zoo'}
     assert any(n.endswith('licenses/LICENSE') for n in names)
-    files = {'py.typed', 'weights/releases.json', 'weights/some.safetensors'}
+    files = {'py.typed', 'weights/releases.json', 'weights/kecam.json', 'weights/some.safetensors'}
     assert {f'coatnet_zoo/{file}' for file in files} <= set(names)
     code = '''
 import coatnet_zoo, timm, torch
