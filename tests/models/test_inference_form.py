@@ -41,7 +41,8 @@ def form(request, randomize):
 
 @pytest.mark.parametrize('options', [
     {}, dict(flavor='timm'), dict(layout='CCCC'), dict(layout='TTTT'), dict(rel_bias='post'), dict(rel_bias='none'),
-    dict(conv_norm='layer'), dict(dynamic_img_size=True), dict(stem='vit', layout='CTTT')], ids=str)
+    dict(conv_norm='layer'), dict(pool='max', se_act='act', head_norm='none', inner_width='input'),
+    dict(dynamic_img_size=True), dict(stem='vit', layout='CTTT')], ids=str)
 def test_folding_keeps_the_logits_and_leaves_no_batchnorm(options, randomize):
     model = randomize(small(**options)).eval()
     folded = reparameterize_model(model)
@@ -126,6 +127,17 @@ def test_torchscript(form):
         torch.testing.assert_close(scripted(IMAGES), expected, rtol=0, atol=1e-4)
     with pytest.raises(torch.jit.Error, match=r'must be (multiples of 16|at least 16)'):
         scripted(torch.randn(1, 3, 30, 32) if model.cfg.layout.endswith('T') else torch.randn(1, 3, 15, 32))
+
+
+@pytest.mark.parametrize('folded', [False, True], ids=['eager', 'folded'])
+def test_choices_of_kecam_leave_eager_mode_too(folded, randomize):
+    model = randomize(small(pool='max', se_act='act', head_norm='none', inner_width='input', head_hidden_size=0)).eval()
+    with torch.no_grad():
+        expected = model(IMAGES)
+        model = reparameterize_model(model) if folded else model
+        exported = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: BATCH},)).module()
+        for form in (torch.jit.script(model), exported):
+            torch.testing.assert_close(form(IMAGES), expected, rtol=0, atol=1e-4)
 
 
 @slow_forms
