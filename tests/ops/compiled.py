@@ -30,13 +30,14 @@ ROOT = Path(__file__).parents[2]
 BUDGETS = ROOT / 'results/kernel_budgets.csv'
 TOOLS = Path(triton.__file__).parent / 'backends/nvidia/bin'
 TYPES = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'fp32', torch.int64: 'i64'}
-OPTIONS = ('num_warps', 'num_stages', 'enable_fp_fusion')
+OPTIONS = ('num_warps', 'num_stages', 'maxnreg', 'enable_fp_fusion')
 BATCH = 128
 
 
 class Usage(NamedTuple):
     """What a compiled kernel takes: registers of a thread, bytes of stack and local memory of a thread, bytes of shared
-    memory of a program, instructions in all and in its longest loop."""
+    memory of a program, instructions in all and in its longest loop; and whether every access to a matrix in global
+    memory has a warp's lanes along its last dimension."""
 
     kernel: str
     registers: int
@@ -44,6 +45,7 @@ class Usage(NamedTuple):
     shared: int
     instructions: int
     loop: int
+    lanes_inner: bool
 
 
 def compile_for(arch: int, kernel: JITFunction, arguments: dict, options: dict) -> CompiledKernel:
@@ -84,7 +86,10 @@ def usage(compiled: CompiledKernel) -> Usage:
                 loop = max(loop, count - places[branch[1]])
             if re.search(r'\sEXIT\s', line):
                 end = count
-    return Usage(compiled.metadata.name, registers, stack + local, compiled.metadata.shared, count, loop)
+    ir = compiled.asm['ttgir']
+    layouts = {match[1] for match in re.finditer(r'tt\.(?:load|store) .*tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>', ir)}
+    inner = all(re.search(rf'^{layout} = .*order = \[1, 0\]', ir, re.MULTILINE) for layout in layouts)
+    return Usage(compiled.metadata.name, registers, stack + local, compiled.metadata.shared, count, loop, inner)
 
 
 @contextmanager
@@ -128,10 +133,11 @@ def launch_band(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: i
     seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
     weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, dtype=dtype, device='meta')
     launch = Launch(tma=tma)
+    many = dynamic_band.bounded(launch, seed)
     light_band.launch_fwd(x, weight, bias, seed, p, True, transposed=False, launch=launch)
     light_band.launch_bwd_weight(x, x, (K, K), C // head, launch)
-    _, stats = dynamic_band.launch_fwd(x, logits, (K, K), bias, seed, p, True, launch)
-    dynamic_band.launch_bwd_input(x, logits, (K, K), stats, seed, p, True, launch)
+    _, stats = dynamic_band.launch_fwd(x, logits, (K, K), bias, seed, p, True, many)
+    dynamic_band.launch_bwd_input(x, logits, (K, K), stats, seed, p, True, many)
     dynamic_band.launch_bwd_logits(x, x, logits, (K, K), stats, seed, p, True, launch)
 
 

@@ -40,6 +40,7 @@ def test_band_kernels_keep_to_their_budgets(build: Build):
             assert float(row[column]) <= margin * budget(row, column), f'{column} of {row}'
         # far fewer would mean that another loop was counted
         assert float(row['instructions_per_output']) >= .5 * budget(row, 'instructions_per_output')
+        assert used.lanes_inner, f'an access of {used.kernel} touches a cache line a lane'
         assert used.spilled <= budget(row, 'spilled_bytes') and used.registers <= 255
 
 

@@ -166,7 +166,7 @@ def launch_fwd(
         _lightconv2d_band_fwd_kernel[programs,](
             operand(x, C // G, 16, launch), weight, bias, seed, out, H, W, *strips, threshold(dropconnect),
             1 / (1 - dropconnect), C=C, Kh=Kh, Kw=Kw, HEAD=C // G, TAPS=next_power_of_2(Kh * Kw), SOFTMAX=softmax,
-            TRANSPOSED=transposed, TMA=launch.tma, num_warps=launch.num_warps, num_stages=launch.num_stages)
+            TRANSPOSED=transposed, TMA=launch.tma, **launch.options)
     return out
 
 
@@ -186,5 +186,5 @@ def launch_bwd_weight(
         _lightconv2d_band_bwd_weight_kernel[parts * G,](
             operand(x, C // G, slots, launch), grad, partial, H, W, across, share, total, C=C, Kh=Kh, Kw=Kw,
             HEAD=C // G, SLOTS=slots, TAPS=max(16, next_power_of_2(Kh * Kw)), TMA=launch.tma,
-            num_warps=launch.num_warps, num_stages=launch.num_stages)
+            **launch.options)
     return partial
