@@ -12,7 +12,7 @@ SPACE ?= output/space
 RUN ?=
 ROOMS = console explain files image_files image_folder imagenet_labels model_settings open_model overlay packages plots prediction prediction_settings processes released settings weights_file
 # tests that compare results of models and operators
-COMPUTING = $(addprefix tests/,test_closeness.py models blocks ops/test_definition.py ops/test_contract.py hub/test_export.py \
+COMPUTING = $(addprefix tests/,test_closeness.py models blocks ops/test_reference.py ops/test_api.py hub/test_export.py \
     hub/test_verify.py evaluating/test_eval_numbers.py extracting/test_extract_values.py predicting/test_explain.py \
     finetuning/test_finetune_run.py)
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from triton import cdiv, jit, next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .contract import INTERPRETED
-from .triton_ops import large
+from .dispatch import INTERPRETED
+from .triton_ops import needs_int64
 
 HEAD_WIDTHS = (16, 32, 64)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -154,7 +154,7 @@ def why_not(x: torch.Tensor, kernel: tuple[int, int], head: int) -> str:
         return f'they take heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {head}'
     if not x.is_contiguous(memory_format=torch.channels_last):
         return f'x must be dense in channels_last, got strides {x.stride()}'
-    if large(x):
+    if needs_int64(x):
         return f'an image must stay below 2^31 elements, got shape {tuple(x.shape)}'
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return f'they need compute capability 8.0, got {torch.cuda.get_device_capability(x.device)}'

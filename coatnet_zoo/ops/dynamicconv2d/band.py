@@ -32,7 +32,7 @@ from ..band_ops import (
     taps_of_slots,
 )
 from ..dropconnect import threshold
-from ..triton_ops import dropconnect_factor, empty_channels_last, large, on_device_of
+from ..triton_ops import dropconnect_factor, empty_channels_last, needs_int64, on_device_of
 
 __all__ = ['launch_bwd_input', 'launch_bwd_logits', 'launch_fwd', 'why_not']
 
@@ -243,13 +243,13 @@ def why_not(x: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int]) -> s
         return f'x and logits must have one dtype, got {x.dtype} and {logits.dtype}'
     if not logits.is_contiguous(memory_format=torch.channels_last):
         return f'logits must be dense in channels_last, got strides {logits.stride()}'
-    if large(logits):
+    if needs_int64(logits):
         return f'the logits of an image must stay below 2^31 elements, got shape {tuple(logits.shape)}'
     return band_ops.why_not(x, kernel, x.shape[1] * kernel[0] * kernel[1] // logits.shape[1])
 
 
 def bounded(launch: Launch, seed: torch.Tensor | None) -> Launch:
-    """launch with registers for 12 programs a multiprocessor of a Hopper GPU; with DropConnect they would be spilled."""
+    """launch with registers for 12 programs on a multiprocessor of a Hopper GPU; DropConnect would spill them."""
     return launch._replace(max_registers=168) if launch.tma and seed is None else launch
 
 
