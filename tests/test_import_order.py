@@ -9,7 +9,7 @@ from script_runs import ROOT
 
 SCRIPTS = ROOT / 'scripts'
 # each imports from its own level and those below
-LEVELS = ({'runtime'}, {'data', 'models'}, {'training', 'evaluation', 'explain', 'plotting'}, {'benchmarks'},
+LEVELS = ({'runtime'}, {'data', 'models'}, {'training', 'evaluation', 'explain', 'plotting', 'report'}, {'benchmarks'},
           {'experiments'})
 
 
