@@ -88,7 +88,8 @@ def weight_init(root: Path) -> str:
         return 'Initialisation schemes: not measured.'
     settings = reports[0]['settings']
     rows = [[f'`{name.partition("weight_init=")[2]}`', *(
-        spread(report['rows'].get(name), 'standard_error', digits=2) for report in reports)] for name in reports[0]['rows']]
+        spread(report['rows'].get(name), 'standard_error', digits=2) for report in reports)]
+        for name in reports[0]['rows']]
     return (table(['`weight_init`', *(f'top-1 (%), lr {report["settings"]["lr"]:g}' for report in reports)], rows)
             + f'\n\n`{settings["model"]}` at {settings["img_size"]} px after {settings["epochs"]} epochs, mean and '
               f'standard error of {len(settings["seeds"])} seeds, {hardware_of(reports)}.\n{reports[0]["note"]}.')

@@ -23,8 +23,7 @@ def weights(root: Path) -> str:
         places = ['the package'] * bool(entry['packaged']) + [f'[{link}](https://huggingface.co/{link})'] * bool(link)
         rows.append([
             f'`{name}`', *(NOT_MEASURED if metrics[key] is None else f'{metrics[key]:.2f}' for key in ('top1', 'top5')),
-            release['evaluated_on'], release['trained_on'] or 'not stated', release.get('teacher') or 'none',
-            NOT_MEASURED if release['hours'] is None else f'{release["hours"]:.1f} h on {release["hardware"]}',
+            release['evaluated_on'], release['trained_on'] or 'not stated', _teacher(entry), _duration(release),
             f'{entry["size"] / 1e6:.1f}', ', '.join(places), _license(entry), f'`{entry["sha256"][:12]}`'])
     return table(['name', 'top-1 (%)', 'top-5 (%)', 'measured on', 'trained on', 'teacher', 'training', 'MB',
                   'comes with', 'licence', 'sha256'], rows)
@@ -39,8 +38,8 @@ def released(root: Path) -> str:
     for name, entry in sorted(releases.items()):
         metrics, place = entry['release']['metrics'], 'the package' if entry['packaged'] else 'the Hub'
         rows.append([f'`{name}`', NOT_MEASURED if metrics['top1'] is None else f'{metrics["top1"]:.1f}',
-                     entry['release']['evaluated_on'], place, _license(entry)])
-    return table(['weights', 'top-1 (%)', 'measured on', 'from', 'licence'], rows)
+                     entry['release']['evaluated_on'], _teacher(entry), place, _license(entry)])
+    return table(['weights', 'top-1 (%)', 'measured on', 'teacher', 'from', 'licence'], rows)
 
 
 def distilled(root: Path) -> str:
@@ -78,6 +77,17 @@ def previews(root: Path) -> str:
 
 def _releases(root: Path) -> dict:
     return read_json(root / 'coatnet_zoo' / 'weights' / 'releases.json')
+
+
+def _teacher(entry: dict) -> str:
+    return 'yes' if entry['release'].get('teacher') else 'no'  # the card describes it
+
+
+def _duration(release: dict) -> str:
+    hours = release['hours']
+    if hours is None:
+        return NOT_MEASURED
+    return f'{hours:.1f} h on {release["hardware"]}' if hours >= 1 else f'{60 * hours:.0f} min on {release["hardware"]}'
 
 
 def _license(entry: dict) -> str:
