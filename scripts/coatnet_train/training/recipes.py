@@ -66,27 +66,28 @@ RECIPES = {
     # A teacher for it: ImageNet weights (import_weights.py) fine-tuned at twice the size; its targets stay soft.
     # command:  python scripts/finetune.py --recipe tin200_teacher --data-dir tin200 --model tf_efficientnet_lite2
     #           --pretrained --model-kwargs "pretrained_cfg_overlay={'file':'lite2.safetensors'}"
-    #           --epochs 6 --val-interval 2
     # hardware: one NVIDIA H200, 0.03 hours
     # result:   72.60 % (results/tin200_dist/teacher/metrics.csv), held out of train
     'tin200_teacher': TIN200 | dict(
-        img_size=128, epochs=8, batch_size=256, lr=1e-3, warmup_epochs=1.0, weight_decay=0.02, cache_images=True,
-        color_jitter=0.3, cutmix=1.0, mixup=0.2, mixup_prob=0.5, model_ema=True, model_ema_decay=0.998,
+        img_size=128, epochs=6, val_interval=2, batch_size=256, lr=1e-3, warmup_epochs=1.0, weight_decay=0.02,
+        cache_images=True, color_jitter=0.3, cutmix=1.0, mixup=0.2, mixup_prob=0.5, model_ema=True,
+        model_ema_decay=0.998,
         mean=(0.498, 0.498, 0.498), std=(0.502, 0.502, 0.502)),
 
     # From a teacher that sees the very images of the student, mixed ones too: function matching, as in Beyer et al.
     # (https://arxiv.org/abs/2106.05237).
     # command:  python scripts/finetune.py --recipe tin200_dist --data-dir tin200 --model coatnet_pico_64.untrained
-    #           --teacher local-dir:output/tin200_teacher --epochs 32 --val-interval 4
+    #           --teacher local-dir:output/tin200_teacher
     # hardware: one NVIDIA H200, 0.16 hours, beside two other runs
     # result:   56.55 % (results/tin200_dist/coatnet_pico_64/metrics.csv), held out of train;
     #           lightconvnet_pico_64 50.25 % (results/tin200_dist/lightconvnet_pico_64/metrics.csv);
     #           dynamicconvnet_pico_64, stopped at 28 epochs,
     #           50.45 % (results/tin200_dist/dynamicconvnet_pico_64/metrics.csv)
     'tin200_dist': TIN200 | dict(
-        epochs=60, batch_size=512, lr=2e-3, warmup_epochs=3.0, drop_path=0.05, smoothing=0.0, cache_images=True,
-        torchcompile=True, color_jitter=0.3, mixup=0.2, cutmix=1.0, model_ema=True, model_ema_decay=0.9995,
-        val_interval=5, teacher_img_size=128, kd_loss_weight=0.9, kd_temperature=2.0),
+        epochs=32, val_interval=4, batch_size=512, lr=2e-3, warmup_epochs=3.0, drop_path=0.05, smoothing=0.0,
+        cache_images=True, torchcompile=True, color_jitter=0.3, mixup=0.2, cutmix=1.0, model_ema=True,
+        model_ema_decay=0.9995,
+        teacher_img_size=128, kd_loss_weight=0.9, kd_temperature=2.0),
 
     # Imagenette at 128 px from random weights, for a GPU.
     # command:  python scripts/finetune.py --recipe nette --data-dir nette --model coatnet_nano
