@@ -10,7 +10,7 @@ from coatnet_train.runtime.cli import ConfigError
 
 @pytest.mark.parametrize(('changes', 'parts'), [
     ({'data_dir': 'no/such/folder'}, ['--data-dir', 'no/such/folder', 'not a folder', 'give']),
-    ({'train_split': 'training_set'}, ['--data-dir', 'no folder training_set', '/CLASS/PICTURE']),
+    ({'train_split': 'training_set'}, ['--data-dir', 'no folder training_set', '/CLASS/IMAGE']),
     ({'num_classes': 5}, ['--num-classes', '3', 'got 5', 'leave it out']),
     ({'model': 'test_resnett'}, ['--model', 'test_resnett', 'timm.list_models()', 'mean test_resnet']),
     ({'model': 'some/path'}, ['--model', 'some/path', 'local-dir:']),
