@@ -67,7 +67,6 @@ def test_python_block_runs(path, number, tmp_path, monkeypatch, no_network):
 def test_notebook_prints_what_it_shows(tmp_path, monkeypatch, no_network):
     """Run in order in one namespace; words must be those stored, numbers may differ between processors."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(matplotlib, 'get_backend', lambda: 'agg')
     matplotlib.use('agg')
     namespace, numbers = {}, re.compile(r'[\d.]+')
     assert len(code_cells()) >= 4

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from coatnet_train.report.tables import NOT_MEASURED, read_csv, read_json, table, threads_of
 
-__all__ = ['budget', 'loader', 'ops', 'ops_gpu', 'scaling', 'speed']
+__all__ = ['budget', 'kernel_budgets', 'loader', 'ops', 'ops_gpu', 'scaling', 'speed']
 
 # epochs and images of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and of its 21k set
 PAPER_RUNS = {'ImageNet-1k, 300 epochs': (300, 1_281_167), 'ImageNet-21k, 90 epochs': (90, 14_197_122)}
@@ -77,6 +77,21 @@ def _ops_table(file: Path, backends: tuple[str, ...]) -> str:
     return (table(['operator, 7 x 7', 'map', 'pass', 'conv2d (ms)', *backends], rows)
             + f'\n\nTimes of `F.conv2d`, depthwise, and multiples of them: {where}, batch {one["batch_size"]}, '
               f'{one["dtype"]}, torch {one["torch"]}.')
+
+
+def kernel_budgets(root: Path) -> str:
+    """Instructions, registers and memory of the band kernels at one shape, compiled without a GPU."""
+    file = root / 'results' / 'kernel_budgets.csv'
+    if not file.exists():
+        return 'Machine code of the band kernels: not measured.'
+    cells = [cell for cell in read_csv(file) if cell['shape'] == '56x56x96']
+    rows = [
+        [f'`{cell["kernel"].strip("_").removesuffix("_kernel")}`', cell['triton'], cell['instructions_per_output'],
+         cell['registers'], cell['spilled_bytes'], cell['shared_bytes']] for cell in cells]
+    one = cells[0]
+    return (table(['kernel', 'Triton', 'instructions per output', 'registers', 'spilled bytes', 'shared bytes'], rows)
+            + f'\n\n{one["arch"]}, map 56 x 56 x 96, kernel {one["kernel_size"]} x {one["kernel_size"]}, heads of '
+              f'{one["head_dim"]} channels; more shapes are in results/kernel_budgets.csv.')
 
 
 def loader(root: Path) -> str:
