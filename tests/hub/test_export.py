@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from closeness import assert_same_up_to_rounding, same_up_to_rounding
 from huggingface_hub import ModelCard
-from names import NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from script_runs import CLASSES
 from timm.data import resolve_data_config
 
 import eval_imagenet
@@ -25,6 +22,9 @@ import onnx_files
 import verification
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_zoo.models import coatnet
+from support.closeness import assert_same_up_to_rounding, same_up_to_rounding
+from support.constants import CLASSES
+from support.constants import RELEASE_NAME as NAME
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 FILES = {'README.md', 'config.json', 'model.safetensors', 'golden.safetensors', 'curves.png'}
