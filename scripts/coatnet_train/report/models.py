@@ -7,15 +7,16 @@ __all__ = ['choices', 'count_models', 'models']
 
 # One row each in the table of README: the task, and the name that fits it.
 CHOICES = (
-    ('images of 32 to 96 px; most accurate weights in the package', 'coatnet_pico_64'),
+    ('224 px, with ImageNet-1k weights', 'coatnet_0_kecam'),
+    ('images of 32 to 96 px', 'coatnet_pico_64'),
     ('the same without attention, for any image size', 'lightconvnet_pico_64'),
     ('the same with kernels predicted at each position', 'dynamicconvnet_pico_64'),
     ('224 px on a CPU or a small GPU', 'coatnet_pico'),
-    ('224 px, the size of a ResNet-50', 'coatnet_0'),
-    ('`coatnet_0` on large images: no attention, cost linear in pixels', 'coatnet_0_ccdd'),
+    ("the paper's models, up to `coatnet_5`", 'coatnet_0'),
+    ('large images: no attention, cost linear in pixels', 'coatnet_0_ccdd'),
     ('detection and segmentation at sizes that vary', 'lightconvnet_tiny'),
-    ("the paper's larger models, up to `coatnet_5`", 'coatnet_3'),
 )
+DOWNLOADED = ('coatnet_0_kecam',)  # names whose weights come from their publisher (coatnet_zoo/kecam.py)
 
 
 def count_models() -> dict:
@@ -50,6 +51,7 @@ def choices(root: Path) -> str:
     released = {name.partition('.')[0] for name in read_json(root / 'coatnet_zoo' / 'weights' / 'releases.json')}
     rows = [
         [task, f'`{name}`', counts[name]['layout'], f'{counts[name]["parameters"] / 1e6:.1f}',
-         f'{counts[name]["multiply_adds"] / 1e9:.1f}', 'yes' if name in released else 'no']
+         f'{counts[name]["multiply_adds"] / 1e9:.1f}',
+         'yes' if name in released else 'downloaded' if name in DOWNLOADED else 'no']
         for task, name in CHOICES]
     return table(['for', 'name', 'layout', 'parameters (M)', 'multiply-adds (G)', 'weights'], rows)

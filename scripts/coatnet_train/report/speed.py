@@ -3,7 +3,7 @@ from pathlib import Path
 
 from coatnet_train.report.tables import NOT_MEASURED, read_csv, read_json, table, threads_of
 
-__all__ = ['budget', 'kernel_budgets', 'loader', 'ops', 'ops_gpu', 'scaling', 'speed']
+__all__ = ['budget', 'inference_form', 'kernel_budgets', 'loader', 'ops', 'ops_gpu', 'scaling', 'speed']
 
 # epochs and images of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and of its 21k set
 PAPER_RUNS = {'ImageNet-1k, 300 epochs': (300, 1_281_167), 'ImageNet-21k, 90 epochs': (90, 14_197_122)}
@@ -32,6 +32,21 @@ def speed(root: Path) -> str:
     header = ['', 'model', 'against', 'ratio', 'images/s', 'images/s of the other', 'peak MiB', 'peak MiB of the other']
     missing = '' if 'cuda' in devices else ' On a GPU: not measured.'
     return table(header, rows) + f'\n\nMeasured on: {"; ".join(origins)}.{missing}'
+
+
+def inference_form(root: Path) -> str:
+    """The inference form without one of its optimisations each."""
+    file = root / 'results' / 'inference_form_cpu.json'
+    if not file.exists():
+        return 'Optimisations of the inference form: not measured.'
+    report = read_json(file)
+    variants = [name for name in report['rows'][0]['of_package'] if name != 'package']
+    rows = [[f'`{row["model"]}`', str(row['batch_size']), f'{row["cpu_ms"]["package"]:.0f}',
+             *(f'{row["of_package"][name]:.2f} ({" to ".join(f"{edge:.2f}" for edge in row["quartiles"][name])})'
+               for name in variants)] for row in report['rows']]
+    return (table(['model', 'batch', 'CPU ms', *variants], rows)
+            + f'\n\nCPU time of a batch, and multiples of it with another form (quartiles in brackets); '
+              f'{report["hardware"]}.')
 
 
 def scaling(root: Path) -> str:
