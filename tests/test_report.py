@@ -175,3 +175,20 @@ def test_operators_have_a_table_for_each_gpu(tmp_path):
 
 def test_columns_with_figures_are_aligned_to_the_right():
     assert table(['a', 'b', 'c'], [['x', 'not measured', 'y'], ['x', '1', 'y']]).splitlines()[1] == '| - | -: | - |'
+
+
+def test_inference_form_shows_each_form_with_its_quartiles(tmp_path):
+    (tmp_path / 'results').mkdir()
+    assert 'not measured' in speed.inference_form(tmp_path) and 'not measured' in speed.kernel_budgets(tmp_path)
+    row = dict(model='x', batch_size=8, cpu_ms={'package': 10.4, 'other': 12.0},
+               of_package={'package': 1.0, 'other': 1.154}, quartiles={'package': [1, 1], 'other': [0.9, 1.255]})
+    (tmp_path / 'results' / 'inference_form_cpu.json').write_text(json.dumps(dict(rows=[row], hardware='a CPU')))
+    assert '| `x` | 8 | 10 | 1.15 (0.90 to 1.25) |' in speed.inference_form(tmp_path)
+
+
+def test_choices_say_where_weights_come_from():
+    rows = [row.split(' | ') for row in models.choices(ROOT).splitlines()[2:]]
+    assert len(rows) == 8
+    found = {row[1]: row[-1] for row in rows}
+    assert found['`coatnet_0_kecam`'] == 'downloaded |' and found['`coatnet_pico_64`'] == 'yes |'
+    assert found['`coatnet_0`'] == 'no |'

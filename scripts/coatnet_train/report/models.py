@@ -7,11 +7,11 @@ __all__ = ['choices', 'count_models', 'models']
 
 # One row each in the table of README: the task, and the name that fits it.
 CHOICES = (
-    ('224 px, with ImageNet-1k weights', 'coatnet_0_kecam'),
+    ('ImageNet-1k weights, at 224 px', 'coatnet_0_kecam'),
     ('images of 32 to 96 px', 'coatnet_pico_64'),
     ('the same without attention, for any image size', 'lightconvnet_pico_64'),
     ('the same with kernels predicted at each position', 'dynamicconvnet_pico_64'),
-    ('224 px on a CPU or a small GPU', 'coatnet_pico'),
+    ('a CPU or a small GPU, at 224 px', 'coatnet_pico'),
     ("the paper's models, up to `coatnet_5`", 'coatnet_0'),
     ('large images: no attention, cost linear in pixels', 'coatnet_0_ccdd'),
     ('detection and segmentation at sizes that vary', 'lightconvnet_tiny'),
