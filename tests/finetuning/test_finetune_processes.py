@@ -58,6 +58,7 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path):
     assert confidences[0] == pytest.approx(confidences[1], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_decoded_pictures_are_shared_out(tmp_path):
     # as they are: what is drawn for a picture depends on those beside it
     data = write_images(tmp_path / 'pictures', train=8, val=5)
@@ -69,6 +70,7 @@ def test_decoded_pictures_are_shared_out(tmp_path):
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_shards_are_shared_out(tmp_path):
     folder = write_shards(tmp_path / 'shards', held_out=2)
     rows = train(folder, tmp_path, 2, 8, '--dataset', 'wds/', '--num-classes', '3', '--epochs', '3', '--lr', '5e-3',
@@ -76,6 +78,7 @@ def test_shards_are_shared_out(tmp_path):
     assert len(rows) == 3 and rows[-1]['train_loss'] < rows[0]['train_loss']
 
 
+@pytest.mark.slow
 def test_released_weights_are_those_that_were_evaluated(tmp_path):
     # BatchNorm's statistics and their average differ between the processes; what is written is what was scored
     data = write_images(tmp_path / 'pictures', train=16, val=5)

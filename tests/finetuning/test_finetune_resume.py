@@ -211,7 +211,7 @@ def stop() -> None:
     raise SimulatedCrash
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_run_killed_at_random_moments_resumes_to_the_same_weights(settings, monkeypatch, workers):
     options = dict(drop=0.2, reprob=0.3, mixup=0.5, epochs=3, grad_accum_steps=2, model_ema=True, workers=workers,
                    batch_size=4)
@@ -262,7 +262,9 @@ def start_process(settings: finetune.Settings, **changes) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize(('number', 'code'), [(signal.SIGKILL, -9), (signal.SIGTERM, finetune.PREEMPTED)])
+@pytest.mark.parametrize(('number', 'code'), [
+    pytest.param(signal.SIGKILL, -9, id='SIGKILL', marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, finetune.PREEMPTED, id='SIGTERM')])
 def test_killed_process_resumes_to_the_same_weights(settings, number, code):
     settings = dataclasses.replace(settings, epochs=5, workers=1)
     process = start_process(settings, recovery_interval=1)
@@ -292,7 +294,7 @@ def test_full_disk_loses_nothing_that_was_saved(settings, monkeypatch):
         run(settings)
     run_dir = Path(settings.output) / 'run'
     assert read_checkpoint(run_dir)['progress']['epoch'] == 2
-    assert not list(run_dir.rglob('.*.tmp')) and assert_everything_loads(run_dir) == 6
+    assert not list(run_dir.rglob('.*.tmp')) and assert_everything_loads(run_dir) == 5
     assert_same_run(run(settings, resume='auto'), run(settings, experiment='whole'))
 
 

@@ -54,6 +54,7 @@ def run(command: list[object], code: int | None = 0) -> str:
     return result.stderr
 
 
+@pytest.mark.slow
 def test_first_20_losses_equal_those_of_one_process(tmp_path, data):
     # two groups of two batches an epoch, so that gradients are added up in shards too
     flags = (*LIGHT, '--drop-path', 0, '--epochs', 10, '--warmup-epochs', 2, '--lr', '1e-3', '--grad-accum-steps', 2)
@@ -70,6 +71,7 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path, data):
     assert 'stem.conv1.weight' in read_checkpoint(tmp_path / 'two')['optimizer']['state']
 
 
+@pytest.mark.slow
 def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(tmp_path, data):
     flags = (
         *COAT, '--batch-size', 3, '--epochs', 6, '--lr', '5e-3', '--amp', '--layer-decay', 0.9, '--head-lr-scale', 2)
@@ -103,10 +105,10 @@ def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(t
 
 
 @pytest.mark.parametrize(('flags', 'options', 'said'), [
-    (('--model-ema',), {}, '--model-ema averages full weights'),
-    ((), {'blocks': 'NoSuchBlock'}, 'NoSuchBlock'),
-    ((), {'script': 'eval_imagenet.py'}, 'FSDP is for finetune.py'),
-], ids=['ema', 'blocks', 'script'])
+    pytest.param(('--model-ema',), {}, '--model-ema averages full weights', id='ema', marks=pytest.mark.slow),
+    pytest.param((), {'blocks': 'NoSuchBlock'}, 'NoSuchBlock', id='blocks'),
+    pytest.param((), {'script': 'eval_imagenet.py'}, 'FSDP is for finetune.py', id='script', marks=pytest.mark.slow),
+])
 def test_what_shards_cannot_do_is_a_sentence(tmp_path, data, flags, options, said):
     arguments = (*COAT, '--data-dir', data, '--device', 'cpu')
     if not options.get('script'):
