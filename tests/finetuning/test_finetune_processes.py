@@ -65,10 +65,8 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path):
 
 
 def test_decoded_pictures_are_shared_out(tmp_path):
-    # as they are: what is drawn for a picture depends on those beside it
     data = write_pictures(tmp_path / 'pictures', train=8, val=5)
-    flags = ('--cache-images', '--scale', '1', '1', '--hflip', '0', '--color-jitter', '0', '--epochs', '4',
-             '--warmup-epochs', '1', '--lr', '1e-3')
+    flags = '--cache-images', '--epochs', '4', '--warmup-epochs', '1', '--lr', '1e-3'
     one, two = train(data, tmp_path, 1, 8, *flags), train(data, tmp_path, 2, 4, *flags)
     for first, second in zip(one, two, strict=True):
         assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
