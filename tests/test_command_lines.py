@@ -34,6 +34,7 @@ COMMANDS = {
     'compare_runs.py': ('one', 'RUNS must be two to 5 run folders'),
     'hold_out.py': ('', ''),
     'import_weights.py': ('', ''),
+    'teach.py': ('--teacher x --views 0', '--views must be at least 1'),
     'demo.py': ('', ''),
     'report.py': ('', ''),
     'hub/export.py': ('run --name coatnet_pico_64.tin200 --repo colours', '--repo must be OWNER/NAME'),

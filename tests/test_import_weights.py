@@ -35,6 +35,21 @@ def test_tensors_are_paired_in_their_order(model, weights, tmp_path, capsys):
         file=str(tmp_path / 'out.safetensors'), num_classes=1000))
 
 
+def test_a_package_of_weights_is_read_without_running_it(model, weights, tmp_path, monkeypatch):
+    package = tmp_path / 'port_of_weights'
+    (package / 'models').mkdir(parents=True)
+    (package / '__init__.py').write_text('raise RuntimeError')
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = Settings('test_resnet', Path('port_of_weights'), tmp_path / 'out.safetensors')
+    with pytest.raises(ConfigError, match=r'WEIGHTS port_of_weights must be a package with one \.pth file, but has 0'):
+        main(settings)
+    weights.rename(package / 'models' / 'port.pth')
+    main(settings)
+    assert torch.equal(load_file(settings.output)['fc.bias'], model.fc.bias)
+    with pytest.raises(ConfigError, match=r"neither a file nor an installed package; .* '\.\[teacher\]'"):
+        main(Settings('test_resnet', Path('no_such_package'), tmp_path / 'out.safetensors'))
+
+
 def test_half_leaves_norms_and_biases_as_they_are(model, weights, tmp_path):
     main(Settings('test_resnet', weights, tmp_path / 'out.safetensors', half=True))
     found = load_file(tmp_path / 'out.safetensors')
@@ -61,7 +76,7 @@ def test_tensors_that_do_not_fit_are_refused(weights, tmp_path):
 def test_wrong_names_are_refused(weights, tmp_path):
     for settings, message in (
             (Settings('test_resnet', weights, tmp_path / 'out.pth'), r'OUTPUT must end in \.safetensors, got .*\.pth'),
-            (Settings('test_resnet', tmp_path / 'none.pth', tmp_path / 'out.safetensors'), r'WEIGHTS .* is not a file'),
+            (Settings('test_resnet', tmp_path / 'none.pth', tmp_path / 'out.safetensors'), r'WEIGHTS .*\.pth is neither'),
             (Settings('test_resnett', weights, tmp_path / 'out.safetensors'), 'MODEL test_resnett: ')):
         with pytest.raises(ConfigError, match=message):
             main(settings)

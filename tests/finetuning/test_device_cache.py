@@ -251,5 +251,5 @@ def test_what_it_cannot_do_is_refused(settings, tmp_path, monkeypatch):
         decoded.load()
     wide = dict(input_size=(3, 32, 48), interpolation='bilinear', mean=MEAN, std=STD, crop_pct=1., crop_mode='center')
     settings = dataclasses.replace(settings, cache_images=True)
-    with pytest.raises(ConfigError, match=r'--cache-images keeps squares, and --model test_resnet .* 32 x 48'):
+    with pytest.raises(ConfigError, match=r'--cache-images keeps squares, and the model takes images of 32 x 48'):
         create_loaders(settings, *create_datasets(settings)[:2], wide, create_accelerator('cpu'))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.transforms.functional import normalize
 
-from coatnet_train.data.dataset import IndexedImageDataset, check_labels, derive_seed
+from coatnet_train.data.dataset import IndexedImageDataset, StoredOutputs, check_labels, derive_seed
 from coatnet_train.data.loader import EpochSampler, create_loader
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.runtime.progress import progress_bar
@@ -131,24 +131,23 @@ class Augmentation:
 
 
 class DeviceImageCache(Dataset):
-    """A list of (epoch, index) -> (images (B, C, H, W), labels (B,), bad (B,)), all on the device, after `load`.
+    """A list of (epoch, index) -> (images (B, C, H, W), labels (B,), bad (B,), *outputs), on the device, after `load`.
 
     Args:
-        source: Read once, in the order of the indices; its transform gives uint8 (C, S, S). Its `outputs` follow, if
-            it has some.
+        source: Read once, in the order of the indices; its transform gives uint8 (C, S, S).
         transform: uint8 (B, C, S, S) and random numbers (B, transform.draws) in [0, 1) -> float32 (B, C, H, W).
         device: Where the images stay.
         workers: Number of processes that read.
         quiet: Whether to leave the progress bar out.
+        outputs: Stored outputs of a teacher; `epoch` is the number of a view then, and the outputs for it follow.
     """
 
     def __init__(self, source: IndexedImageDataset, transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-                 device: torch.device, workers: int = 0, quiet: bool = False):
+                 device: torch.device, workers: int = 0, quiet: bool = False, outputs: StoredOutputs | None = None):
         self.source, self.dataset, self.seed = source, source.dataset, source.seed
         self.transform, self.device, self.workers, self.quiet = transform, device, workers, quiet
-        self.outputs = getattr(source, 'outputs', None)
-        # batches are of one epoch, or of several views
-        self.draw_table = lru_cache(self.outputs.views if self.outputs else 1)(self._draw_table)
+        self.outputs = outputs
+        self.draw_table = lru_cache(outputs.views if outputs else 1)(self._draw_table)  # views share a batch
 
     def load(self) -> None:
         """Decode all images; raises ConfigError where the device has no room, or labels are no whole numbers."""

@@ -14,7 +14,7 @@ from coatnet_train.data.dataset import (
 )
 from coatnet_train.runtime.cli import ConfigError
 
-__all__ = ['EpochSampler', 'UnreadableImages', 'create_loader']
+__all__ = ['EpochSampler', 'UnreadableImages', 'create_loader', 'ignore_sigterm']
 
 
 class EpochSampler(Sampler):
