@@ -1,5 +1,7 @@
 """Two processes on a CPU: the losses and the scores of one process with the same global batch."""
 import csv
+import dataclasses
+import json
 import os
 import socket
 import subprocess
@@ -7,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from runs import write_shards
-from script_runs import ROOT, write_pictures
+from safetensors.torch import load_file
+from script_runs import ROOT, run_processes, write_pictures
 from timm.data import create_transform
 
+import finetune
+import teach
 from coatnet_train.data.config import DataSettings
 from coatnet_train.data.dataset import IndexedImageDataset, create_dataset
 from coatnet_train.data.loader import EpochSampler, create_loader
@@ -18,6 +24,7 @@ from coatnet_train.evaluation.evaluator import predict
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.runtime.accelerator import create_accelerator
+from coatnet_train.training.teach_config import read_settings
 
 MODEL = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
@@ -71,6 +78,32 @@ def test_decoded_pictures_are_shared_out(tmp_path):
     for first, second in zip(one, two, strict=True):
         assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
+
+
+@pytest.mark.parametrize('cached', [False, True])
+def test_stored_outputs_are_written_and_read_by_both(tmp_path, cached):
+    data, output, cache = write_pictures(tmp_path / 'pictures', train=8, val=5), tmp_path / 'both', ['--cache-images']
+    finetune.main(finetune.Settings(
+        data_dir=str(data), model='test_resnet', img_size=32, epochs=1, batch_size=8, workers=0, device='cpu',
+        output=str(tmp_path), experiment='teacher'))
+    arguments = [str(argument) for argument in (
+        '--teacher', f'local-dir:{tmp_path / "teacher"}', '--img-size', 32, '--data-dir', data, '--device', 'cpu',
+        '--shard-size', 5, '--views', 2, '--workers', 0, '--output', output, *cache * cached)]
+    done = run_processes('teach.py', *arguments)
+    assert done.returncode == 0 and done.stdout.count('5 of 5 shards') == 1, done.stderr[-3000:]
+    teach.main(dataclasses.replace(read_settings(arguments), output=str(tmp_path / 'alone')))
+    shards = sorted(path.name for path in output.glob('*.safetensors'))
+    assert len(shards) == 5 and json.loads((output / 'manifest.json').read_text())['complete']
+    for name in shards:
+        first, second = (load_file(folder / name)['logits'].float() for folder in (output, tmp_path / 'alone'))
+        torch.testing.assert_close(first, second, atol=1e-3, rtol=1e-3)
+
+    flags = ('--teacher-outputs', output, '--kd-loss-weight', '0.9', '--epochs', '3', '--warmup-epochs', '1', '--lr',
+             '1e-3', *cache * cached)
+    one, two = train(data, tmp_path, 1, 8, *flags), train(data, tmp_path, 2, 4, *flags)
+    assert one[0]['train_loss'] != one[1]['train_loss']
+    for first, second in zip(one, two, strict=True):
+        assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
 
 
 def test_shards_are_shared_out(tmp_path):
