@@ -107,8 +107,9 @@ def main(settings: DistillationSettings) -> dict:
         quartiles = statistics.quantiles([value / plain - 1 for value, plain in zip(
             found, seconds['labels'], strict=True)], n=4)
         results[name] = dict(
-            seconds_per_step=statistics.median(found), over_labels=statistics.median(found) / statistics.median(
-                seconds['labels']) - 1, over_labels_of_a_round=dict(zip(('q1', 'median', 'q3'), quartiles, strict=True)))
+            seconds_per_step=statistics.median(found),
+            over_labels=statistics.median(found) / statistics.median(seconds['labels']) - 1,
+            over_labels_of_a_round=dict(zip(('q1', 'median', 'q3'), quartiles, strict=True)))
     report = dict(
         settings={key: value for key, value in asdict(settings).items() if key != 'results_file'},
         clock='CPU time of the process' if settings.device == 'cpu' else 'wall time', results=results,
