@@ -10,25 +10,34 @@ EXTRAS ?= test,space,transformers
 # the folder that is pushed as a Space, and a run folder of one's own to show there beside the released weights
 SPACE ?= output/space
 RUN ?=
+# Worker processes of pytest: one a core. A file stays in one process, for its fixtures; files go out in their order,
+# so that the small ones at the end fill the gaps.
+WORKERS ?= logical
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10
 # tests that compare results of models and operators
 COMPUTING = $(addprefix tests/,test_closeness.py models blocks ops/test_definition.py ops/test_contract.py hub/test_export.py \
     hub/test_verify.py evaluating/test_eval_numbers.py extracting/test_extract_values.py predicting/test_explain.py \
     finetuning/test_finetune_run.py)
 
-.PHONY: demo test test-plain-cpu conformance test-lowest lint space space-folder clean
+.PHONY: demo test test-all test-plain-cpu conformance test-lowest lint space space-folder clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
 
+# all but the tests marked slow
 test: $(VENV)/.test
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(PYTEST) -m 'not slow'
+
+test-all: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(PYTEST)
 
 # The tests that compute, with the plainest kernels that torch has (no AVX in its own loops, no AVX-512 or AMX in oneDNN):
 # results must not depend on the CPU. Both settings only take instructions away, so they run on any machine.
 test-plain-cpu: $(VENV)/.test
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest $(COMPUTING) -k 'not recorded_top1'
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m 'not slow' $(COMPUTING)
 
 # timm's own model tests over every name of this package; ARGS='--max-params 45e6' leaves out the large ones
 conformance: $(VENV)/.test
@@ -36,7 +45,7 @@ conformance: $(VENV)/.test
 
 test-lowest:
 	$(MAKE) VENV=.venv-lowest PYTHON=$(PYTHON_LOWEST) EXTRAS=test CONSTRAINT='-c tests/lowest.txt' .venv-lowest/.test
-	.venv-lowest/bin/python -m pytest
+	$(subst $(BIN),.venv-lowest/bin,$(PYTEST))
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -4,7 +4,6 @@
 there), `packaged` (a file of `weights/`, or null), `sha256`, `size`, `pretrained_cfg`, and where the numbers come from.
 huggingface_hub does not detect a corrupted download of the right size, so the SHA-256 is verified before loading.
 """
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from . import kecam
+from .download import sha256_of
 
 __all__ = [
     'add_released_tags', 'check_release', 'fetch', 'find_release', 'read_releases', 'sha256_of', 'verify_weights']
@@ -145,7 +147,7 @@ def verify_weights(name: str, cache_dir: str | Path | None = None) -> Path:
 
     Args:
         name: 'NAME.TAG', or NAME for its first release.
-        cache_dir: Cache folder of the Hub's files; None for the Hub's default.
+        cache_dir: Cache folder of the files; None for the default, of the Hub or (kecam's weights) of torch.hub.
 
     Returns:
         Path of the file.
@@ -155,10 +157,12 @@ def verify_weights(name: str, cache_dir: str | Path | None = None) -> Path:
         FileNotFoundError: The file is neither in the package nor in the cache.
         RuntimeError: The file is not what was released.
     """
-    known = next((known for known in RELEASES if name in (known, known.partition('.')[0])), None)
+    names = (*RELEASES, *kecam.WEIGHTS)
+    known = next((known for known in names if name in (known, known.partition('.')[0])), None)
     if known is None:
-        raise ValueError(
-            f'{name!r} has no released weights. Names that have some: {", ".join(RELEASES) or "none yet"}.')
+        raise ValueError(f'{name!r} has no released weights. Names that have some: {", ".join(names)}.')
+    if known in kecam.WEIGHTS:
+        return kecam.cached_weights(known, cache_dir)
     entry = RELEASES[known]
     if entry['packaged']:
         path = _packaged(known, entry)
@@ -171,15 +175,6 @@ def verify_weights(name: str, cache_dir: str | Path | None = None) -> Path:
         path = Path(cached)
     _check_sha256(known, entry, path)
     return path
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _hub_id(entry: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Fine-tune any timm or zoo model on a folder of images, a torchvision data set, or one of the Hugging Face Hub.
 
     python scripts/finetune.py --recipe small_data --data-dir flowers \\
-        --model lightconvnet_pico_64.tin200_preview --pretrained
+        --model lightconvnet_pico_64.dist_tin200 --pretrained
     python scripts/finetune.py --data-dir data --dataset torch/cifar10 --dataset-download --model resnet18 --pretrained
     python scripts/finetune.py --data-dir flowers --model coatnet_pico_64 --epochs 20 --resume auto
     torchrun --nproc-per-node 8 scripts/finetune.py --recipe coatnet_in1k --data-dir imagenet --model coatnet_0

@@ -1,7 +1,7 @@
 """Accuracy at other image sizes and on corrupted images, without any retraining.
 
     python scripts/robustness.py --data-dir tiny-imagenet --results-file results/robustness_tin200_cpu.json \\
-        --model coatnet_pico_64.tin200_preview lightconvnet_pico_64.tin200_preview
+        --model coatnet_pico_64.dist_tin200 lightconvnet_pico_64.dist_tin200
 
 Sizes resize the whole image; crop and colours stay those of the weights. Corruptions apply to the image as it is
 stored, before it is resized: JPEG at quality 30, Gaussian blur of radius 1 pixel, Gaussian noise of deviation 0.1 (of

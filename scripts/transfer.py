@@ -1,6 +1,6 @@
 """How much pretrained weights help on few labels: fine-tuned, and frozen under a linear probe, beside a random start.
 
-    python scripts/transfer.py --data-dir imagenette --model coatnet_pico_64.tin200_preview \\
+    python scripts/transfer.py --data-dir imagenette --model coatnet_pico_64.dist_tin200 \\
         --results-file results/transfer_imagenette_cpu.json
 
 Each fraction of the training split is drawn several times, evenly over the classes; all three methods see the same

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 if capability := os.environ.get('ATEN_CPU_CAPABILITY'):
@@ -13,6 +15,31 @@ if capability := os.environ.get('ATEN_CPU_CAPABILITY'):
     os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(Path(tempfile.gettempdir(), f'inductor-{capability}')))
 
 torch.set_num_threads(1)  # the models here are tiny: waking a second thread takes longer than their work
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # the same for processes that tests start
+
+
+def plain_text(value: object) -> str | None:
+    """A short text of settings, alike in every process; None for what has no such text, such as a tensor."""
+    if isinstance(value, bytes):
+        return f'{len(value)} bytes'
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix('torch.')
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return str(value)
+    if isinstance(value, dict):
+        parts = [plain_text(item) for item in value.values()]
+        return None if None in parts else ','.join(f'{key}={part}' for key, part in zip(value, parts, strict=True))
+    if isinstance(value, (tuple, list)):
+        parts = [plain_text(item) for item in value]
+        return None if None in parts else ','.join(parts)
+    return None
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name parametrised tests by their settings, where pytest would number them."""
+    if isinstance(val, (dict, tuple, list, bytes, torch.dtype)) and (text := plain_text(val)) is not None:
+        return text[:80] or 'none'
+    return None
 
 
 @pytest.fixture
@@ -45,6 +72,14 @@ def randomize() -> Callable[[nn.Module], nn.Module]:
         return model
 
     return fill
+
+
+@pytest.fixture
+def plain_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save a white pixel for every figure, unless the test is marked draws_figures: drawing is half of a short run."""
+    pixel = Image.new('L', (1, 1), 255)
+    if not request.node.get_closest_marker('draws_figures'):
+        monkeypatch.setattr(Figure, 'savefig', lambda self, path, **kwargs: pixel.save(path, 'PNG'))
 
 
 @pytest.fixture

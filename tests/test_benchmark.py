@@ -38,7 +38,7 @@ def test_bad_settings_end_in_one_sentence(changes, message, monkeypatch):
         benchmark_models.main(settings(**changes))
 
 
-def write_pictures(folder, count: int = 24) -> None:
+def write_images(folder, count: int = 24) -> None:
     for split in ('train', 'val'):
         for name in ('a', 'b'):
             (folder / split / name).mkdir(parents=True)
@@ -47,7 +47,7 @@ def write_pictures(folder, count: int = 24) -> None:
 
 
 def test_loader_is_timed_beside_training(tmp_path):
-    write_pictures(tmp_path / 'pictures')
+    write_images(tmp_path / 'pictures')
     report = benchmark_loader.main(LoaderSettings(
         data_dir=str(tmp_path / 'pictures'), workers=(0, 1), batch_size=4, rounds=2, window=0.05,
         results_file=str(tmp_path / 'loader.json')))

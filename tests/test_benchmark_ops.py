@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from script_runs import needs_inductor
 
 import benchmark
 from coatnet_train.benchmarks import models as benchmark_models
@@ -14,6 +13,7 @@ from coatnet_train.benchmarks import scaling as benchmark_scaling
 from coatnet_train.benchmarks.config import ModelPairSettings, OpsSettings, ScalingSettings
 from coatnet_train.benchmarks.ops import Ceilings, Row
 from coatnet_train.runtime.cli import ConfigError
+from support.commands import needs_inductor
 
 
 def ops_settings(**changes) -> OpsSettings:

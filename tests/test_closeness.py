@@ -1,12 +1,12 @@
-"""tests/closeness.py: other kernels pass, a wrong tensor does not."""
+"""tests/support/closeness.py: other kernels pass, a wrong tensor does not."""
 import copy
 
 import pytest
 import timm
 import torch
-from closeness import assert_same_up_to_rounding, same_up_to_rounding
 
 from coatnet_zoo import releases
+from support.closeness import assert_same_up_to_rounding, same_up_to_rounding
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

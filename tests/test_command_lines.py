@@ -7,9 +7,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from script_runs import ROOT
 
 from coatnet_train.runtime import packages
+from support.constants import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -32,7 +32,7 @@ def settings(tmp_path) -> Settings:
     write_classes(tmp_path / 'samples', ImageNetInfo('imagenet-1k').label_names()[923:966], 1)
     return Settings(
         imagenette=str(imagenette), samples=str(samples), seeds=(0, 1), output=str(tmp_path / 'out'),
-        models=('lightconvnet_pico_64.tin200_preview',), results_file=str(tmp_path / 'recipes.json'))
+        models=('lightconvnet_pico_64.dist_tin200',), results_file=str(tmp_path / 'recipes.json'))
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_table_rows_and_plot_and_finished_rows_stay(settings, runs, monkeypatch)
     assert len(runs) == len(report['rows']) == 3 * 1 * 2 * 2
     assert all(run.val_interval > 1000 and run.pretrained and not run.amp for run in runs)  # the last epoch counts
     assert {run.bn_momentum for run in runs if run.batch_size is None} == {recipes.RECIPES['small_data']['bn_momentum']}
-    cells = report['table']['imagenette_60']['lightconvnet_pico_64.tin200_preview']
+    cells = report['table']['imagenette_60']['lightconvnet_pico_64.dist_tin200']
     assert cells['defaults'] == dict(top1=60.5, deviation=pytest.approx(0.5 ** 0.5), seeds=2)
     assert cells['small_data']['top1'] == 70.5
     row = report['rows'][0]

@@ -6,19 +6,20 @@ from pathlib import Path
 import pytest
 import timm
 from PIL import Image
-from script_runs import run_main, write_pictures
 
 import compare_runs
 import finetune
 from coatnet_train.experiments import compare_runs as comparison
 from coatnet_train.runtime.cli import ConfigError
+from support.commands import run_main
+from support.images import write_images
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory) -> list[str]:
     """Two finished runs of one epoch."""
     root = tmp_path_factory.mktemp('runs')
-    write_pictures(root / 'data', ('a', 'b'), train=3, val=3)
+    write_images(root / 'data', ('a', 'b'), train=3, val=3)
     for model in ('test_resnet', 'test_vit'):
         finetune.main(finetune.Settings(
             data_dir=str(root / 'data'), model=model, img_size=32, epochs=1, workers=0, device='cpu', batch_size=4,

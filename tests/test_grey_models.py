@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from extracting.feature_runs import read_rows
-from finetuning.runs import read_metrics, write_shards
 from PIL import Image
-from script_runs import CLASSES, write_pictures
 from timm.data import create_transform, resolve_data_config
 
 import answer
@@ -24,6 +21,10 @@ from coatnet_train.explain import panels
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.runtime.cli import ConfigError
+from support.constants import CLASSES
+from support.feature_runs import read_rows
+from support.finetune_runs import read_metrics, write_shards
+from support.images import write_images
 
 CPU = torch.device('cpu')
 
@@ -33,7 +34,7 @@ def settings(tmp_path_factory) -> finetune.Settings:
     """Of a first, grey run: the colours of the images differ in grey too."""
     folder = tmp_path_factory.mktemp('grey')
     return finetune.Settings(
-        data_dir=str(write_pictures(folder / 'colours')), model='lightconvnet_pico_64', img_size=32, in_chans=1,
+        data_dir=str(write_images(folder / 'colours')), model='lightconvnet_pico_64', img_size=32, in_chans=1,
         epochs=1, batch_size=12, lr=1e-3, warmup_epochs=0.0, mean=(0.4,), std=(0.3,), workers=0, device='cpu',
         scale=(0.6, 1.0), output=str(folder), experiment='run')
 

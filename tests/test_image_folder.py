@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, features
-from script_runs import write_pictures
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 import hold_out
@@ -17,6 +16,7 @@ from coatnet_train.data.image_folder import find_images, list_images
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training.config import Settings
 from coatnet_train.training.loaders import create_datasets
+from support.images import write_images
 
 
 def add(path: Path, colour: str = 'red') -> Path:
@@ -27,7 +27,7 @@ def add(path: Path, colour: str = 'red') -> Path:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    return write_pictures(tmp_path / 'own', train=3, val=2)
+    return write_images(tmp_path / 'own', train=3, val=2)
 
 
 def open_both(data: Path):

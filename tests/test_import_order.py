@@ -5,7 +5,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-from script_runs import ROOT
+
+from support.constants import ROOT
 
 SCRIPTS = ROOT / 'scripts'
 # each imports from its own level and those below

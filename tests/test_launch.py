@@ -4,11 +4,12 @@ import signal
 import stat
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / 'scripts' / 'launch' / 'slurm.sh'
+from support.constants import ROOT
+
+SCRIPT = ROOT / 'scripts' / 'launch' / 'slurm.sh'
 STAND_INS = {
     'scontrol': 'echo "$@" >> scontrol.log; echo node1',
     'srun': 'shift; exec "$@"',

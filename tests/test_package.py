@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support.constants import ROOT
+
 PACKAGE = ROOT / 'coatnet_zoo'
 
 
@@ -44,18 +45,15 @@ print(json.dumps(dict(
 
 
 def test_import_is_light():
-    """Best of three: under 0.3 s on top of timm, and nothing heavy comes along."""
+    """Nothing but the package itself is imported on top of timm."""
     code = '''
-import sys, time
+import sys
 import timm
-before, start = set(sys.modules), time.perf_counter()
+before = set(sys.modules)
 import coatnet_zoo
-print(time.perf_counter() - start)
 print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}))
 '''
-    outputs = [python(code, cwd=ROOT).splitlines() for _ in range(3)]
-    assert min(float(seconds) for seconds, _ in outputs) < 0.3
-    assert outputs[0][1] == "['coatnet_zoo']"
+    assert python(code, cwd=ROOT) == "['coatnet_zoo']\n"
 
 
 def test_no_kernels_are_imported_before_they_are_used():

@@ -12,7 +12,6 @@ import pytest
 import torch
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
-from script_runs import write_pictures
 
 import eval_imagenet
 import extract_features
@@ -22,6 +21,7 @@ from coatnet_train.plotting import plots
 from coatnet_train.runtime import console
 from coatnet_train.runtime.cli import ConfigError, run_cli
 from coatnet_train.runtime.files import write_csv, write_figure
+from support.images import write_images
 
 SHIPPED = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
 
@@ -74,7 +74,7 @@ def test_usual_names_change_no_font(tmp_path, capsys):
 
 
 def test_a_run_and_its_evaluation_on_names_that_are_no_utf8(tmp_path, capsys):
-    data = write_pictures(tmp_path / os.fsdecode(b'photos\xff'), train=3, val=2)
+    data = write_images(tmp_path / os.fsdecode(b'photos\xff'), train=3, val=2)
     for split in ('train', 'val'):
         (data / split / 'red').rename(data / split / os.fsdecode(b'r\xe9d'))
     (data / 'train' / 'blue' / os.fsdecode(b'bad\xff.png')).write_bytes(b'')

@@ -9,18 +9,19 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from script_runs import CLASSES, write_pictures
 
 import finetune
 import robustness
 from coatnet_train.experiments import robustness as robustness_run
 from coatnet_train.runtime.cli import ConfigError
+from support.constants import CLASSES
+from support.images import write_images
 
 
 @pytest.fixture(scope='module')
 def settings(tmp_path_factory) -> robustness.Settings:
     folder = tmp_path_factory.mktemp('robustness')
-    data = write_pictures(folder / 'colours')
+    data = write_images(folder / 'colours')
     finetune.main(finetune.Settings(
         data_dir=str(data), model='test_resnet', img_size=32, epochs=2, batch_size=12, lr=3e-3, workers=0,
         device='cpu', output=str(folder), experiment='run', color_jitter=0.0))

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from script_runs import ROOT
 
 from coatnet_train.data.config import DataSettings, default_workers
 from coatnet_train.runtime.cli import ConfigError, check_output
 from coatnet_train.runtime.progress import progress_bar
+from support.constants import ROOT
 
 
 @pytest.mark.parametrize(('cores', 'processes', 'workers'), [(1, 1, 1), (2, 1, 2), (64, 1, 4), (8, 4, 2), (2, 8, 1)])

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from script_runs import write_pictures
 
 import finetune
 import transfer
 from coatnet_train.experiments import transfer as transfer_run
 from coatnet_train.runtime.cli import ConfigError
+from support.images import write_images
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> tuple[Path, Path]:
     """Pictures, and a run on them."""
     folder = tmp_path_factory.mktemp('transfer')
-    data = write_pictures(folder / 'colours')
+    data = write_images(folder / 'colours')
     finetune.main(finetune.Settings(
         data_dir=str(data), model='test_resnet', img_size=32, epochs=12, batch_size=12, lr=3e-3, workers=0,
         device='cpu', output=str(folder), experiment='run', color_jitter=0.0, scale=(0.6, 1.0)))

@@ -10,7 +10,6 @@ from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.models.weights_file import to_flags
 from coatnet_train.runtime.cli import ConfigError
-from coatnet_train.training.fsdp import prepare_model
 
 NAME = 'coatnet_pico_64'
 SMALL = ('depths=(1,1,1,1)', 'embed_dim=(16,16,32,64)')
@@ -55,9 +54,9 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize('prepare_model', WRAPPED.values(), ids=list(WRAPPED))
+@pytest.mark.parametrize('wrap', WRAPPED.values(), ids=list(WRAPPED))
 def test_state_dicts_load_whatever_they_are_wrapped_in(model, load, wrap):
-    loaded = load(prepare_model(model.state_dict()))
+    loaded = load(wrap(model.state_dict()))
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), model(images)) and model(images).std() > 0
 

@@ -7,6 +7,8 @@ decade of vision models has settled on: the norm before the branch, GELU in the 
 depth. The shortcut and the pooling of a stage's first block are those of block type T.
 """
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,7 @@ class LightConvBlock(nn.Module):
         dropconnect: Probability of dropping a normalised kernel weight in training.
         mlp_ratio: Hidden channels of the FFN as a multiple of `dim_out`.
         layer_scale: First value of the learned scale of each branch; 0 leaves it out.
+        pool: Pooling of shortcut and input: 'avg' or 'max'.
         conv_layer: Makes the convolution of the block type.
         norm_layer: Makes a norm over the last dimension.
         act_layer: Makes an activation.
@@ -129,6 +132,7 @@ class LightConvBlock(nn.Module):
             dropconnect: float = 0.,
             mlp_ratio: float = 4.,
             layer_scale: float = 0.1,
+            pool: str = 'avg',
             conv_layer: Callable[..., nn.Module] = LightConv2d,
             norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
             act_layer: Callable[[], nn.Module] = GELU,
@@ -136,21 +140,23 @@ class LightConvBlock(nn.Module):
             dtype=None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        scale = (lambda: LayerScale(dim_out, layer_scale, **dd)) if layer_scale > 0 else nn.Identity
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        scale: Callable[[], nn.Module] = nn.Identity
+        if layer_scale > 0:
+            scale = partial(LayerScale, dim_out, layer_scale, **dd)
         self.glu = glu
-        self.pool = downsample(stride)
+        self.pool = downsample(stride, pool)
         self.shortcut = nn.Linear(dim, dim_out, **dd) if dim != dim_out else nn.Identity()
         self.norm1 = norm_layer(dim, **dd)
         self.in_proj = nn.Linear(dim, 2 * dim_out if glu else dim_out, **dd)
         self.conv = conv_layer(dim_out, kernel_size, head_dim, dropconnect, normalize, **dd)
         self.out_proj = nn.Linear(dim_out, dim_out, **dd)
-        self.scale1: nn.Module = scale()
+        self.scale1 = scale()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim_out, **dd)
         hidden = max(1, int(dim_out * mlp_ratio))
         self.mlp = Mlp(dim_out, hidden, act_layer=act_layer, **dd)  # type: ignore[arg-type]  # a partial serves too
-        self.scale2: nn.Module = scale()
+        self.scale2 = scale()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -31,9 +31,12 @@ class MBConv(nn.Module):
         dim_out: Output channels.
         stride: 1, or 2 in the first block of a stage.
         drop_path: Probability of dropping the branch of a sample in training.
-        expand_ratio: Hidden channels as a multiple of `dim_out`.
-        se_ratio: Squeeze channels as a fraction of `dim_out`.
+        expand_ratio: Hidden channels as a multiple of `dim_out` (see inner_width).
+        se_ratio: Squeeze channels as a fraction of `dim_out` (see inner_width).
         conv_stride: Where the stride sits: 'expand' or 'depthwise'.
+        pool: Pooling of the shortcut: 'avg' or 'max'.
+        se_act: Activation of squeeze-excite: 'silu', or 'act' for that of the block.
+        inner_width: Width that both ratios are taken of: 'output' is `dim_out`, 'input' is `dim`.
         norm_layer: Makes a norm over the channels of NCHW; only BatchNorms can be folded.
         act_layer: Makes an activation.
     """
@@ -47,6 +50,9 @@ class MBConv(nn.Module):
             expand_ratio: float = 4.,
             se_ratio: float = 0.25,
             conv_stride: str = 'expand',
+            pool: str = 'avg',
+            se_act: str = 'silu',
+            inner_width: str = 'output',
             norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
             act_layer: Callable[[], nn.Module] = GELU,
             device=None,
@@ -54,12 +60,13 @@ class MBConv(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        hidden, squeezed = max(1, int(dim_out * expand_ratio)), max(1, int(dim_out * se_ratio))
+        inner = dim if inner_width == 'input' else dim_out
+        hidden, squeezed = max(1, int(inner * expand_ratio)), max(1, int(inner * se_ratio))
         stride_expand, stride_depthwise = (stride, 1) if conv_stride == 'expand' else (1, stride)
         self.folded = False
 
         self.shortcut = nn.Sequential(OrderedDict(
-            pool=downsample(stride),
+            pool=downsample(stride, pool),
             proj=nn.Conv2d(dim, dim_out, 1, **dd) if dim != dim_out else nn.Identity(),
         ))
         self.pre_norm = norm_layer(dim, **dd)
@@ -71,7 +78,7 @@ class MBConv(nn.Module):
         self.act2 = act_layer()
         self.se = nn.Sequential(OrderedDict(
             reduce=nn.Conv2d(hidden, squeezed, 1, **dd),
-            act=nn.SiLU(),
+            act=nn.SiLU() if se_act == 'silu' else act_layer(),
             expand=nn.Conv2d(squeezed, hidden, 1, **dd),
             gate=nn.Sigmoid(),
         ))

@@ -112,13 +112,14 @@ class RelativeAttention2d(nn.Module):
 
     Args:
         dim: Input channels.
-        dim_out: Output channels; also the summed width of the heads.
+        dim_out: Output channels.
         feat_size: (H, W) of the map.
-        head_dim: Channels of one head; divides `dim_out`.
+        head_dim: Channels of one head.
         rel_bias: 'pre', 'post' or 'none', see the head of this file.
         softmax_dtype: 'float32' takes the softmax of half-precision logits in float32, 'input' in their own dtype.
             (torch's fused attention, used where it can be, always takes it in float32.)
         dynamic: Accept maps of other sizes.
+        inner_dim: Summed width of the heads, `dim_out` if None; `head_dim` divides it.
     """
 
     fused_attn: Final[bool]
@@ -132,23 +133,25 @@ class RelativeAttention2d(nn.Module):
             rel_bias: str = 'pre',
             softmax_dtype: str = 'float32',
             dynamic: bool = False,
+            inner_dim: int | None = None,
             device=None,
             dtype=None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if dim_out % head_dim:
-            raise ValueError(f'head_dim must divide the width of its stage, got head_dim={head_dim}, width {dim_out}.')
-        self.num_heads = dim_out // head_dim
+        inner = dim_out if inner_dim is None else inner_dim
+        if inner % head_dim:
+            raise ValueError(f'head_dim must divide the width of its stage, got head_dim={head_dim}, width {inner}.')
+        self.num_heads = inner // head_dim
         self.head_dim = head_dim
         self.scale = head_dim ** -0.5
         self.bias_after = rel_bias == 'post'
         self.upcast = softmax_dtype == 'float32'
         self.fused_attn = use_fused_attn()
 
-        self.qkv = nn.Linear(dim, 3 * dim_out, **dd)
+        self.qkv = nn.Linear(dim, 3 * inner, **dd)
         self.rel_bias = RelativeBias(self.num_heads, feat_size, dynamic, **dd) if rel_bias != 'none' else None
-        self.proj = nn.Linear(dim_out, dim_out, **dd)
+        self.proj = nn.Linear(inner, dim_out, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, _ = x.shape
@@ -190,6 +193,8 @@ class TransformerBlock(nn.Module):
         rel_bias: 'pre', 'post' or 'none'.
         softmax_dtype: 'float32' or 'input'.
         dynamic: Accept maps of other sizes.
+        pool: Pooling of shortcut and input: 'avg' or 'max'.
+        inner_width: Summed width of the heads: 'output' is `dim_out`, 'input' is `dim`.
         norm_layer: Makes a norm over the last dimension.
         act_layer: Makes an activation.
     """
@@ -207,6 +212,8 @@ class TransformerBlock(nn.Module):
             rel_bias: str = 'pre',
             softmax_dtype: str = 'float32',
             dynamic: bool = False,
+            pool: str = 'avg',
+            inner_width: str = 'output',
             norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
             act_layer: Callable[[], nn.Module] = GELU,
             device=None,
@@ -214,10 +221,12 @@ class TransformerBlock(nn.Module):
     ):
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self.pool = downsample(stride)
+        self.pool = downsample(stride, pool)
         self.shortcut = nn.Linear(dim, dim_out, **dd) if dim != dim_out else nn.Identity()
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = RelativeAttention2d(dim, dim_out, feat_size, head_dim, rel_bias, softmax_dtype, dynamic, **dd)
+        self.attn = RelativeAttention2d(
+            dim, dim_out, feat_size, head_dim, rel_bias, softmax_dtype, dynamic,
+            inner_dim=dim if inner_width == 'input' else dim_out, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim_out, **dd)
         hidden = max(1, int(dim_out * mlp_ratio))

@@ -93,11 +93,12 @@ class Backbone(nn.Module):
         check = InputCheck(in_chans, self.img_size, cfg.reductions[-1], rule)
         if cfg.stem == 'vit':
             width = cfg.embed_dim[0]
-            self.stem: nn.Module = PatchStem(check, width, cfg.strides[0], cfg.stem_bias, **dd)
+            stem: nn.Module = PatchStem(check, width, cfg.strides[0], cfg.stem_bias, **dd)
         else:
             width = cfg.stem_width
-            self.stem = ConvStem(
+            stem = ConvStem(
                 check, width, cfg.stem_stride, cfg.stem_bias, _conv_norm(cfg), partial(GELU, cfg.act), **dd)
+        self.stem = stem
 
         rates = iter(cfg.drop_path_rates(drop_path_rate))
         dims = (width, *cfg.embed_dim)
@@ -107,14 +108,15 @@ class Backbone(nn.Module):
                   cfg.strides[i + 1], [next(rates) for _ in range(depth)])
             for i, depth in enumerate(cfg.depths)))
         names = ('stem', *(f'stages.{i}' for i in range(4)))
-        self.feature_info: list[dict[str, Any]] = [
+        feature_info: list[dict[str, Any]] = [
             dict(num_chs=dim, reduction=reduction, module=name)
             for dim, reduction, name in zip(dims, cfg.reductions, names, strict=True)]
+        self.feature_info = feature_info
 
         hidden = self.num_features if cfg.head_hidden_size == -1 else cfg.head_hidden_size
         self.head = NormMlpClassifierHead(
             self.num_features, num_classes, hidden_size=hidden or None, pool_type=global_pool, drop_rate=drop_rate,
-            norm_layer=partial(LayerNorm2d, eps=cfg.norm_eps), **dd)
+            norm_layer=partial(LayerNorm2d, eps=cfg.norm_eps) if cfg.head_norm == 'layer' else nn.Identity, **dd)
         self.head_hidden_size = self.head.num_features
         self.init_weights()
 
@@ -275,14 +277,14 @@ def _block_factory(
         **dd: Device and dtype.
     """
     block_type = cfg.layout[stage]
-    block = partial(BLOCKS[block_type], act_layer=partial(GELU, cfg.act), **dd)
+    block = partial(BLOCKS[block_type], act_layer=partial(GELU, cfg.act), pool=cfg.pool, **dd)
     if block_type == 'C':
-        return partial(block, expand_ratio=cfg.expand_ratio, se_ratio=cfg.se_ratio, conv_stride=cfg.conv_stride,
-                       norm_layer=_conv_norm(cfg))
+        return partial(block, expand_ratio=cfg.expand_ratio, se_ratio=cfg.se_ratio, se_act=cfg.se_act,
+                       inner_width=cfg.inner_width, conv_stride=cfg.conv_stride, norm_layer=_conv_norm(cfg))
     block = partial(block, mlp_ratio=cfg.mlp_ratio, norm_layer=partial(nn.LayerNorm, eps=cfg.norm_eps))
     if block_type == 'T':
         return partial(block, feat_size=feat_size, head_dim=cfg.head_dim, rel_bias=cfg.rel_bias,
-                       softmax_dtype=cfg.attn_softmax_dtype, dynamic=dynamic)
+                       softmax_dtype=cfg.attn_softmax_dtype, inner_width=cfg.inner_width, dynamic=dynamic)
     if block_type == 'D':
         block = partial(block, static_branch=cfg.static_branch)
     return partial(block, kernel_size=cfg.kernel_size[stage], head_dim=cfg.conv_head_dim, glu=cfg.glu,

@@ -2,11 +2,13 @@
 import dataclasses
 import difflib
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.data import ImageNetInfo
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -17,9 +19,10 @@ from timm.models import (
 from timm.models._hub import load_state_dict_from_path  # how timm chooses among the files of a folder; no public alias
 from torch import nn
 
+from .. import kecam
 from ..releases import fetch, find_release
 from .backbone import Backbone
-from .checkpoint import checkpoint_filter_fn
+from .checkpoint import checkpoint_filter_fn, explain_misfit
 from .config import BackboneCfg
 
 __all__ = ['build_backbone', 'list_models']
@@ -61,6 +64,7 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
     Raises:
         ValueError: A value that no model can have, an unknown tag, or `output_stride`.
         TypeError: An unknown keyword.
+        ModuleNotFoundError: A Keras file is to be read and h5py is not installed.
         FileNotFoundError: The checkpoint file named in `pretrained_cfg_overlay` does not exist.
         RuntimeError: No weights exist, the Hub does not give them, or the checkpoint is damaged or does not fit.
     """
@@ -71,10 +75,16 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
         overlay = {'file': None, 'hf_hub_id': None, 'hf_hub_filename': None, **overlay}
     pretrained_cfg = kwargs.get('pretrained_cfg')
     source_cfg = _source_cfg(variant, pretrained_cfg, overlay)
+    options = {key: kwargs.pop(key) for key in tuple(kwargs) if key in _CFG_FIELDS}
+    model_cfg = cfg.with_options(**options)
     checkpoint = None
     if pretrained:
         name = f'{variant}.{pretrained_cfg}' if isinstance(pretrained_cfg, str) else variant
-        checkpoint = _find_checkpoint(name, source_cfg, kwargs.get('cache_dir'))
+        if kecam.find_weights(source_cfg):
+            overlay = {**_imagenet_labels(), **overlay}
+        checkpoint = _find_checkpoint(name, cfg, source_cfg, kwargs.get('cache_dir'))
+        if checkpoint and checkpoint.suffix == '.h5':
+            kecam.check_choices(model_cfg, set(options))
     if checkpoint:  # timm hands a state dict to the filter, where the file is read: an error there is the file's
         overlay |= {'state_dict': {'file': checkpoint}, 'source': None}
 
@@ -84,9 +94,8 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
             del model.pretrained_cfg['state_dict']
             if source_cfg.get('source'):
                 model.pretrained_cfg['source'] = source_cfg['source']
-        return checkpoint_filter_fn(state_dict, model)
+        return checkpoint_filter_fn(state_dict, model, fresh_stages='layout' in options)
 
-    options = {key: kwargs.pop(key) for key in tuple(kwargs) if key in _CFG_FIELDS}
     default_cfg = next(iter(get_arch_pretrained_cfgs(variant).values()))
     if not default_cfg.fixed_input_size:  # timm fills it in for the others
         kwargs.setdefault('img_size', default_cfg.input_size[1:])
@@ -94,7 +103,7 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
         Backbone,
         variant,
         pretrained,
-        model_cfg=cfg.with_options(**options),
+        model_cfg=model_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=adapt,
         feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
@@ -138,10 +147,17 @@ def _source_cfg(variant: str, cfg: PretrainedCfg | dict[str, Any] | str | None, 
     return {**(cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg), **overlay}
 
 
-def _find_checkpoint(name: str, cfg: dict[str, Any], cache_dir: str | Path | None) -> Path | None:
+def _find_checkpoint(
+        name: str, model_cfg: BackboneCfg, cfg: dict[str, Any], cache_dir: str | Path | None) -> Path | None:
     """The file or folder of the weights; None where timm is to fetch them itself or has them in memory.
 
     Released weights are downloaded and verified here; a name without weights and a missing file are refused.
+
+    Args:
+        name: NAME or NAME.TAG, for messages.
+        model_cfg: Architecture of the name.
+        cfg: Pretrained cfg.
+        cache_dir: Cache folder of downloads, None for the default.
     """
     if not any(cfg.get(key) for key in _SOURCES):
         raise RuntimeError(
@@ -152,6 +168,8 @@ def _find_checkpoint(name: str, cfg: dict[str, Any], cache_dir: str | Path | Non
         return None
     if release := find_release(cfg):
         return fetch(release, cache_dir)
+    if weights := kecam.find_weights(cfg):
+        return kecam.fetch_weights(weights, cfg['url'], partial(_check_fit, model_cfg, cfg), cache_dir)
     if not cfg.get('file'):
         return None
     path, is_folder = Path(cfg['file']), cfg.get('source') == 'local-dir'
@@ -161,7 +179,23 @@ def _find_checkpoint(name: str, cfg: dict[str, Any], cache_dir: str | Path | Non
     return path
 
 
+def _check_fit(model_cfg: BackboneCfg, cfg: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> None:
+    """Raise RuntimeError unless a state dict is one of this architecture, size and number of classes."""
+    model = Backbone(model_cfg, cfg['input_size'][1:], num_classes=cfg['num_classes'], device='meta')
+    model.pretrained_cfg = cfg
+    if misfit := explain_misfit(state_dict, model):
+        raise RuntimeError(f'The converted weights do not fit {cfg.get("architecture")}: {misfit}')
+
+
+def _imagenet_labels() -> dict[str, Any]:
+    """Names of the 1,000 classes of ImageNet-1k, as fields of a pretrained cfg."""
+    info = ImageNetInfo('imagenet-1k')
+    return dict(label_names=tuple(info.label_names()), label_descriptions=info.label_descriptions(as_dict=True))
+
+
 def _read_checkpoint(path: Path, variant: str) -> dict[str, Any]:
+    if path.suffix == '.h5':
+        return kecam.read_h5(path)
     try:
         return load_state_dict_from_path(path) if path.is_dir() else load_state_dict(str(path))
     except Exception as error:  # torch's readers raise about ten kinds of error on damaged files

@@ -3,6 +3,7 @@
 A state dict shows only the stem bias of how a timm model was built. Stride, form of GELU and epsilons leave no trace,
 so a timm model with a stem bias and other choices than the official ones needs the same choices as keywords here.
 """
+import logging
 import math
 import re
 from typing import Any
@@ -13,7 +14,11 @@ from torch import nn
 from ..blocks.transformer import resize_bias_table
 from .backbone import Backbone
 
-__all__ = ['checkpoint_filter_fn', 'convert_state_dict', 'explain_misfit']
+__all__ = ['checkpoint_filter_fn', 'convert_state_dict', 'explain_misfit', 'keep_other_stages']
+
+_logger = logging.getLogger(__name__)
+# a name that only blocks of this type have; L last, whose kernel D has in its static branch
+_BLOCK_TYPE_KEYS = {'C': '.depthwise.weight', 'T': '.attn.qkv.weight', 'D': '.conv.logits.weight', 'L': '.conv.weight'}
 
 # timm's maxxvit.py on the left; the same tensors, named here as in the paper
 _FROM_TIMM = tuple((re.compile(pattern), name) for pattern, name in (
@@ -37,12 +42,14 @@ _OTHER_TIMM = (
 )
 
 
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(
+        state_dict: dict[str, torch.Tensor], model: Backbone, fresh_stages: bool = False) -> dict[str, torch.Tensor]:
     """Convert a state dict to the names, layouts and bias-table sizes of `model`, or raise.
 
     Args:
         state_dict: Tensors by name, of this package or of timm's `coatnet_N_224`, told apart by the names.
         model: The backbone to load into.
+        fresh_stages: Leave stages as they are initialised whose block type is another in the state dict.
 
     Raises:
         RuntimeError: The names or shapes do not fit; what is missing, unexpected and misshapen is listed. Classifier
@@ -50,6 +57,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: Backbone) -
         ValueError: The state dict is of another architecture of timm.
     """
     state_dict = convert_state_dict(state_dict, model)
+    if fresh_stages:
+        state_dict = keep_other_stages(state_dict, model)
     if misfit := explain_misfit(state_dict, model, max_names=12, adapted=('head.fc.', 'stem.conv1.weight')):
         raise RuntimeError(f'The checkpoint does not fit the model: {misfit}')
     _check_classes(state_dict, model)
@@ -86,6 +95,25 @@ def convert_state_dict(state_dict: dict[str, torch.Tensor], model: Backbone) -> 
     for key in ('head.pre_logits.fc.weight', 'head.fc.weight'):  # 1x1 convolutions where global_pool=''
         if key in state_dict and key in target and target[key].ndim != (weight := state_dict[key]).ndim:
             state_dict[key] = weight[..., None, None] if target[key].ndim == 4 else weight.flatten(1)
+    return state_dict
+
+
+def keep_other_stages(state_dict: dict[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
+    """Replace the stages of a state dict that have another block type than in `model` by the model's own tensors.
+
+    For the transfer of weights into another layout; the stages that keep their initialisation are logged in one line.
+    """
+    kept = []
+    for stage, block_type in enumerate(model.cfg.layout):
+        prefix = f'stages.{stage}.'
+        found = next((known for known, part in _BLOCK_TYPE_KEYS.items() if any(
+            key.startswith(prefix) and key.endswith(part) for key in state_dict)), None)
+        if found and found != block_type:
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
+            state_dict |= {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
+            kept.append(f'stages.{stage} ({block_type} in place of {found})')
+    if kept:
+        _logger.warning(f'Not in the checkpoint and randomly initialised: {", ".join(kept)}.')
     return state_dict
 
 

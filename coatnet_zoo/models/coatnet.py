@@ -18,10 +18,16 @@ default) and in the fields of `config.FLAVORS`; `flavor='timm'` sets timm's choi
 from dataclasses import replace
 from typing import Any
 
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from .. import kecam
 from ..releases import add_released_tags
 from .build import build_backbone
 from .config import BackboneCfg
@@ -43,6 +49,8 @@ model_cfgs = {
     'coatnet_pico_64': replace(
         _narrow, depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32, stem_stride=1),  # for 64 px images
 }
+# CoAtNet-0 as keras_cv_attention_models reads it, for the weights that were trained so; in all else the paper's table.
+model_cfgs['coatnet_0_kecam'] = replace(model_cfgs['coatnet_0'], weight_init='vit_eff', **kecam.CHOICES)
 # Mixing of linear cost where CoAtNet has attention.
 model_cfgs |= {
     'coatnet_0_ccdd': replace(model_cfgs['coatnet_0'], layout='CCDD'),
@@ -60,6 +68,15 @@ def _cfg(size: int = 224, pool: int = 7, **kwargs: Any) -> dict[str, Any]:
         'paper_ids': 'arXiv:2106.04803', **kwargs}
 
 
+def _kecam_cfg(tag: str, size: int, pool: int, top1: float) -> dict[str, Any]:
+    return _cfg(
+        size, pool, url=kecam.WEIGHTS[f'coatnet_0_kecam.{tag}'].url, mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD, license='other',
+        origin_url='https://github.com/leondgarse/keras_cv_attention_models',
+        description=f'CoAtNet-0 trained on ImageNet-1k at {size} pixels by keras_cv_attention_models, converted from '
+                    f'its .h5 file. Top-1 as its author reports: {top1} %.')
+
+
 default_cfgs = generate_default_cfgs(add_released_tags({
     'coatnet_pico.untrained': _cfg(),
     'coatnet_nano.untrained': _cfg(),
@@ -69,6 +86,9 @@ default_cfgs = generate_default_cfgs(add_released_tags({
     'coatnet_3.untrained': _cfg(),
     'coatnet_4.untrained': _cfg(),
     'coatnet_5.untrained': _cfg(),
+    'coatnet_0_kecam.untrained': _cfg(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
+    'coatnet_0_kecam.in1k': _kecam_cfg('in1k', 224, 7, top1=82.79),
+    'coatnet_0_kecam.in1k_160': _kecam_cfg('in1k_160', 160, 5, top1=80.48),
     'coatnet_0_ccdd.untrained': _cfg(fixed_input_size=False),
     'coatnet_1_ccdd.untrained': _cfg(fixed_input_size=False),
     'coatnet_2_ccdd.untrained': _cfg(fixed_input_size=False),
@@ -133,6 +153,12 @@ def coatnet_5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def coatnet_pico_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """coatnet_pico for small images: stem stride 1, total stride 16."""
     return _create('coatnet_pico_64', pretrained, **kwargs)
+
+
+@register_model
+def coatnet_0_kecam(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CoAtNet-0 as keras_cv_attention_models reads the paper, with its ImageNet-1k weights."""
+    return _create('coatnet_0_kecam', pretrained, **kwargs)
 
 
 @register_model

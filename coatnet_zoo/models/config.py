@@ -38,6 +38,7 @@ class BackboneCfg:
     depths: tuple[int, ...] = (2, 2, 6, 2)                  # blocks
     embed_dim: tuple[int, ...] = (96, 192, 384, 768)        # channels
     act: Literal['gelu_tanh', 'gelu'] = 'gelu_tanh'         # the official GELU is the tanh approximation
+    pool: Literal['avg', 'max'] = 'avg'                     # where a stage begins: avg in the authors' later code
     # block i of N drops its branches at rate * i / N (official), or at rate * i / (N - 1): the last at the full rate
     drop_path_schedule: Literal['exclusive', 'inclusive'] = 'exclusive'
 
@@ -51,6 +52,9 @@ class BackboneCfg:
     conv_stride: Literal['expand', 'depthwise'] = 'expand'  # the paper's default; 'depthwise' is its better, dearer row
     expand_ratio: float = 4.                                # hidden channels as a multiple of the output width
     se_ratio: float = 0.25                                  # squeeze channels as a fraction of the output width
+    se_act: Literal['silu', 'act'] = 'silu'                 # of squeeze-excite: EfficientNet's, or that of the blocks
+    # C and T: the width that expansion, squeeze and q, k, v follow (official), or as in the kecam library the input's
+    inner_width: Literal['output', 'input'] = 'output'
 
     # T: relative attention
     head_dim: int = 32                                      # channels of an attention head
@@ -70,6 +74,7 @@ class BackboneCfg:
     mlp_ratio: float = 4.                                   # hidden channels as a multiple of the width
 
     # Head
+    head_norm: Literal['layer', 'none'] = 'layer'           # LayerNorm between pooling and classifier (official)
     head_hidden_size: int = -1                              # tanh layer before the classifier: -1 as wide as S4, 0 none
 
     # Norms
@@ -89,8 +94,8 @@ class BackboneCfg:
         if any(size % 2 == 0 for size in self.kernel_size):
             raise ValueError(f'kernel_size must be odd in every stage, got {self.kernel_size!r}.')
         self._check_choices(
-            'act', 'drop_path_schedule', 'stem', 'stem_stride', 'conv_stride', 'rel_bias', 'attn_softmax_dtype',
-            'normalize', 'conv_norm', 'weight_init')
+            'act', 'pool', 'drop_path_schedule', 'stem', 'stem_stride', 'conv_stride', 'se_act', 'inner_width',
+            'rel_bias', 'attn_softmax_dtype', 'normalize', 'head_norm', 'conv_norm', 'weight_init')
         self._check_switches('stem_bias', 'glu', 'static_branch')
         self._check_positive(int, 'stem_width', 'head_dim', 'conv_head_dim')
         self._check_positive(

@@ -1,6 +1,6 @@
 """A page to try the models: drop an image, see the top-5 predictions and what the stages looked at.
 
-    python hub/space/app.py --model coatnet_pico_64.tin200_preview local-dir:output/coatnet_pico
+    python hub/space/app.py --model coatnet_pico_64.dist_tin200 local-dir:output/coatnet_pico
     python app.py
 
 The second line is how a Space starts it: with the released models, the most accurate of those that ship first, and

@@ -9,26 +9,32 @@ from coatnet_zoo.blocks import ConvStem, MBConv
 from coatnet_zoo.blocks.inference import fold_norm_into_next, fold_norm_into_previous
 from coatnet_zoo.blocks.stem import InputCheck
 
+KECAM = dict(pool='max', se_act='act', inner_width='input')
 
+
+@pytest.mark.parametrize('choices', [{}, KECAM], ids=['official', 'kecam'])
 @pytest.mark.parametrize('conv_stride', ['expand', 'depthwise'])
 @pytest.mark.parametrize('stride,dim_out', [(1, 8), (2, 8), (2, 12), (1, 12)])
-def test_block_by_the_formula(stride, dim_out, conv_stride, randomize):
+def test_block_by_the_formula(stride, dim_out, conv_stride, choices, randomize):
     """x <- Proj(Pool(x)) + Project(SE(act(BN(DepthConv(act(BN(Expand(BN(x)))))))))."""
-    block = randomize(MBConv(8, dim_out, stride, conv_stride=conv_stride, dtype=torch.float64)).eval()
+    block = randomize(MBConv(8, dim_out, stride, conv_stride=conv_stride, dtype=torch.float64, **choices)).eval()
+    inner = 8 if choices else dim_out
     x = torch.randn(2, 8, 6, 10, dtype=torch.float64)
     y = block.pre_norm(x)
     if conv_stride == 'expand':
         y = y[:, :, ::stride, ::stride]  # a strided 1x1 convolution sees every second pixel
     y = F.gelu(block.norm1(torch.einsum('oc,bchw->bohw', block.expand.weight[:, :, 0, 0], y)), approximate='tanh')
     stride_depthwise = stride if conv_stride == 'depthwise' else 1
-    y = F.conv2d(y, block.depthwise.weight, stride=stride_depthwise, padding=1, groups=4 * dim_out)
+    y = F.conv2d(y, block.depthwise.weight, stride=stride_depthwise, padding=1, groups=4 * inner)
     y = F.gelu(block.norm2(y), approximate='tanh')
     squeezed = y.mean((2, 3))
-    squeezed = F.silu(squeezed @ block.se.reduce.weight.flatten(1).T + block.se.reduce.bias)
+    squeezed = squeezed @ block.se.reduce.weight.flatten(1).T + block.se.reduce.bias
+    squeezed = F.gelu(squeezed, approximate='tanh') if choices else F.silu(squeezed)
     y = y * torch.sigmoid(squeezed @ block.se.expand.weight.flatten(1).T + block.se.expand.bias)[:, :, None, None]
-    pooled = x.unfold(2, stride, stride).unfold(3, stride, stride).mean((-1, -2))
+    windows = x.unfold(2, stride, stride).unfold(3, stride, stride)
+    pooled = windows.amax((-1, -2)) if choices else windows.mean((-1, -2))
     torch.testing.assert_close(block(x), block.shortcut.proj(pooled) + block.project(y), rtol=0, atol=1e-12)
-    assert block.se.reduce.out_channels == dim_out // 4 and block.expand.out_channels == 4 * dim_out
+    assert block.se.reduce.out_channels == inner // 4 and block.expand.out_channels == 4 * inner
 
 
 @pytest.mark.parametrize('conv_stride', ['expand', 'depthwise'])
@@ -38,17 +44,25 @@ def test_strided_block_takes_odd_sizes(size, conv_stride):
     assert block(torch.randn(1, 4, *size)).shape == (1, 8, -(-size[0] // 2), -(-size[1] // 2))
 
 
+def test_max_pooling_of_odd_sizes_takes_what_is_there():
+    block = MBConv(2, 2, 2, pool='max')
+    x = -torch.arange(1., 16.).view(1, 1, 3, 5).expand(1, 2, 3, 5)
+    assert block.shortcut(x)[0, 0].tolist() == [[-1, -3, -5], [-11, -13, -15]]
+
+
 def test_pooling_of_odd_sizes_averages_what_is_there():
     block = MBConv(2, 2, 2)
     pooled = block.shortcut(torch.ones(1, 2, 3, 5))
     assert torch.equal(pooled, torch.ones(1, 2, 2, 3))
 
 
+@pytest.mark.parametrize('choices', [{}, KECAM], ids=['official', 'kecam'])
 @pytest.mark.parametrize('norm_layer', [nn.BatchNorm2d, LayerNorm2d])
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('conv_stride', ['expand', 'depthwise'])
-def test_fused_block_is_the_block(norm_layer, stride, conv_stride, randomize):
-    block = randomize(MBConv(8, 12, stride, norm_layer=norm_layer, conv_stride=conv_stride, dtype=torch.float64)).eval()
+def test_fused_block_is_the_block(norm_layer, stride, conv_stride, choices, randomize):
+    block = randomize(MBConv(
+        8, 12, stride, norm_layer=norm_layer, conv_stride=conv_stride, dtype=torch.float64, **choices)).eval()
     x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
     with torch.no_grad():
         expected = block(x)

@@ -125,21 +125,35 @@ def test_attention_softmax_of_half_logits_is_taken_in_float32():
     assert seen == [torch.float32, torch.bfloat16]
 
 
+@pytest.mark.parametrize('pool', ['avg', 'max'])
 @pytest.mark.parametrize('stride,dim_out', [(1, 8), (2, 8), (2, 16), (1, 16)])
-def test_block_by_the_formula(stride, dim_out, randomize):
-    """x <- Proj(Pool(x)) + Attention(Pool(Norm(x))); x <- x + FFN(Norm(x)), with the pool written as a mean."""
+def test_block_by_the_formula(stride, dim_out, pool, randomize):
+    """x <- Proj(Pool(x)) + Attention(Pool(Norm(x))); x <- x + FFN(Norm(x)), with the pool written as a reduction."""
     block = randomize(TransformerBlock(
-        8, dim_out, stride, feat_size=(6 // stride, 4 // stride), head_dim=4, dtype=torch.float64))
+        8, dim_out, stride, feat_size=(6 // stride, 4 // stride), head_dim=4, pool=pool, dtype=torch.float64))
     x = torch.randn(2, 8, 6, 4, dtype=torch.float64)
     H, W = 6 // stride, 4 // stride
 
-    def pool(z: torch.Tensor) -> torch.Tensor:
-        return z.reshape(2, H, stride, W, stride, -1).mean((2, 4))
+    def pooled(z: torch.Tensor) -> torch.Tensor:
+        windows = z.reshape(2, H, stride, W, stride, -1)
+        return windows.amax((2, 4)) if pool == 'max' else windows.mean((2, 4))
 
     nhwc = x.permute(0, 2, 3, 1)
-    y = block.shortcut(pool(nhwc)) + block.attn(pool(block.norm1(nhwc)))
+    y = block.shortcut(pooled(nhwc)) + block.attn(pooled(block.norm1(nhwc)))
     y = y + block.mlp(block.norm2(y))
     torch.testing.assert_close(block(x), y.permute(0, 3, 1, 2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('inner_width,heads', [('output', 4), ('input', 2)])
+def test_heads_follow_the_inner_width(inner_width, heads, randomize):
+    """Attention of `heads` heads of 4 channels, whatever the output width: softmax(q k^T / 2 + w) v, projected."""
+    attn = randomize(TransformerBlock(
+        8, 16, feat_size=(2, 3), head_dim=4, inner_width=inner_width, dtype=torch.float64)).attn
+    x = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+    q, k, v = attn.qkv(x).view(6, 3, heads, 4).permute(1, 2, 0, 3)
+    weights = (q @ k.mT / 2 + attn.rel_bias(2, 3)[0]).softmax(-1)
+    expected = attn.proj((weights @ v).permute(1, 0, 2).reshape(1, 2, 3, 4 * heads))
+    torch.testing.assert_close(attn(x), expected, rtol=0, atol=1e-12)
 
 
 def test_head_dim_that_does_not_divide_is_refused_with_numbers():

@@ -3,17 +3,17 @@ import csv
 from pathlib import Path
 
 import pytest
-from imagenet_runs import SYNSETS, random_model, run, write_pictures
 from safetensors.torch import save_file
 
 import eval_imagenet
+from support.imagenet_runs import SYNSETS, random_model, run, write_images
 
 
 @pytest.fixture(scope='module')
 def ten(tmp_path_factory) -> Path:
     """A validation folder with ten of ImageNet's synsets, not the first ones."""
     folder = tmp_path_factory.mktemp('ten')
-    write_pictures(folder / 'val', SYNSETS[5:1000:100], each=3)
+    write_images(folder / 'val', SYNSETS[5:1000:100], each=3)
     return folder
 
 

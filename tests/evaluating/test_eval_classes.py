@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from imagenet_runs import SYNSETS, assert_scores, random_model, run, timm_logits, write_fine_tune, write_pictures
 
 from coatnet_train.runtime.cli import ConfigError
+from support.imagenet_runs import SYNSETS, assert_scores, random_model, run, timm_logits, write_fine_tune, write_images
 
 
 def test_some_synsets_are_mapped_to_the_1k_indices_and_said_so(settings, ten, weights, classes_of, capsys):
@@ -43,7 +43,7 @@ def test_only_the_logits_of_the_folder_compete_if_asked(settings, ten, weights, 
 def test_numbered_folders_are_indices_and_not_strings(settings, tmp_path, weights, capsys):
     names = ['0', '2', '10', '11', '100', '999']
     assert sorted(names) != names  # or the bug would not show
-    write_pictures(tmp_path / 'v2', names)
+    write_images(tmp_path / 'v2', names)
     row = run(settings, data_dir=str(tmp_path / 'v2'))
     model = timm.create_model('test_resnet', checkpoint_path=weights).eval()
     logits, _, _ = timm_logits(model, tmp_path / 'v2', {'img_size': 32})
@@ -58,7 +58,7 @@ def test_relatives_with_200_classes_are_scored_among_these_as_by_valid_labels(
     synsets = (info / f'{name}_synsets.txt').read_text().split()
     indices = [int(line) for line in (info / f'{name}_indices.txt').read_text().split()]
     assert len(synsets) == 200
-    write_pictures(tmp_path / name, synsets, each=1)
+    write_images(tmp_path / name, synsets, each=1)
     row = run(settings, data_dir=str(tmp_path / name), batch_size=64)
     model = timm.create_model('test_resnet', checkpoint_path=weights).eval()
     logits, labels, _ = timm_logits(model, tmp_path / name, {'img_size': 32})
@@ -75,7 +75,7 @@ def test_relatives_with_200_classes_are_scored_among_these_as_by_valid_labels(
 def test_fine_tune_is_evaluated_by_its_own_label_names(settings, tmp_path, randomize, capsys, split):
     labels = ['red', '7', 'blue', '0', 'green']  # neither sorted nor indices
     name, model = write_fine_tune(tmp_path / 'run', randomize, labels)
-    write_pictures(tmp_path / 'data' / split, ['0', '7', 'blue', 'red'])
+    write_images(tmp_path / 'data' / split, ['0', '7', 'blue', 'red'])
     row = run(settings, model=(name,), checkpoint=(), img_size=None, data_dir=str(tmp_path / 'data'),
               split=split if split == 'holdout' else 'validation')
     logits, found, _ = timm_logits(model, tmp_path / 'data' / split, {})
@@ -85,7 +85,7 @@ def test_fine_tune_is_evaluated_by_its_own_label_names(settings, tmp_path, rando
 
 def test_folder_of_classes_is_taken_itself_but_never_one_with_a_training_split(settings, ten, tmp_path):
     assert run(settings, data_dir=str(ten / 'val'))['loss'] == run(settings)['loss']
-    write_pictures(tmp_path / 'data' / 'train', SYNSETS[:3])
+    write_images(tmp_path / 'data' / 'train', SYNSETS[:3])
     with pytest.raises(ConfigError, match='has no folder validation or val'):
         run(settings, data_dir=str(tmp_path / 'data'))
 
@@ -93,7 +93,7 @@ def test_folder_of_classes_is_taken_itself_but_never_one_with_a_training_split(s
 def test_classes_without_names_are_taken_in_order_and_said_so(settings, tmp_path, randomize, capsys):
     model = random_model(randomize, num_classes=3)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'three.pth')
-    write_pictures(tmp_path / 'data' / 'val', ['a', 'b', 'c'])
+    write_images(tmp_path / 'data' / 'val', ['a', 'b', 'c'])
     own = dict(data_dir=str(tmp_path / 'data'), checkpoint=(str(tmp_path / 'three.pth'),), num_classes=3)
     row = run(settings, **own)
     logits, labels, _ = timm_logits(model, tmp_path / 'data' / 'val', {'img_size': 32})
@@ -109,7 +109,7 @@ def test_classes_without_names_are_taken_in_order_and_said_so(settings, tmp_path
 
 def test_class_map_may_stand_in_for_the_names_of_a_model(settings, tmp_path, randomize):
     name, model = write_fine_tune(tmp_path / 'run', randomize, ['rouge', 'vert', 'bleu'])
-    write_pictures(tmp_path / 'data' / 'val', ['blue', 'green', 'red'])
+    write_images(tmp_path / 'data' / 'val', ['blue', 'green', 'red'])
     own = dict(model=(name,), checkpoint=(), img_size=None, data_dir=str(tmp_path / 'data'))
     with pytest.raises(ConfigError, match='expected the model\'s 3 label names'):
         run(settings, **own)
@@ -123,7 +123,7 @@ def test_class_map_may_stand_in_for_the_names_of_a_model(settings, tmp_path, ran
 def test_pictures_of_a_data_set_of_the_hub_are_read_with_its_columns(settings, tmp_path, randomize, schema):
     datasets = pytest.importorskip('datasets')
     name, model = write_fine_tune(tmp_path / 'run', randomize, ['a', 'b', 'c'])
-    write_pictures(tmp_path / 'data' / 'val', ['a', 'b', 'c'])
+    write_images(tmp_path / 'data' / 'val', ['a', 'b', 'c'])
     files = sorted((tmp_path / 'data' / 'val').glob('*/*.png'))
     features = datasets.Features({
         'photo': datasets.Image(), 'kind': datasets.ClassLabel(names=['a', 'b', 'c'])})
@@ -139,7 +139,7 @@ def test_pictures_of_a_data_set_of_the_hub_are_read_with_its_columns(settings, t
 
 
 def test_classes_that_do_not_fit_stop_with_what_was_expected(settings, tmp_path, randomize):
-    write_pictures(tmp_path / 'animals', ['cat', 'dog'])
+    write_images(tmp_path / 'animals', ['cat', 'dog'])
     animals = str(tmp_path / 'animals')
     with pytest.raises(ConfigError, match=r'2 classes \(cat, dog\).*expected ImageNet synsets \(n01440764'):
         run(settings, data_dir=animals)
@@ -169,7 +169,7 @@ def test_classes_that_do_not_fit_stop_with_what_was_expected(settings, tmp_path,
     ('map.pkl', b'no pickle', 'must be a .txt file with a class a line'),
     ('map.csv', b'a\n', 'must be a .txt file with a class a line')], ids=str)
 def test_class_map_that_is_none_is_refused(settings, tmp_path, name, content, message):
-    write_pictures(tmp_path / 'data' / 'val', ['a', 'b', 'c'], each=1)
+    write_images(tmp_path / 'data' / 'val', ['a', 'b', 'c'], each=1)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f'--class-map .*{message}') as error:
         run(settings, data_dir=str(tmp_path / 'data'), class_map=str(tmp_path / name))

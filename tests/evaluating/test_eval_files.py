@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from imagenet_runs import SYNSETS, random_model, run, write_pictures
 from PIL import Image
 from safetensors.torch import save_file
-from script_runs import run_main, run_processes
 from torch.utils.data import DataLoader
 
 import eval_imagenet
@@ -19,6 +17,8 @@ from coatnet_train.evaluation import tables
 from coatnet_train.evaluation.evaluator import predict
 from coatnet_train.runtime.accelerator import create_accelerator
 from coatnet_train.runtime.cli import ConfigError
+from support.commands import run_main, run_processes
+from support.imagenet_runs import SYNSETS, random_model, run, write_images
 
 TIMM_COLUMNS = [
     'model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation']
@@ -79,7 +79,7 @@ def test_pretrained_weights_are_the_default_and_can_be_left_out(settings):
 
 
 def test_unreadable_pictures_end_the_run_or_are_left_out(settings, tmp_path, weights, capsys):
-    data = write_pictures(tmp_path / 'data', SYNSETS[:5])
+    data = write_images(tmp_path / 'data', SYNSETS[:5])
     whole = (data / SYNSETS[2] / '1.png').read_bytes()
     (data / SYNSETS[2] / '1.png').write_bytes(whole[:100])
     with pytest.raises(ConfigError, match='--max-bad-images 0 allows 0'):
@@ -179,7 +179,7 @@ def test_labels_that_no_class_stands_for_are_refused(labels, message):
 
 
 def test_two_processes_give_the_numbers_of_one(settings, tmp_path):
-    data = write_pictures(tmp_path / 'data', SYNSETS[:7], each=3)  # 21 pictures: the last batch is padded
+    data = write_images(tmp_path / 'data', SYNSETS[:7], each=3)  # 21 pictures: the last batch is padded
     (data / SYNSETS[6] / '2.png').write_bytes(b'')
     settings = dataclasses.replace(
         settings, data_dir=str(data), batch_size=2, max_bad_images=0.1)

@@ -1,8 +1,6 @@
 """The numbers of scripts/eval_imagenet.py against timm's own, on generated pictures and one real one a class."""
 import csv
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from imagenet_runs import SYNSETS, assert_scores, random_model, run, timm_logits, write_pictures
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import RealLabelsImagenet
@@ -19,9 +16,8 @@ from timm.models import save_for_hf
 from coatnet_train.evaluation import imagenet as evaluate
 from coatnet_train.evaluation import imagenet_labels
 from coatnet_train.runtime.cli import ConfigError
-
-ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / 'shared'
+from support.imagenet_runs import SYNSETS, assert_scores, random_model, run, timm_logits, write_images
+from support.images import needs_images, unpack_images
 
 
 def learn(model: torch.nn.Module, logits: torch.Tensor, labels: torch.Tensor, share: float = 0.5) -> None:
@@ -31,12 +27,9 @@ def learn(model: torch.nn.Module, logits: torch.Tensor, labels: torch.Tensor, sh
     bias[labels[:max(1, int(share * len(labels)))]] += top.median()
 
 
-@pytest.mark.skipif(not (SHARED / 'data' / 'imagenet-1k-samples-128.zip').exists(),
-                    reason='needs ../shared/data/imagenet-1k-samples-128.zip, one real image of each ImageNet class')
+@needs_images('imagenet-1k-samples-128')  # one of each class
 def test_agrees_with_timm_on_every_picture_of_a_real_set(settings, tmp_path, randomize, classes_of):
-    data = tmp_path / 'in1k'
-    subprocess.run([sys.executable, SHARED / 'tools' / 'unpack_data.py', 'imagenet-1k-samples-128', data], check=True,
-                   stdout=subprocess.DEVNULL)
+    data = unpack_images('imagenet-1k-samples-128', tmp_path / 'in1k')
     model = random_model(randomize)
     arguments = {'img_size': 64}
     taken = []
@@ -183,7 +176,7 @@ def test_averaged_weights_are_taken_only_if_asked(settings, tmp_path, randomize)
 
 def real_folder(folder: Path, count: int) -> Path:
     """ILSVRC2012_val_*.JPEG in class folders that do not sort like the files."""
-    write_pictures(folder, ['x'], each=count)
+    write_images(folder, ['x'], each=count)
     for number in range(count):
         target = folder / 'val' / SYNSETS[(number * 7) % 5]
         target.mkdir(parents=True, exist_ok=True)
@@ -234,7 +227,7 @@ def test_real_labels_need_the_names_of_the_validation_split(settings, ten, tmp_p
 def test_corruptions_are_reported_each_and_as_means(settings, tmp_path, capsys):
     parts = [(corruption, severity) for corruption in ('fog', 'gaussian_noise') for severity in ('1', '5')]
     for seed, (corruption, severity) in enumerate(parts):
-        write_pictures(tmp_path / 'c' / corruption / severity, SYNSETS[:4], each=3, seed=seed)
+        write_images(tmp_path / 'c' / corruption / severity, SYNSETS[:4], each=3, seed=seed)
     row = run(settings, data_dir=str(tmp_path / 'c'), output=str(tmp_path / 'files'))
     alone = [run(settings, data_dir=str(tmp_path / 'c' / corruption / severity)) for corruption, severity in parts]
     for (corruption, severity), one in zip(parts, alone, strict=True):

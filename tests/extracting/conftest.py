@@ -2,14 +2,14 @@
 from pathlib import Path
 
 import pytest
-from script_runs import write_pictures
 
 import extract_features
+from support.images import write_images
 
 
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp('pictures'))
+    return write_images(tmp_path_factory.mktemp('pictures'))
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from closeness import assert_same_up_to_rounding
-from feature_runs import read_index, read_rows, run, shards_of
 from PIL import Image
-from script_runs import run_main, run_processes, write_pictures
 
 import extract_features
 from coatnet_train.runtime.cli import ConfigError
+from support.closeness import assert_same_up_to_rounding
+from support.commands import run_main, run_processes
+from support.feature_runs import read_index, read_rows, run, shards_of
+from support.images import write_images
 
 
 @pytest.mark.parametrize(('changes', 'parts'), [
@@ -54,14 +55,14 @@ def test_bad_setting_is_refused_in_one_sentence_and_nothing_is_written(settings,
 
 
 def test_pictures_beside_folders_of_classes_are_refused(settings, tmp_path):
-    data = write_pictures(tmp_path / 'mixed', train=2, val=2)
+    data = write_images(tmp_path / 'mixed', train=2, val=2)
     (data / 'train' / 'red' / '0.png').rename(data / 'train' / 'stray.png')
     with pytest.raises(ConfigError, match=r'--data-dir .*stray\.png lies beside folders of classes; move'):
         run(settings, data_dir=str(data))
 
 
 def test_splits_of_different_classes_or_none_have_no_accuracy(settings, tmp_path):
-    data = write_pictures(tmp_path / 'data', train=4, val=2)
+    data = write_images(tmp_path / 'data', train=4, val=2)
     (data / 'val' / 'red').rename(data / 'val' / 'crimson')
     with pytest.raises(ConfigError, match='--knn needs the same classes in both splits, but crimson, red are'):
         run(settings, data_dir=str(data), knn=True, knn_k=2)
@@ -76,7 +77,7 @@ def test_splits_of_different_classes_or_none_have_no_accuracy(settings, tmp_path
 
 def test_too_few_pictures_for_a_probe(settings, tmp_path):
     pytest.importorskip('sklearn')
-    data = write_pictures(tmp_path / 'data', train=1, val=1)
+    data = write_images(tmp_path / 'data', train=1, val=1)
     with pytest.raises(ConfigError, match='--linear-probe needs more images or classes in --split'):
         run(settings, data_dir=str(data), linear_probe=True)
 
@@ -108,7 +109,7 @@ def test_help_explains_each_setting(monkeypatch, capsys):
 
 
 def test_two_processes_write_the_files_of_one(settings, tmp_path):
-    data = write_pictures(tmp_path / 'data')
+    data = write_images(tmp_path / 'data')
     (data / 'train' / 'red' / '8.png').write_text('no image')  # in the second process's part
     arguments = ['--data-dir', str(data), '--model', 'test_resnet', '--img-size', '32', '--batch-size', '4',
                  '--shard-size', '10', '--workers', '0', '--device', 'cpu', '--knn', '--knn-k', '5',

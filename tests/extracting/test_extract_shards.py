@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_runs import expected_rows, read_bytes, read_index, read_rows, run, seeded_model, shards_of
 from PIL import Image
-from script_runs import CLASSES, write_pictures
 
 from coatnet_train.data import digest as data_digest
 from coatnet_train.data.config import DataSettings
@@ -20,8 +18,11 @@ from coatnet_train.data.dataset import create_dataset
 from coatnet_train.evaluation import extraction
 from coatnet_train.evaluation.feature_shards import read_column
 from coatnet_train.evaluation.features import PooledFeatures
-from coatnet_train.runtime import files
 from coatnet_train.runtime.cli import ConfigError
+from support.constants import CLASSES
+from support.crashes import SimulatedCrash, crash_at_write
+from support.feature_runs import expected_rows, read_bytes, read_index, read_rows, run, seeded_model, shards_of
+from support.images import write_images
 
 
 def test_safetensors_shards_hold_the_features_of_each_picture(settings, pictures):
@@ -151,29 +152,16 @@ def test_torchvision_set(settings, pictures):
 # The same again, and the rest after an interruption
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in the script may catch it."""
-
-
 def test_run_killed_at_any_write_goes_on_to_the_same_shards(settings, monkeypatch):
     whole = read_bytes(run(settings, output=settings.output + '-whole'))
-    replace, resumed = os.replace, 0
+    resumed = 0
     for kill_at in range(1, 20):
-        output, calls = f'{settings.output}-{kill_at}', 0
-
-        def kill(*args, kill_at=kill_at):
-            nonlocal calls
-            calls += 1
-            if calls == kill_at:
-                raise Killed
-            return replace(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(files.os, 'replace', kill)
+        output = f'{settings.output}-{kill_at}'
+        with crash_at_write(monkeypatch, kill_at):
             try:
                 run(settings, output=output)
                 break
-            except Killed:
+            except SimulatedCrash:
                 folder = Path(output) / 'train'
         done = {path: path.stat().st_mtime_ns for path in shards_of(folder)}
         assert not (folder / 'index.json').exists() or not read_index(folder)['complete'] or kill_at > 6
@@ -192,7 +180,7 @@ def test_finished_run_computes_nothing_again(settings, monkeypatch):
 
 
 def test_other_settings_and_other_data_are_refused_with_both_values(settings, pictures, tmp_path):
-    data = write_pictures(tmp_path / 'data', train=4, val=1)
+    data = write_images(tmp_path / 'data', train=4, val=1)
     settings = dataclasses.replace(settings, data_dir=str(data))
     folder = run(settings)
     before = read_bytes(folder), (folder / 'index.json').read_bytes()
@@ -222,7 +210,7 @@ def test_other_settings_and_other_data_are_refused_with_both_values(settings, pi
 
 
 def test_swapped_images_of_one_size_are_refused_and_a_copy_elsewhere_is_not(settings, tmp_path):
-    data = write_pictures(tmp_path / 'data', train=2, val=1)
+    data = write_images(tmp_path / 'data', train=2, val=1)
     for path in list(data.rglob('*.png')):
         Image.open(path).save(path.with_suffix('.bmp'))
         path.unlink()
@@ -244,7 +232,7 @@ def test_swapped_images_of_one_size_are_refused_and_a_copy_elsewhere_is_not(sett
 
 def test_what_is_beyond_the_first_bytes_is_compared_by_size_and_middle(tmp_path, monkeypatch):
     monkeypatch.setattr(data_digest, 'HASHED', 0)
-    data = write_pictures(tmp_path / 'data', train=2, val=1)
+    data = write_images(tmp_path / 'data', train=2, val=1)
     path = data / 'train' / 'red' / '1.png'
     path.write_bytes(bytes(10_000))
     found = []
@@ -260,7 +248,7 @@ def test_every_source_has_a_digest_of_its_content(kind, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_DATASETS_OFFLINE', '1')
     found = []
     for name, seed in (('one', 1), ('same', 1), ('other', 2)):
-        folder = write_pictures(tmp_path / name, train=1, val=1)
+        folder = write_images(tmp_path / name, train=1, val=1)
         Image.new('RGB', (4, 4), (seed, 0, 0)).save(folder / 'train' / 'red' / '0.png')
         settings = DataSettings(data_dir=str(folder / 'train'), dataset=kind, workers=0)
         if kind == 'hfds':
@@ -279,7 +267,7 @@ def test_every_source_has_a_digest_of_its_content(kind, tmp_path, monkeypatch):
 
 
 def test_names_that_are_no_utf8_are_escaped_alike_in_both_formats(settings, tmp_path):
-    data = write_pictures(tmp_path / 'data', train=2, val=1)
+    data = write_images(tmp_path / 'data', train=2, val=1)
     (data / 'train' / 'red').rename(data / 'train' / os.fsdecode(b'r\xe9d'))
     (data / 'train' / 'blue' / '0.png').write_bytes(b'')
     (data / 'train' / 'blue' / '0.png').rename(data / 'train' / 'blue' / os.fsdecode(b'\xff.png'))
@@ -301,7 +289,7 @@ def test_names_that_are_no_utf8_are_escaped_alike_in_both_formats(settings, tmp_
 def test_unreadable_pictures_have_no_row_and_are_listed(settings, tmp_path, kind, capsys):
     if kind == 'parquet':
         pytest.importorskip('pyarrow')
-    data = write_pictures(tmp_path / 'data', train=4, val=1)
+    data = write_images(tmp_path / 'data', train=4, val=1)
     whole = read_rows(run(settings, data_dir=str(data), output=settings.output + '-whole'))[0]['embedding']
     broken = data / 'train' / 'green' / '1.png'
     broken.write_bytes(broken.read_bytes()[:100])
@@ -334,7 +322,7 @@ def test_unreadable_pictures_have_no_row_and_are_listed(settings, tmp_path, kind
 def test_shard_without_a_readable_picture(settings, tmp_path, kind):
     if kind == 'parquet':
         pytest.importorskip('pyarrow')
-    data = write_pictures(tmp_path / 'data', train=2, val=1)
+    data = write_images(tmp_path / 'data', train=2, val=1)
     for index in range(2):
         (data / 'train' / 'blue' / f'{index}.png').write_text('no image')
     folder = run(settings, data_dir=str(data), shard_size=2, max_bad_images=1.0, format=kind)

@@ -7,13 +7,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from feature_runs import brute_force_knn, expected_rows, read_index, read_rows, run, seeded_model
 from safetensors.torch import save_file
-from script_runs import CLASSES
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
 from coatnet_train.evaluation.features import PROBE_STRENGTHS, PooledFeatures, PyramidFeatures, knn_top1, linear_probe
 from coatnet_train.runtime.cli import ConfigError
+from support.constants import CLASSES
+from support.feature_runs import brute_force_knn, expected_rows, read_index, read_rows, run, seeded_model
 
 
 def norm_of(model: torch.nn.Module, values: torch.Tensor) -> torch.Tensor:

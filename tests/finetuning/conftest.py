@@ -2,14 +2,19 @@
 from pathlib import Path
 
 import pytest
-from script_runs import write_pictures
 
 import finetune
+from support.images import write_images
+
+
+@pytest.fixture(autouse=True)
+def plain_figures_of_runs(plain_figures) -> None:
+    """Tests in this folder save their figures as a pixel."""
 
 
 @pytest.fixture(scope='session')
 def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp('pictures'))
+    return write_images(tmp_path_factory.mktemp('pictures'))
 
 
 @pytest.fixture

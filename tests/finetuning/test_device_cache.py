@@ -9,8 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from runs import assert_same_run, read_metrics, run, write_shards
-from script_runs import write_pictures
 from timm.data import create_transform
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -34,6 +32,8 @@ from coatnet_train.runtime.accelerator import create_accelerator
 from coatnet_train.runtime.cli import ConfigError, Preempted
 from coatnet_train.training.loaders import create_datasets, create_loaders, training_transform
 from coatnet_train.training.trainer import Trainer
+from support.finetune_runs import assert_same_run, read_metrics, run, write_shards
+from support.images import write_images
 
 MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816)
 AUGMENTED = dict(cache_images=True, mixup=0.2, cutmix=1.0, reprob=0.5, color_jitter=0.4, train_img_sizes=(16, 32))
@@ -199,7 +199,7 @@ def test_it_learns_and_its_scores_are_those_of_evaluation(settings, pictures):
 
 
 def test_unreadable_pictures_are_named(settings, tmp_path):
-    data = write_pictures(tmp_path / 'own')
+    data = write_images(tmp_path / 'own')
     bad = data / 'train' / 'red' / '3.png'
     bad.write_bytes(b'no image')
     run_dir = run(settings, data_dir=str(data), cache_images=True, max_bad_images=0.1)
@@ -208,7 +208,7 @@ def test_unreadable_pictures_are_named(settings, tmp_path):
 
 
 def test_settings_reach_the_pictures(settings, tmp_path):
-    data = write_pictures(tmp_path / 'own')
+    data = write_images(tmp_path / 'own')
     wide = Image.new('RGB', (96, 32))
     wide.paste((255, 255, 255), (0, 0, 32, 32))
     wide.save(data / 'train' / 'blue' / '0.png')

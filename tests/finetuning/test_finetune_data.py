@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import assert_same_run, read_checkpoint, read_metrics, run, write_shards
-from script_runs import CLASSES, write_pictures
 from torchvision.transforms.functional import pil_to_tensor
 
 from coatnet_train.data.config import DataSettings
 from coatnet_train.data.dataset import IndexedImageDataset, create_dataset, read_image, read_targets
 from coatnet_train.data.loader import EpochSampler
 from coatnet_train.runtime.cli import ConfigError
+from support.constants import CLASSES
+from support.finetune_runs import assert_same_run, read_checkpoint, read_metrics, run, write_shards
+from support.images import write_images
 
 
 def spoil(path: Path) -> Path:
@@ -23,7 +24,7 @@ def spoil(path: Path) -> Path:
 
 
 def test_unreadable_pictures_are_named_skipped_and_counted_once(settings, tmp_path, capsys):
-    data = write_pictures(tmp_path / 'own')
+    data = write_images(tmp_path / 'own')
     bad = [spoil(data / 'train' / 'red' / '3.png'), spoil(data / 'val' / 'blue' / '0.png')]
     run_dir = run(settings, data_dir=str(data), max_bad_images=0.1)
     printed = capsys.readouterr()
@@ -39,7 +40,7 @@ def test_unreadable_pictures_are_named_skipped_and_counted_once(settings, tmp_pa
 
 
 def test_too_many_unreadable_pictures_stop_the_run(settings, tmp_path):
-    data = write_pictures(tmp_path / 'own')
+    data = write_images(tmp_path / 'own')
     path = spoil(data / 'train' / 'red' / '3.png')
     with pytest.raises(ConfigError, match=r'--max-bad-images 0.001 allows 0 .* 36 images.*red/3.png.*number 1'):
         run(settings, data_dir=str(data))
@@ -51,7 +52,7 @@ def test_too_many_unreadable_pictures_stop_the_run(settings, tmp_path):
 @pytest.mark.parametrize(
     'content', [b'', b'no image', b'\x89PNG\r\n\x1a\n' + bytes(50), b'GIF89a', b'\xff\xd8\xff\xe0junk'])
 def test_every_kind_of_broken_file_is_found(tmp_path, content):
-    data = write_pictures(tmp_path / 'own', train=2, val=1)
+    data = write_images(tmp_path / 'own', train=2, val=1)
     (data / 'train' / 'green' / '0.png').write_bytes(content)
     dataset, _ = create_dataset(DataSettings(data_dir=str(data)), 'train')
     index = next(i for i in range(6) if dataset.filename(i) == 'green/0.png')
@@ -80,7 +81,7 @@ def test_balanced_classes_are_drawn_equally_often():
 
 
 def test_balanced_run_sees_another_order(settings, tmp_path):
-    data = write_pictures(tmp_path / 'own')
+    data = write_images(tmp_path / 'own')
     for index in range(2, 12):
         (data / 'train' / 'red' / f'{index}.png').unlink()
     plain, balanced = (run(settings, data_dir=str(data), experiment=str(on), class_balanced=on, epochs=1)
@@ -98,7 +99,7 @@ def test_class_map_sets_the_order_of_the_labels(settings, tmp_path):
 def test_hub_data_sets_train_whole_and_streamed(settings, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_DATASETS_OFFLINE', '1')
     options = dict(data_dir=str(tmp_path / 'cache'), epochs=1, val_split='validation')
-    folder = write_pictures(tmp_path / 'own')
+    folder = write_images(tmp_path / 'own')
     (folder / 'val').rename(folder / 'validation')
     whole = run(settings, dataset=f'hfds/{folder}', experiment='whole', **options)
     assert json.loads((whole / 'config.json').read_text())['label_names'] == list(CLASSES)
@@ -142,7 +143,7 @@ def test_grey_shards_are_read_as_grey(settings, tmp_path):
 
 @pytest.mark.parametrize('extension', ['webp', 'bmp', 'tiff'])
 def test_folders_hold_more_than_jpeg_and_png(tmp_path, extension):
-    data = write_pictures(tmp_path / 'own', train=2, val=1)
+    data = write_images(tmp_path / 'own', train=2, val=1)
     for path in list((data / 'train').rglob('*.png')):
         Image.open(path).save(path.with_suffix(f'.{extension}'))
         path.unlink()
@@ -153,7 +154,7 @@ def test_folders_hold_more_than_jpeg_and_png(tmp_path, extension):
 
 def test_names_that_differ_by_case_have_one_order_and_formulas_stay_names(settings, tmp_path):
     names = ('a', 'A', 'b', 'B', '$1', '$5')
-    data = write_pictures(tmp_path / 'own', classes=names, train=2, val=1)
+    data = write_images(tmp_path / 'own', classes=names, train=2, val=1)
     dataset, found = create_dataset(DataSettings(data_dir=str(data)), 'train')
     assert found == ['$1', '$5', 'A', 'a', 'B', 'b']
     assert all(Path(dataset.filename(i)).parent.name == found[label] for i, label in enumerate(read_targets(dataset)))
@@ -162,7 +163,7 @@ def test_names_that_differ_by_case_have_one_order_and_formulas_stay_names(settin
 
 
 def test_sixteen_bits_of_grey_are_scaled(tmp_path):
-    data = write_pictures(tmp_path / 'own', train=2, val=1)
+    data = write_images(tmp_path / 'own', train=2, val=1)
     values = (np.arange(36 * 40, dtype=np.uint16) * 45).reshape(36, 40)
     Image.fromarray(values).save(data / 'train' / 'blue' / '0.png')
     dataset, _ = create_dataset(DataSettings(data_dir=str(data)), 'train')
@@ -171,7 +172,7 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path):
 
 
 def test_pictures_beside_the_classes_are_refused(settings, tmp_path):
-    data = write_pictures(tmp_path / 'own', train=2, val=1)
+    data = write_images(tmp_path / 'own', train=2, val=1)
     for split in ('train', 'val'):
         (data / split / 'stray.png').write_bytes((data / 'train' / 'red' / '0.png').read_bytes())
     with pytest.raises(ConfigError, match='in the folder of its class'):
@@ -179,7 +180,7 @@ def test_pictures_beside_the_classes_are_refused(settings, tmp_path):
 
 
 def test_unreadable_pictures_are_remembered_over_a_resume(settings, tmp_path):
-    data = write_pictures(tmp_path / 'own')
+    data = write_images(tmp_path / 'own')
     path = spoil(data / 'train' / 'red' / '3.png')
     run_dir = run(settings, data_dir=str(data), max_bad_images=0.1)
     run(settings, data_dir=str(data), max_bad_images=0.2, resume='auto')

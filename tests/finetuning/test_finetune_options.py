@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from runs import assert_same_tensors, read_checkpoint, read_metrics, run
 from safetensors.torch import load_file
-from script_runs import needs_inductor
 from timm.utils import random_seed
 
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training import run as training_run
+from support.commands import needs_inductor
+from support.finetune_runs import assert_same_tensors, read_checkpoint, read_metrics, run
 
 
 def test_average_of_weights_is_released_and_not_stuck_at_the_start(settings):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Killed, read_checkpoint
 
 import finetune
 from coatnet_train.benchmarks.config import LoaderSettings
@@ -14,6 +13,8 @@ from coatnet_train.runtime import accelerator as processes
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training.trainer import Trainer
 from finetune import read_settings
+from support.crashes import SimulatedCrash
+from support.finetune_runs import read_checkpoint
 
 EMULATED = 'this CPU has no bfloat16 instructions'
 
@@ -57,12 +58,12 @@ def test_recipe_leaves_emulated_bfloat16_out_and_amp_is_obeyed(
 def stop_after_an_epoch(monkeypatch, settings: finetune.Settings) -> None:
     def end_epoch(self: Trainer) -> None:
         whole(self)
-        raise Killed
+        raise SimulatedCrash
 
     with monkeypatch.context() as patch:
         whole = Trainer.end_epoch
         patch.setattr(Trainer, 'end_epoch', end_epoch)
-        with pytest.raises(Killed):
+        with pytest.raises(SimulatedCrash):
             finetune.main(settings)
 
 

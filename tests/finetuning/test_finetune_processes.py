@@ -2,17 +2,13 @@
 import csv
 import dataclasses
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import write_shards
 from safetensors.torch import load_file
-from script_runs import ROOT, run_processes, write_pictures
 from timm.data import create_transform
 
 import finetune
@@ -25,6 +21,10 @@ from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.runtime.accelerator import create_accelerator
 from coatnet_train.training.teach_config import read_settings
+from support.commands import environment, run_processes, torchrun
+from support.constants import ROOT
+from support.finetune_runs import write_shards
+from support.images import write_images
 
 MODEL = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
@@ -32,18 +32,12 @@ MODEL = (
 
 
 def train(data: Path, output: Path, processes: int, batch_size: int, *flags: str, model=MODEL) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    launch = ['-m', 'torch.distributed.run', f'--nproc-per-node={processes}', '--master-addr=127.0.0.1',
-              f'--master-port={port}'] if processes > 1 else []
     command = [
-        sys.executable, *launch, ROOT / 'scripts' / 'finetune.py', '--data-dir', data, *model, '--img-size', '32',
-        '--batch-size', str(batch_size), '--device', 'cpu', '--workers', '0', '--output', output,
-        '--experiment', f'{processes}', '--drop-path', '0', *flags]
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+        *(torchrun(processes) if processes > 1 else [sys.executable]), ROOT / 'scripts' / 'finetune.py', '--data-dir',
+        data, *model, '--img-size', '32', '--batch-size', str(batch_size), '--device', 'cpu', '--workers', '0',
+        '--output', output, '--experiment', f'{processes}', '--drop-path', '0', *flags]
     result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+        list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count('best epoch') == 1  # one process speaks
     with (output / f'{processes}' / 'metrics.csv').open() as file:
@@ -52,7 +46,7 @@ def train(data: Path, output: Path, processes: int, batch_size: int, *flags: str
 
 def test_first_20_losses_equal_those_of_one_process(tmp_path):
     # a batch is the whole set, so that an epoch is a step, and the loss of an epoch that of a step
-    data = write_pictures(tmp_path / 'pictures', train=8, val=5)
+    data = write_images(tmp_path / 'pictures', train=8, val=5)
     flags = '--epochs', '20', '--warmup-epochs', '2', '--lr', '1e-3'
     one = train(data, tmp_path, 1, 24, *flags)
     two = train(data, tmp_path, 2, 12, *flags)
@@ -71,8 +65,9 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path):
     assert confidences[0] == pytest.approx(confidences[1], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_decoded_pictures_are_shared_out(tmp_path):
-    data = write_pictures(tmp_path / 'pictures', train=8, val=5)
+    data = write_images(tmp_path / 'pictures', train=8, val=5)
     flags = '--cache-images', '--epochs', '4', '--warmup-epochs', '1', '--lr', '1e-3'
     one, two = train(data, tmp_path, 1, 8, *flags), train(data, tmp_path, 2, 4, *flags)
     for first, second in zip(one, two, strict=True):
@@ -80,9 +75,9 @@ def test_decoded_pictures_are_shared_out(tmp_path):
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
 
 
-@pytest.mark.parametrize('cached', [False, True])
+@pytest.mark.parametrize('cached', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_stored_outputs_are_written_and_read_by_both(tmp_path, cached):
-    data, output, cache = write_pictures(tmp_path / 'pictures', train=8, val=5), tmp_path / 'both', ['--cache-images']
+    data, output, cache = write_images(tmp_path / 'pictures', train=8, val=5), tmp_path / 'both', ['--cache-images']
     finetune.main(finetune.Settings(
         data_dir=str(data), model='test_resnet', img_size=32, epochs=1, batch_size=8, workers=0, device='cpu',
         output=str(tmp_path), experiment='teacher'))
@@ -106,6 +101,7 @@ def test_stored_outputs_are_written_and_read_by_both(tmp_path, cached):
         assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_shards_are_shared_out(tmp_path):
     folder = write_shards(tmp_path / 'shards', held_out=2)
     rows = train(folder, tmp_path, 2, 8, '--dataset', 'wds/', '--num-classes', '3', '--epochs', '3', '--lr', '5e-3',
@@ -113,9 +109,10 @@ def test_shards_are_shared_out(tmp_path):
     assert len(rows) == 3 and rows[-1]['train_loss'] < rows[0]['train_loss']
 
 
+@pytest.mark.slow
 def test_released_weights_are_those_that_were_evaluated(tmp_path):
     # BatchNorm's statistics and their average differ between the processes; what is written is what was scored
-    data = write_pictures(tmp_path / 'pictures', train=16, val=5)
+    data = write_images(tmp_path / 'pictures', train=16, val=5)
     rows = train(data, tmp_path, 2, 8, '--epochs', '3', '--lr', '1e-2', '--model-ema', '--model-ema-decay', '0.5',
                  model=('--model', 'test_resnet'))
     best = max(rows, key=lambda row: (row['eval_top1'], -row['eval_loss']))

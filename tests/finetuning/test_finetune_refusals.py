@@ -2,15 +2,15 @@
 from pathlib import Path
 
 import pytest
-from runs import run
-from script_runs import write_pictures
 
 from coatnet_train.runtime.cli import ConfigError
+from support.finetune_runs import run
+from support.images import write_images
 
 
 @pytest.mark.parametrize(('changes', 'parts'), [
     ({'data_dir': 'no/such/folder'}, ['--data-dir', 'no/such/folder', 'not a folder', 'give']),
-    ({'train_split': 'training_set'}, ['--data-dir', 'no folder training_set', '/CLASS/PICTURE']),
+    ({'train_split': 'training_set'}, ['--data-dir', 'no folder training_set', '/CLASS/IMAGE']),
     ({'num_classes': 5}, ['--num-classes', '3', 'got 5', 'leave it out']),
     ({'model': 'test_resnett'}, ['--model', 'test_resnett', 'timm.list_models()', 'mean test_resnet']),
     ({'model': 'some/path'}, ['--model', 'some/path', 'local-dir:']),
@@ -88,13 +88,13 @@ def test_folder_without_pictures_is_refused(settings, tmp_path):
 
 
 def test_single_class_is_refused(settings, tmp_path):
-    data = write_pictures(tmp_path / 'single', classes=('blue',), train=2, val=2)
+    data = write_images(tmp_path / 'single', classes=('blue',), train=2, val=2)
     with pytest.raises(ConfigError, match=r'--data-dir .*at least 2 classes.* found 1'):
         run(settings, data_dir=str(data))
 
 
 def test_classes_of_one_split_only_are_named(settings, tmp_path):
-    data = write_pictures(tmp_path / 'uneven', train=2, val=2)
+    data = write_images(tmp_path / 'uneven', train=2, val=2)
     (data / 'val' / 'red').rename(data / 'val' / 'crimson')
     with pytest.raises(ConfigError, match='same classes, but crimson, red are in one only'):
         run(settings, data_dir=str(data))

@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import (
+from timm.task import ClassificationTask
+
+import finetune
+from coatnet_train.runtime import files
+from coatnet_train.runtime.cli import ConfigError, Preempted
+from coatnet_train.training.checkpoint import write_state
+from support.commands import environment
+from support.constants import ROOT
+from support.crashes import SimulatedCrash, crash_at_write
+from support.finetune_runs import (
     assert_everything_loads,
     assert_same_run,
     assert_same_tensors,
@@ -21,17 +30,7 @@ from runs import (
     read_metrics,
     run,
 )
-from script_runs import ROOT, write_pictures
-from timm.task import ClassificationTask
-
-import finetune
-from coatnet_train.runtime import files
-from coatnet_train.runtime.cli import ConfigError, Preempted
-from coatnet_train.training.checkpoint import write_state
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in the script may catch it."""
+from support.images import write_images
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -56,29 +55,19 @@ def test_run_that_ended_early_is_whole_and_may_go_on(settings):
 def test_run_killed_at_any_write_resumes_to_the_same_weights(settings, monkeypatch):
     options = dict(model_ema=True, drop=0.2, color_jitter=0.2, epochs=1)
     whole = run(settings, experiment='whole', **options)
-    replace, resumed = os.replace, 0
+    resumed = 0
     for kill_at in range(1, 100):
-        calls = 0
-
-        def kill(*args, kill_at=kill_at):
-            nonlocal calls
-            calls += 1
-            if calls == kill_at:
-                raise Killed
-            return replace(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(files.os, 'replace', kill)
+        with crash_at_write(monkeypatch, kill_at) as calls:
             try:
                 run_dir = run(settings, experiment=f'killed{kill_at}', **options)
                 break  # more writes allowed than there are
-            except Killed:
+            except SimulatedCrash:
                 run_dir = Path(settings.output) / f'killed{kill_at}'
         assert_everything_loads(run_dir)
         resumed += (run_dir / 'last' / 'checkpoint.pt').exists()
         assert_same_run(run(settings, experiment=run_dir.name, resume='auto', **options), whole)
         assert_same_tensors(read_checkpoint(run_dir)['state_dict_ema'], read_checkpoint(whole)['state_dict_ema'])
-    assert kill_at > 9 and resumed >= 3 and calls == kill_at - 1
+    assert kill_at > 9 and resumed >= 3 and len(calls) == kill_at - 1
 
 
 def test_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
@@ -90,9 +79,9 @@ def test_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
 
     def stop_half_way(temporary: Path) -> None:
         temporary.write_text('ne')
-        raise Killed
+        raise SimulatedCrash
 
-    with pytest.raises(Killed):
+    with pytest.raises(SimulatedCrash):
         files.write_file(path, stop_half_way)
     assert path.read_text() == 'old' and order == []
     files.write_file(path, lambda temporary: temporary.write_text('new'))
@@ -118,7 +107,7 @@ def test_changed_settings_are_refused_on_resume_with_both_values(settings):
 
 
 def test_changed_data_are_refused_on_resume(settings, tmp_path):
-    data = write_pictures(tmp_path / 'own', train=4, val=2)
+    data = write_images(tmp_path / 'own', train=4, val=2)
     run(settings, data_dir=str(data))
     (data / 'train' / 'red' / '0.png').unlink()
     with pytest.raises(ConfigError, match='train_images was 12, is 11'):
@@ -126,7 +115,7 @@ def test_changed_data_are_refused_on_resume(settings, tmp_path):
 
 
 def test_the_same_data_elsewhere_resume_and_renamed_or_replaced_images_do_not(settings, tmp_path):
-    data = write_pictures(tmp_path / 'own', train=4, val=2)
+    data = write_images(tmp_path / 'own', train=4, val=2)
     for path in list(data.rglob('*.png')):  # all of one size, whatever they show
         Image.open(path).save(path.with_suffix('.bmp'))
         path.unlink()
@@ -219,10 +208,10 @@ def kill_at_step(monkeypatch, step: int, kill) -> None:
 
 
 def stop() -> None:
-    raise Killed
+    raise SimulatedCrash
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_run_killed_at_random_moments_resumes_to_the_same_weights(settings, monkeypatch, workers):
     options = dict(drop=0.2, reprob=0.3, mixup=0.5, epochs=3, grad_accum_steps=2, model_ema=True, workers=workers,
                    batch_size=4)
@@ -231,7 +220,7 @@ def test_run_killed_at_random_moments_resumes_to_the_same_weights(settings, monk
     in_mid_epoch = 0
     for moment in moments:
         name = f'killed{moment}'
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch, pytest.raises(SimulatedCrash):
             kill_at_step(patch, moment, stop)
             run(settings, experiment=name, recovery_interval=1, **options)
         run_dir = Path(settings.output) / name
@@ -269,12 +258,13 @@ def start_process(settings: finetune.Settings, **changes) -> subprocess.Popen:
     flags = [f'--{name.replace("_", "-")}={values[name]}' for name in (
         'data_dir', 'model', 'img_size', 'epochs', 'batch_size', 'lr', 'warmup_epochs', 'workers', 'device', 'output',
         'experiment', 'resume', 'recovery_interval')]
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': str(torch.get_num_threads())}
-    return subprocess.Popen([sys.executable, ROOT / 'scripts' / 'finetune.py', *flags], env=environment,
+    return subprocess.Popen([sys.executable, ROOT / 'scripts' / 'finetune.py', *flags], env=environment(),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize(('number', 'code'), [(signal.SIGKILL, -9), (signal.SIGTERM, finetune.PREEMPTED)])
+@pytest.mark.parametrize(('number', 'code'), [
+    pytest.param(signal.SIGKILL, -9, id='SIGKILL', marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, finetune.PREEMPTED, id='SIGTERM')])
 def test_killed_process_resumes_to_the_same_weights(settings, number, code):
     settings = dataclasses.replace(settings, epochs=5, workers=1)
     process = start_process(settings, recovery_interval=1)
@@ -304,7 +294,7 @@ def test_full_disk_loses_nothing_that_was_saved(settings, monkeypatch):
         run(settings)
     run_dir = Path(settings.output) / 'run'
     assert read_checkpoint(run_dir)['progress']['epoch'] == 2
-    assert not list(run_dir.rglob('.*.tmp')) and assert_everything_loads(run_dir) == 6
+    assert not list(run_dir.rglob('.*.tmp')) and assert_everything_loads(run_dir) == 5
     assert_same_run(run(settings, resume='auto'), run(settings, experiment='whole'))
 
 

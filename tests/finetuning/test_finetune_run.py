@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from closeness import assert_same_up_to_rounding
 from PIL import Image
-from runs import assert_everything_loads, read_checkpoint, read_metrics, run, run_command
 from safetensors import safe_open
 from safetensors.torch import load_file
-from script_runs import CLASSES
 from timm.data import create_dataset, create_transform, resolve_data_config
 
 import finetune
 from coatnet_train.plotting import plots
 from coatnet_train.runtime.cli import ConfigError
-from coatnet_train.training import recipes
+from coatnet_train.training import recipes, trainer
 from coatnet_train.training import run as training_run
+from support.closeness import assert_same_up_to_rounding
+from support.constants import CLASSES
+from support.finetune_runs import assert_everything_loads, read_checkpoint, read_metrics, run, run_command
 
 
 def test_run_leaves_a_loadable_model_with_its_own_classes_and_data_settings(settings):
@@ -52,8 +52,11 @@ def test_run_leaves_a_loadable_model_with_its_own_classes_and_data_settings(sett
     assert summary['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-4)
 
 
+@pytest.mark.draws_figures
 def test_run_folder_is_complete_and_readable(settings):
     run_dir = run(settings)
+    for name in ('confusion.png', 'curves.png', 'misclassified.png'):
+        assert min(Image.open(run_dir / name).size) > 300
     assert {path.relative_to(run_dir).as_posix() for path in run_dir.rglob('*') if path.is_file()} == {
         'args.json', 'config.json', 'confusion.png', 'curves.png', 'last/checkpoint.pt', 'metrics.csv',
         'misclassified.png', 'model.safetensors', 'predictions.csv', 'summary.json'}
@@ -69,6 +72,20 @@ def test_run_folder_is_complete_and_readable(settings):
         best['epoch'], best['eval_top1'], best['eval_loss'])
     assert summary['torch'] == torch.__version__ and summary['seed'] == settings.seed
     assert history[0]['lr'] > history[1]['lr'] > settings.min_lr
+
+
+@pytest.mark.parametrize(('seconds', 'rows'), [(0, [1, 2, 2]), (1000, [2])], ids=['every_epoch', 'only_at_the_end'])
+def test_curves_are_drawn_after_some_time_and_at_the_end(settings, monkeypatch, seconds, rows):
+    drawn = []
+
+    def write_curves(run_dir: Path, history: list[dict]) -> None:
+        assert len(read_metrics(run_dir)) == len(history)
+        drawn.append(len(history))
+
+    monkeypatch.setattr(trainer, 'write_curves', write_curves)
+    monkeypatch.setattr(trainer, 'CURVES_SECONDS', seconds)
+    run(settings)
+    assert drawn == rows
 
 
 def test_closing_line_loads_the_model_as_it_stands(settings, capsys):

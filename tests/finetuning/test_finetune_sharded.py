@@ -1,7 +1,5 @@
 """FSDP with two processes on a CPU: the losses of one process, whole weights in every file, and a run that goes on."""
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -9,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_tensors, read_checkpoint, read_metrics
 from safetensors.torch import load_file
-from script_runs import ROOT, write_pictures
 from timm.data import create_transform
 
 from coatnet_train.data.config import DataSettings
@@ -21,6 +17,10 @@ from coatnet_train.evaluation.evaluator import predict
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.runtime.accelerator import create_accelerator
+from support.commands import environment, free_port
+from support.constants import ROOT
+from support.finetune_runs import assert_same_tensors, read_checkpoint, read_metrics
+from support.images import write_images
 
 LIGHT = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
@@ -30,18 +30,15 @@ COAT = '--model', 'coatnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embe
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp('pictures') / 'pictures', train=8, val=5)
+    return write_images(tmp_path_factory.mktemp('pictures') / 'pictures', train=8, val=5)
 
 
 def sharded(*arguments: object, blocks: str = 'MBConv,TransformerBlock', script: str = 'finetune.py') -> list[str]:
     """The line of the launch page, for two CPUs."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
     return list(map(str, (
         sys.executable, '-m', 'accelerate.commands.launch', '--config_file', ROOT / 'scripts' / 'launch' / 'fsdp.yaml',
-        '--num_processes', 2, '--main_process_port', port, '--fsdp_transformer_layer_cls_to_wrap', blocks,
-        ROOT / 'tests' / 'finetuning' / 'as_gpus.py', ROOT / 'scripts' / script, *arguments)))
+        '--num_processes', 2, '--main_process_port', free_port(), '--fsdp_transformer_layer_cls_to_wrap', blocks,
+        ROOT / 'tests' / 'support' / 'fake_multi_gpu.py', ROOT / 'scripts' / script, *arguments)))
 
 
 def recipe_settings(data: Path, output: Path, experiment: str, *flags: object) -> tuple:
@@ -51,12 +48,13 @@ def recipe_settings(data: Path, output: Path, experiment: str, *flags: object) -
 
 
 def run(command: list[object], code: int | None = 0) -> str:
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'COLUMNS': '400'}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(COLUMNS='400'),
+                            timeout=300)
     assert code is None or result.returncode == code, result.stderr[-3000:]
     return result.stderr
 
 
+@pytest.mark.slow
 def test_first_20_losses_equal_those_of_one_process(tmp_path, data):
     # two groups of two batches an epoch, so that gradients are added up in shards too
     flags = (*LIGHT, '--drop-path', 0, '--epochs', 10, '--warmup-epochs', 2, '--lr', '1e-3', '--grad-accum-steps', 2)
@@ -73,14 +71,14 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path, data):
     assert 'stem.conv1.weight' in read_checkpoint(tmp_path / 'two')['optimizer']['state']
 
 
+@pytest.mark.slow
 def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(tmp_path, data):
     flags = (
         *COAT, '--batch-size', 3, '--epochs', 6, '--lr', '5e-3', '--amp', '--layer-decay', 0.9, '--head-lr-scale', 2)
     run(sharded(*recipe_settings(data, tmp_path, 'whole', *flags)))
     stopped, command = tmp_path / 'stopped', sharded(*recipe_settings(
         data, tmp_path, 'stopped', *flags, '--resume', 'auto', '--recovery-interval', 1))
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while not (stopped / 'metrics.csv').exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -107,10 +105,10 @@ def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(t
 
 
 @pytest.mark.parametrize(('flags', 'options', 'said'), [
-    (('--model-ema',), {}, '--model-ema averages full weights'),
-    ((), {'blocks': 'NoSuchBlock'}, 'NoSuchBlock'),
-    ((), {'script': 'eval_imagenet.py'}, 'FSDP is for finetune.py'),
-], ids=['ema', 'blocks', 'script'])
+    pytest.param(('--model-ema',), {}, '--model-ema averages full weights', id='ema', marks=pytest.mark.slow),
+    pytest.param((), {'blocks': 'NoSuchBlock'}, 'NoSuchBlock', id='blocks'),
+    pytest.param((), {'script': 'eval_imagenet.py'}, 'FSDP is for finetune.py', id='script', marks=pytest.mark.slow),
+])
 def test_what_shards_cannot_do_is_a_sentence(tmp_path, data, flags, options, said):
     arguments = (*COAT, '--data-dir', data, '--device', 'cpu')
     if not options.get('script'):

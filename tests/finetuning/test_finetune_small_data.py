@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from runs import run
 from safetensors.torch import load_file
 
 import finetune
@@ -14,6 +13,7 @@ from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training import trainer
 from coatnet_train.training.schedule import MIN_UPDATES, advice, with_schedule
 from finetune import read_settings
+from support.finetune_runs import run
 
 SMALL = ['--recipe', 'small_data', '--data-dir', 'images', '--model', 'test_resnet']
 

@@ -1,15 +1,12 @@
 """teach.py and --teacher-outputs: what is stored is what the teacher says of the very images that a student sees."""
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from runs import Killed, assert_same_run, read_checkpoint, read_metrics, run, write_shards
 from safetensors.torch import load_file, save_file
-from script_runs import write_pictures
 from torch.nn import functional as F
 
 import finetune
@@ -17,12 +14,14 @@ import teach
 from coatnet_train.data.loader import EpochSampler
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
-from coatnet_train.runtime import files
 from coatnet_train.runtime.cli import ConfigError, Preempted
 from coatnet_train.training.distillation import BatchMixup, ResizedInput, stored_kl_div
 from coatnet_train.training.teach_config import read_settings
 from coatnet_train.training.teacher_outputs import TeacherOutputs, compress
 from coatnet_train.training.trainer import Trainer
+from support.crashes import SimulatedCrash, crash_at_write
+from support.finetune_runs import assert_same_run, read_checkpoint, read_metrics, run, write_shards
+from support.images import write_images
 
 NORMALISATION = dict(mean=(0.3, 0.4, 0.5), std=(0.2, 0.3, 0.4))
 VIEWS = dict(img_size=32, scale=(0.3, 0.9), color_jitter=0.3, interpolation='bilinear')
@@ -212,7 +211,7 @@ def test_outputs_of_other_images_or_views_are_refused(settings, teaching, tmp_pa
             ('teacher_img_size', 48, 'teacher_img_size is 32 there and 48 here')):
         with pytest.raises(ConfigError, match=r'--teacher-outputs .* is of other images or views: ' + message):
             run(change(taught, **{name: value}))
-    other = write_pictures(tmp_path / 'other', train=12)
+    other = write_images(tmp_path / 'other', train=12)
     first, second = (other / 'train' / name / '0.png' for name in ('red', 'blue'))
     first.write_bytes(second.read_bytes())
     with pytest.raises(ConfigError, match=r'training_images is \w{12}\.\.\. there and \w{12}\.\.\. here; give'):
@@ -280,46 +279,34 @@ def test_teaching_goes_on_with_the_same_settings_data_and_teacher_alone(teaching
     save_file(state, other / 'model.safetensors', {'format': 'pt'})
     with pytest.raises(ConfigError, match=r'teacher_weights is \w{12}\.\.\. there and \w{12}\.\.\. here'):
         store(teaching, teacher=f'local-dir:{other}')
-    data = write_pictures(tmp_path / 'data', train=12)
+    data = write_images(tmp_path / 'data', train=12)
     (data / 'train' / 'red' / '0.png').rename(data / 'train' / 'red' / 'z.png')
     with pytest.raises(ConfigError, match='training_images is'):
         store(teaching, data_dir=str(data))
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize('cached', [False, True])
+@pytest.mark.parametrize('cached', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_teaching_killed_at_any_write_goes_on_to_the_same_shards(teaching, monkeypatch, cached):
     teaching = change(teaching, cache_images=cached, top_k=2)
     whole = contents(store(teaching))
     assert list(whole) and len(whole) == 3
-    replace = os.replace
-    for kill_at in range(1, 100):
-        calls = 0
-
-        def kill(*args, kill_at=kill_at):
-            nonlocal calls
-            calls += 1
-            if calls == kill_at:
-                raise Killed
-            return replace(*args)
-
+    for kill_at in range(1, 9):  # the manifest at the start and the end, and with each of three shards
         folder = f'{teaching.output}_{kill_at}'
-        with monkeypatch.context() as patch:
-            patch.setattr(files.os, 'replace', kill)
-            try:
-                store(teaching, output=folder)
-                break  # more writes allowed than there are
-            except Killed:
-                pass
+        with crash_at_write(monkeypatch, kill_at), pytest.raises(SimulatedCrash):
+            store(teaching, output=folder)
         manifest = Path(folder) / 'manifest.json'
         assert not manifest.exists() or not json.loads(manifest.read_text())['complete']
         assert contents(store(teaching, output=folder)) == whole
-    assert kill_at == 9  # the manifest at the start and the end, and with each of three shards
+    with crash_at_write(monkeypatch, 9) as calls:
+        store(teaching, output=teaching.output + '_9')
+    assert len(calls) == 8
 
 
 @pytest.mark.parametrize('options', [
-    dict(cache_images=True, mixup=0.2, cutmix=1.0, train_img_sizes=(16, 32)), dict(workers=1, mixup=0.5),
-    dict(class_balanced=True)], ids=str)
+    dict(cache_images=True, mixup=0.2, cutmix=1.0, train_img_sizes=(16, 32)),
+    pytest.param(dict(workers=1, mixup=0.5), marks=pytest.mark.slow),
+    pytest.param(dict(class_balanced=True), marks=pytest.mark.slow)], ids=str)
 def test_killed_student_goes_on_to_the_same_weights(settings, teaching, monkeypatch, options):
     folder = store(teaching, cache_images=options.get('cache_images', False), top_k=2)
     taught = change(settings, teacher_outputs=folder, kd_loss_weight=0.8, drop=0.2, **VIEWS, **options)
@@ -353,7 +340,7 @@ def test_a_student_goes_on_with_the_same_outputs_alone(settings, teaching):
 
 
 def test_unreadable_images_are_counted_and_replaced_alike(settings, teaching, tmp_path, capsys):
-    data = write_pictures(tmp_path / 'own')
+    data = write_images(tmp_path / 'own')
     (data / 'train' / 'red' / '3.png').write_bytes(b'no image')
     with pytest.raises(ConfigError, match=r'--max-bad-images .* allows 0 unreadable among 36'):
         store(teaching, data_dir=str(data), output=teaching.output + '_few')

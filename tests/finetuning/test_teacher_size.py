@@ -1,13 +1,13 @@
 """--teacher-img-size: a teacher that sees the images of the student at a size of its own."""
 import pytest
 import torch
-from runs import read_metrics, run
 from torch import nn
 from torch.nn import functional as F
 
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training import run as training_run
 from coatnet_train.training.distillation import ResizedInput
+from support.finetune_runs import read_metrics, run
 
 
 class Recorder(nn.Module):

@@ -6,17 +6,17 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from names import NAME
-from script_runs import write_pictures
-from server import OWNER_TOKEN, HubServer
 
 import export
 import finetune
+from support.constants import RELEASE_NAME as NAME
+from support.hub_server import OWNER_TOKEN, HubServer
+from support.images import write_images
 
 
 @pytest.fixture(scope='session')
 def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp('hub') / 'colours', train=8, val=4)
+    return write_images(tmp_path_factory.mktemp('hub') / 'colours', train=8, val=4)
 
 
 @pytest.fixture(scope='session')

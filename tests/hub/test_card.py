@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from names import NAME
 from PIL import Image
 
 import card
 from coatnet_train.runtime.cli import ConfigError
+from support.constants import RELEASE_NAME as NAME
 
 
 def rewrite(folder: Path, cfg: dict | None = None, metrics: dict | None = None, **release) -> str:

@@ -14,13 +14,14 @@ import timm
 import torch
 from huggingface_hub import CommitOperationAdd, ModelCard, constants
 from safetensors.torch import save_file
-from server import OWNER_TOKEN, READER_TOKEN
 
 import model_card
 import publish
 import publish_run
 import verification
 from coatnet_train.runtime.cli import ConfigError
+from support.constants import ROOT
+from support.hub_server import OWNER_TOKEN, READER_TOKEN
 
 NAME = 'coatnet_pico_64.digits'
 REPO = f'owner/{NAME}'
@@ -412,5 +413,5 @@ def test_options_that_cannot_work(settings, changed, told):
 
 def test_command_line_ends_with_a_sentence(tmp_path, environment):
     done = subprocess.run([sys.executable, 'hub/publish.py', str(tmp_path)], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[2], env={**os.environ, **environment})
+                          cwd=ROOT, env={**os.environ, **environment})
     assert done.returncode == 2 and done.stderr.startswith('publish.py: --repo must name a repository as OWNER/NAME')

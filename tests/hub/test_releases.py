@@ -12,13 +12,13 @@ import timm
 import torch
 from huggingface_hub import CommitOperationAdd, constants
 from safetensors.torch import load_file, save_file
-from server import READER_TOKEN
 from timm.models import get_arch_pretrained_cfgs
 
 import coatnet_zoo
-from coatnet_zoo import releases
+from coatnet_zoo import kecam, releases
+from support.constants import ROOT
+from support.hub_server import READER_TOKEN
 
-ROOT = Path(__file__).parents[2]
 REPO = 'owner/coatnet_pico_64.digits'
 NAME = 'coatnet_pico_64.digits'
 
@@ -77,17 +77,15 @@ def test_shipped_releases_are_whole():
             assert coatnet_zoo.verify_weights(name).stat().st_size == entry['size']
     packaged = {entry['packaged'] for entry in releases.RELEASES.values()} - {None}
     assert {path.name for path in releases.WEIGHTS.glob('*.safetensors')} == packaged
-    ours = [name for module in ('coatnet', 'lightconvnet') for name in timm.list_models(module=module)]
-    assert {name for name in timm.list_pretrained() if name.partition('.')[0] in ours} == set(releases.RELEASES)
+    assert set(coatnet_zoo.list_models(pretrained=True)) == {*releases.RELEASES, *kecam.WEIGHTS}
 
 
 def test_no_name_for_224_pixels_changes_with_weights():
-    for module in ('coatnet', 'lightconvnet'):
-        for name in timm.list_models(module=module):
-            default = next(iter(get_arch_pretrained_cfgs(name).values()))
-            untrained = timm.get_pretrained_cfg(f'{name}.untrained')
-            assert default.input_size == untrained.input_size
-            assert default.num_classes == untrained.num_classes or name.endswith('_64')
+    for name in coatnet_zoo.list_models():
+        default = next(iter(get_arch_pretrained_cfgs(name).values()))
+        untrained = timm.get_pretrained_cfg(f'{name}.untrained')
+        assert default.input_size == untrained.input_size
+        assert default.num_classes == untrained.num_classes or name.endswith('_64')
 
 
 def test_weights_that_would_change_their_architecture_are_refused():

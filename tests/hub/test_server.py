@@ -18,7 +18,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors.torch import load_file, save
-from server import OWNER_TOKEN, READER_TOKEN
+
+from support.hub_server import OWNER_TOKEN, READER_TOKEN
 
 REPO = 'owner/model.tag'
 CARD = '---\nlibrary_name: timm\nlicense: apache-2.0\ntags:\n- image-classification\n- timm\n---\n# A model\n'

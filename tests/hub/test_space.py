@@ -23,6 +23,8 @@ from timm.data import create_transform, resolve_input_data_config
 from coatnet_train.models.released import best_release
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training.run_dir import write_config
+from support.commands import free_port
+from support.constants import ROOT
 
 gradio = pytest.importorskip('gradio', reason='gradio comes with the space extra')
 
@@ -30,14 +32,13 @@ import answer  # noqa: E402  imports gradio, or this file is skipped
 import app  # noqa: E402  the same
 import interface  # noqa: E402  the same
 
-ROOT = Path(__file__).parents[2]
 NAMES = ['tench', 'a <b>bold</b> class', 'n02102040', 'kite & co', 'fifth', 'sixth']
 CPU = torch.device('cpu')
 # what Chromium asks for by itself at each start, here in vain; fonts and scripts of pages are not among it
 CHROMIUMS_OWN = re.compile(r'(?!fonts\.|ajax\.)([\w-]+\.)*(google|googleapis|gstatic|gvt1|gvt2)\.com')
 
 
-def write_picture(path: Path, seed: int = 0) -> Path:
+def write_image(path: Path, seed: int = 0) -> Path:
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((96, 80)).save(path)
     return path
@@ -78,7 +79,7 @@ def expected(run: Path, picture: Path) -> dict[str, float]:
 
 
 def test_guesses_and_panels_of_each_letter(models, runs, tmp_path):
-    picture = write_picture(tmp_path / 'picture.png')
+    picture = write_image(tmp_path / 'picture.png')
     for title, titles, letter in (
             ('coatnet_pico_64', ['Where all positions look'], 'T'),
             ('dynamicconvnet_pico_64', ['Kernels predicted at positions', 'How far the kernels look'], 'D')):
@@ -100,7 +101,7 @@ def test_a_click_is_a_share_of_the_picture(models):
 def test_two_classes_of_one_word_are_told_apart(models, tmp_path):
     labels = [answer.Label(f'n{number}', 'crane, bird') for number in range(len(NAMES))]
     model = dataclasses.replace(models['coatnet_pico_64'], labels=labels)
-    top5 = answer.answer(model, Image.open(write_picture(tmp_path / 'picture.png'))).top5
+    top5 = answer.answer(model, Image.open(write_image(tmp_path / 'picture.png'))).top5
     assert len(top5) == 5 and all(re.fullmatch(r'n\d  crane, bird', name) for name in top5)
 
 
@@ -191,7 +192,7 @@ def test_several_users_wait_in_a_queue_and_get_their_own(connect, models, runs, 
 
     monkeypatch.setattr(interface, 'answer', watched)
     monkeypatch.setattr(socket.socket, 'connect', watch)
-    pictures = [write_picture(tmp_path / f'{seed}.png', seed) for seed in range(4)]
+    pictures = [write_image(tmp_path / f'{seed}.png', seed) for seed in range(4)]
     titles = [list(models)[number % 2] for number in range(4)]
     jobs = [connect(title, picture) for title, picture in zip(titles, pictures, strict=True)]
     for job, title, picture in zip(jobs, titles, pictures, strict=True):
@@ -228,7 +229,7 @@ def test_files_of_the_server_cannot_be_asked_for(client_server, models, tmp_path
         with urlopen(f'{call}/{event}', timeout=30) as answered:
             return answered.read().decode()
 
-    told = ask({'path': str(write_picture(tmp_path / 'private.png'))})
+    told = ask({'path': str(write_image(tmp_path / 'private.png'))})
     assert 'event: error' in told and 'Best' not in told and 'figure' not in told
 
 
@@ -244,9 +245,7 @@ def space(runs, tmp_path_factory):
     subprocess.run(['make', '-s', 'space-folder', f'SPACE={folder}', f'RUN={runs / "coatnet_pico_64"}'], check=True,
                    cwd=ROOT)
     shutil.copytree(runs / 'dynamicconvnet_pico_64', folder / 'models' / 'dynamicconvnet_pico_64')
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {key: value for key, value in os.environ.items() if key not in ('PYTHONPATH', 'GRADIO_SERVER_NAME')}
     server = subprocess.Popen(
         [sys.executable, 'app.py', '--port', str(port), '--device', 'cpu'], cwd=folder, text=True,
@@ -291,11 +290,12 @@ def frame_of(image) -> tuple[float, float]:
     return (rows.min() + rows.max()) / 2 / filled.shape[0], (columns.min() + columns.max()) / 2 / width
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize(
     ('width', 'height', 'scheme'), [(390, 844, 'dark'), (1280, 900, 'light')], ids=['phone', 'desk'])
 def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
     url, said = space
-    picture = write_picture(tmp_path / 'picture.png', 3)
+    picture = write_image(tmp_path / 'picture.png', 3)
     (tmp_path / 'notes.jpg').write_text('these are my notes')
     browser = chromium(tmp_path / 'network.json')
     context = browser.new_context(

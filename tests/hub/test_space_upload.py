@@ -14,13 +14,13 @@ from PIL import Image, ImageCms
 import upload
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_zoo.releases import RELEASES
+from support.constants import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parents[2]
 SPACE = ROOT / 'hub' / 'space'
 
 

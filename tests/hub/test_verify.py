@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 import export
 import verification as verify
 from coatnet_train.runtime.cli import ConfigError
+from support.commands import environment
+from support.constants import ROOT
 
-ROOT = Path(__file__).parents[2]
 FILES = ('README.md', 'config.json', 'curves.png', 'golden.safetensors', 'model.safetensors')
 
 
 def run_command(folder: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_TOKEN': 'hf_secret'}
     return subprocess.run([sys.executable, ROOT / 'hub' / 'verify.py', folder], capture_output=True, text=True,
-                          env=environment)
+                          env=environment(HF_TOKEN='hf_secret'))
 
 
 @pytest.fixture

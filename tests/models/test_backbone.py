@@ -36,19 +36,21 @@ def test_every_word_runs_and_trains_every_parameter(layout):
     dict(rel_bias='post'), dict(rel_bias='none'), dict(conv_norm='layer'), dict(head_dim=4), dict(depths=(2, 1, 1, 2)),
     dict(conv_stride='depthwise'), dict(act='gelu'), dict(head_hidden_size=0), dict(head_hidden_size=10),
     dict(expand_ratio=2), dict(mlp_ratio=2.5), dict(se_ratio=0.5), dict(stem_bias=False), dict(conv_norm_eps=.1),
-    dict(norm_eps=.1), dict(stem='vit'), dict(stem_width=4),
+    dict(norm_eps=.1), dict(stem='vit'), dict(stem_width=4), dict(pool='max'), dict(se_act='act'),
+    dict(inner_width='input'), dict(head_norm='none'),
 ], ids=str)
-def test_every_keyword_changes_the_model(options):
-    check_that_something_changes(tiny(), tiny(**options))
+def test_every_keyword_changes_the_model(options, randomize):
+    check_that_something_changes(randomize(tiny()), tiny(**options))
 
 
 @pytest.mark.parametrize('options', [
     dict(kernel_size=(3, 7, 7, 7)), dict(kernel_size=(7, 7, 7, 5)), dict(conv_head_dim=4), dict(glu=False),
     dict(normalize='none'), dict(static_branch=True), dict(layer_scale=0), dict(mlp_ratio=2), dict(act='gelu'),
+    dict(pool='max'),
 ], ids=str)
-def test_every_keyword_of_l_and_d_changes_the_model(options):
+def test_every_keyword_of_l_and_d_changes_the_model(options, randomize):
     base = dict(layout='LLDD', layer_scale=1.)
-    check_that_something_changes(tiny(**base), tiny(**{**base, **options}))
+    check_that_something_changes(randomize(tiny(**base)), tiny(**{**base, **options}))
 
 
 def test_dropconnect_reaches_every_convolution():

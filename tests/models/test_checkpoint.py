@@ -2,10 +2,10 @@
 import pytest
 import timm
 import torch
-from closeness import assert_same_up_to_rounding
 from safetensors.torch import save_file
 
 from coatnet_zoo.models.checkpoint import checkpoint_filter_fn
+from support.closeness import assert_same_up_to_rounding
 
 IMAGES = torch.randn(2, 3, 64, 64)
 

@@ -25,8 +25,9 @@ def meta(name: str, **kwargs) -> torch.nn.Module:
 
 def test_names():
     assert NAMES == [
-        'coatnet_0', 'coatnet_0_ccdd', 'coatnet_1', 'coatnet_1_ccdd', 'coatnet_2', 'coatnet_2_ccdd', 'coatnet_3',
-        'coatnet_4', 'coatnet_5', 'coatnet_nano', 'coatnet_pico', 'coatnet_pico_64', 'coatnet_pico_ccdd_64']
+        'coatnet_0', 'coatnet_0_ccdd', 'coatnet_0_kecam', 'coatnet_1', 'coatnet_1_ccdd', 'coatnet_2', 'coatnet_2_ccdd',
+        'coatnet_3', 'coatnet_4', 'coatnet_5', 'coatnet_nano', 'coatnet_pico', 'coatnet_pico_64',
+        'coatnet_pico_ccdd_64']
     assert set(model_cfgs) == set(NAMES)
 
 

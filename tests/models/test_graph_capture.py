@@ -4,13 +4,13 @@ import io
 import pytest
 import timm
 import torch
-from closeness import assert_same_up_to_rounding
 from timm.models import create_feature_extractor as timm_extractor
 from timm.utils import reparameterize_model
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from coatnet_zoo.blocks.inference import inplace_mul
+from support.closeness import assert_same_up_to_rounding
 
 IMAGES = torch.randn(2, 3, 32, 32)
 

@@ -19,8 +19,18 @@ def small(**kwargs) -> nn.Module:
         'coatnet_pico_64', num_classes=11, **{'img_size': 32, 'depths': (1, 2, 2, 1), **kwargs})
 
 
-@pytest.fixture(params=[f'{layout}-{form}' for layout in ('CCTT', 'CLDT', 'LLDD') for form in ('eager', 'folded')])
+def slow_unless_cldt(names: list[str]) -> list:
+    """Mark parameters slow unless they begin with CLDT, the layout that has every block type."""
+    return [pytest.param(name, marks=[] if name.startswith('CLDT') else [pytest.mark.slow]) for name in names]
+
+
+FORMS = [f'{layout}-{form}' for layout in ('CCTT', 'CLDT', 'LLDD') for form in ('eager', 'folded')]
+slow_forms = pytest.mark.parametrize('form', slow_unless_cldt(FORMS), indirect=True)  # tests of several seconds
+
+
+@pytest.fixture(params=FORMS)
 def form(request, randomize):
+    """A model that is eager or folded, and its logits."""
     layout, form = request.param.split('-')
     model = randomize(small(layout=layout, dropconnect=.1)).eval()
     with torch.no_grad():
@@ -31,7 +41,8 @@ def form(request, randomize):
 
 @pytest.mark.parametrize('options', [
     {}, dict(flavor='timm'), dict(layout='CCCC'), dict(layout='TTTT'), dict(rel_bias='post'), dict(rel_bias='none'),
-    dict(conv_norm='layer'), dict(dynamic_img_size=True), dict(stem='vit', layout='CTTT')], ids=str)
+    dict(conv_norm='layer'), dict(pool='max', se_act='act', head_norm='none', inner_width='input'),
+    dict(dynamic_img_size=True), dict(stem='vit', layout='CTTT')], ids=str)
 def test_folding_keeps_the_logits_and_leaves_no_batchnorm(options, randomize):
     model = randomize(small(**options)).eval()
     folded = reparameterize_model(model)
@@ -118,6 +129,18 @@ def test_torchscript(form):
         scripted(torch.randn(1, 3, 30, 32) if model.cfg.layout.endswith('T') else torch.randn(1, 3, 15, 32))
 
 
+@pytest.mark.parametrize('folded', [False, True], ids=['eager', 'folded'])
+def test_choices_of_kecam_leave_eager_mode_too(folded, randomize):
+    model = randomize(small(pool='max', se_act='act', head_norm='none', inner_width='input', head_hidden_size=0)).eval()
+    with torch.no_grad():
+        expected = model(IMAGES)
+        model = reparameterize_model(model) if folded else model
+        exported = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: BATCH},)).module()
+        for form in (torch.jit.script(model), exported):
+            torch.testing.assert_close(form(IMAGES), expected, rtol=0, atol=1e-4)
+
+
+@slow_forms
 def test_torch_compile_fullgraph(form):
     model, expected = form
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
@@ -125,7 +148,7 @@ def test_torch_compile_fullgraph(form):
         torch.testing.assert_close(compiled(IMAGES), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('layout', ['CCTT', 'LLDD'])
+@pytest.mark.parametrize('layout', slow_unless_cldt(['CCTT', 'CLDT', 'LLDD']))
 def test_torch_compile_fullgraph_trains(layout):
     model = small(layout=layout, drop_path_rate=.1, dropconnect=.1).train()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
@@ -133,7 +156,7 @@ def test_torch_compile_fullgraph_trains(layout):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize('layout', ['CCTT', 'LLDD'])
+@pytest.mark.parametrize('layout', slow_unless_cldt(['CCTT', 'CLDT', 'LLDD']))
 def test_torch_compile_with_inductor(layout, randomize):
     # 64 pixels: the kernels that torch 2.8 generates for the head's pooling of a 2x2 map corrupt the heap
     model = reparameterize_model(randomize(small(layout=layout, depths=(1, 1, 1, 1), img_size=64)).eval())
@@ -150,6 +173,7 @@ def test_torch_export_with_dynamic_batch(form):
         torch.testing.assert_close(exported(IMAGES.repeat(3, 1, 1, 1))[2:4], expected, rtol=0, atol=1e-4)
 
 
+@slow_forms
 def test_onnx_runtime_agrees(form, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime comes with the test extra')
     model, expected = form

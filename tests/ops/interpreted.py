@@ -4,18 +4,22 @@ As a script, under TRITON_INTERPRET=1, on a CPU; `test_kernels.py` starts it so 
 `--shifted` one tap of each kernel looks one position too far and what is then further off than allowed is printed.
 """
 import sys
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from triton import jit
 from triton import language as tl
 
-from coatnet_zoo.ops import dynamicconv2d, lightconv2d
+from coatnet_zoo.ops import band_ops, dynamicconv2d, lightconv2d
 from coatnet_zoo.ops.contract import INTERPRETED
 from coatnet_zoo.ops.dropconnect import _mix, draw_seed
+from coatnet_zoo.ops.dynamicconv2d import band as dynamic_band
 from coatnet_zoo.ops.dynamicconv2d import eager as dynamic_eager
 from coatnet_zoo.ops.dynamicconv2d import kernels as dynamic_kernels
 from coatnet_zoo.ops.dynamicconv2d import naive as dynamic_naive
+from coatnet_zoo.ops.lightconv2d import band as light_band
 from coatnet_zoo.ops.lightconv2d import eager as light_eager
 from coatnet_zoo.ops.lightconv2d import kernels as light_kernels
 from coatnet_zoo.ops.lightconv2d import naive as light_naive
@@ -25,7 +29,7 @@ f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 
 
 class Case(NamedTuple):
-    """One comparison. weight: dtype of weight, logits and bias. scale: of the weights and logits."""
+    """One comparison. weight: dtype of weight, logits and bias. scale: of the weights and logits. kernels: forced."""
 
     B: int
     C: int
@@ -40,6 +44,7 @@ class Case(NamedTuple):
     bias: bool = True
     scale: float = 1.
     only: str = ''
+    kernels: str = 'auto'
 
 
 CASES = [
@@ -59,6 +64,22 @@ CASES = [
     Case(1, 160, 1, (3, 3), (3, 3)),
     Case(1, 32, 1, (7, 7), (3, 3), scale=1e4),
     Case(1, 8, 2, (7, 7), (5, 5), f16, scale=1e4, dropconnect=.5),
+]
+
+# on tensor cores: maps that fill no tile, and every head width and kernel size
+band = partial(Case, kernels='band')
+BAND_CASES = [
+    band(1, 32, 1, (7, 7), (7, 7), bf16),
+    band(1, 32, 2, (14, 14), (7, 7), f16, dropconnect=.3),
+    band(1, 32, 1, (15, 15), (5, 5), f16, normalize='none', dropconnect=.1),
+    band(1, 96, 3, (9, 17), (3, 3), f16, bias=False),
+    band(2, 64, 1, (8, 9), (7, 7), bf16),
+    band(1, 32, 2, (1, 5), (1, 7), f16),
+    band(1, 32, 1, (5, 1), (7, 1), bf16, dropconnect=.5),
+    band(1, 32, 1, (14, 15), (3, 5), bf16, normalize='none'),
+    band(1, 32, 1, (6, 10), (1, 1), f16),
+    band(1, 64, 2, (7, 7), (7, 7), bf16, scale=1e4),
+    band(1, 32, 1, (17, 7), (7, 3), f16, layout='expanded'),
 ]
 
 
@@ -122,12 +143,13 @@ def check(op: str, case: Case, device: str = 'cpu', twice: bool = True) -> list[
     """
     naive, eager, kernels = {'light': (light_naive, light_eager, light_kernels),
                              'dynamic': (dynamic_naive, dynamic_eager, dynamic_kernels)}[op]
+    triton = partial(kernels.triton, kernels=case.kernels)
     inputs, grad, seed = operands(op, case, device)
     wide = {name: tensor.double() for name, tensor in inputs.items()}
     expected = evaluate(op, case, naive.naive, wide, grad.double(), seed)
     rival = evaluate(op, case, eager.eager, inputs, grad, seed)
-    ours = evaluate(op, case, kernels.triton, inputs, grad, seed)
-    again = evaluate(op, case, kernels.triton, inputs, grad, seed) if twice else ours
+    ours = evaluate(op, case, triton, inputs, grad, seed)
+    again = evaluate(op, case, triton, inputs, grad, seed) if twice else ours
     wrong = []
     for name, exact in expected.items():
         assert ours[name].shape == exact.shape and ours[name].dtype == rival[name].dtype, (op, case, name)
@@ -141,10 +163,28 @@ def check(op: str, case: Case, device: str = 'cpu', twice: bool = True) -> list[
     return wrong
 
 
+def check_band(op: str, case: Case, device: str = 'cpu') -> list[str]:
+    """`check` of the band kernels, with ordinary loads and through descriptors, in one strip and in several."""
+    wrong = []
+    for launch in (band_ops.Launch(tma=False, strips=1), band_ops.Launch(tma=True, strips=3)):
+        for kernels in (light_band, dynamic_band):
+            kernels.default_launch = lambda x, launch=launch: launch
+        wrong += check(op, case, device, twice=device != 'cpu')  # the interpreter knows no order but one
+    for kernels in (light_band, dynamic_band):
+        kernels.default_launch = band_ops.default_launch
+    return wrong
+
+
 @jit
 def shifted(u, K):
     """`offset`, but one more for the last tap."""
     return u - K // 2 + u // (K - 1)
+
+
+@jit
+def shifted_column(s, px):
+    """`tap_column`, one slot further."""
+    return (s - px + 1) & 7
 
 
 def run_shifted() -> None:
@@ -154,6 +194,9 @@ def run_shifted() -> None:
     for op in ('light', 'dynamic'):
         for case in (Case(1, 32, 1, (7, 7), (3, 3)), Case(1, 4, 2, (7, 7), (7, 7), bf16)):
             print(op, *check(op, case))
+    band_ops.tap_column = shifted_column
+    for op in ('light', 'dynamic'):
+        print('band', op, *check(op, BAND_CASES[0]))
 
 
 @jit
@@ -170,6 +213,10 @@ def check_mask() -> None:
     for p in (.1, .5, .9):
         ours = dynamic_kernels.triton(ones, ones, (1, 1), None, 'none', p, seed)
         assert torch.equal(ours, dynamic_naive.naive(ones, ones, (1, 1), None, 'none', p, seed))
+        wide = torch.ones(2, 9, 5, 32, dtype=f16).permute(0, 3, 1, 2)
+        single = torch.ones(2, 2, 9, 5, dtype=f16).contiguous(memory_format=torch.channels_last)
+        ours = dynamic_kernels.triton(wide, single, (1, 1), None, 'none', p, seed, kernels='band')
+        assert torch.equal(ours, dynamic_naive.naive(wide, single, (1, 1), None, 'none', p, seed))
         point = torch.zeros(1, 4, 5, 5)
         point[..., 2, 2] = 1
         weight = torch.ones(2, 5, 5)
@@ -222,6 +269,9 @@ if __name__ == '__main__':
                 if case.only in ('', op):
                     wrong = check(op, case, twice=max(case.kernel) < 13)  # the large ones take seconds
                     assert not wrong, f'{op} {case}: {wrong} are further from the definition than the yardstick allows'
+        for op, case in product(('light', 'dynamic'), BAND_CASES):
+            wrong = check_band(op, case)
+            assert not wrong, f'band {op} {case}: {wrong} are further from the definition than the yardstick allows'
         check_mask()
         check_edges()
         check_wide()

@@ -1,7 +1,5 @@
-"""The Triton kernels: in Triton's interpreter, as operators of torch, compiled for Hopper without one, and on a GPU."""
-import inspect
+"""The Triton kernels: in Triton's interpreter, as operators of torch, and on a GPU."""
 import os
-import re
 import subprocess
 import sys
 from functools import partial
@@ -13,22 +11,13 @@ import torch
 pytest.importorskip('triton', reason='needs the triton package')
 
 import interpreted
-import triton
 from interpreted import Case
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from coatnet_zoo.ops.dynamicconv2d import kernels as dynamic_kernels
 from coatnet_zoo.ops.lightconv2d import kernels as light_kernels
-from coatnet_zoo.ops.triton_ops import OPTIONS
 
 ROOT = Path(__file__).parents[2]
-TOOLS = Path(triton.__file__).parent / 'backends/nvidia/bin'
-TYPES = {torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.float32: '*fp32', torch.int64: '*i64'}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
-needs_assembler = pytest.mark.skipif(not (TOOLS / 'ptxas').exists() or not (TOOLS / 'cuobjdump').exists(),
-                                     reason='this triton comes without ptxas and cuobjdump')
 bf16 = torch.bfloat16
 
 
@@ -45,7 +34,9 @@ def test_kernels_keep_to_the_definition():
 
 
 def test_the_yardstick_sees_one_shifted_tap():
-    assert in_interpreter('--shifted').splitlines() == ['light out x weight'] * 2 + ['dynamic out x weight'] * 2
+    assert in_interpreter('--shifted').splitlines() == [
+        *['light out x weight'] * 2, *['dynamic out x weight'] * 2, 'band light out x weight',
+        'band dynamic out x weight']
 
 
 # As operators of torch, on a CPU without the interpreter, where eager computes them.
@@ -141,82 +132,6 @@ def test_vmap_and_double_backward_refuse(tensors):
             torch.autograd.grad(grad.sum(), x)
 
 
-# Compiled for sm_90 by the compiler and assembler that come with triton.
-
-def compile_for_hopper(kernel: JITFunction, arguments: dict, options: dict) -> triton.compiler.CompiledKernel:
-    """The kernel as a launch with these arguments would compile it: ones are constants, multiples of 16 known."""
-    types, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            types[parameter.name] = 'constexpr'
-            constants[i,] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            types[parameter.name] = TYPES[value.dtype]
-        else:
-            types[parameter.name] = 'fp32' if isinstance(value, float) else 'i32' if abs(value) < 2 ** 31 else 'i64'
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[i,] = [['tt.divisibility', 16]]
-    return triton.compile(ASTSource(kernel, types, constants, attributes), GPUTarget('cuda', 90, 32), options)
-
-
-def launch_all(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: int = 32) -> None:
-    """Every kernel once, as training at batch 128 launches it, on tensors without data."""
-    def channels_last(channels: int) -> torch.Tensor:
-        return torch.empty(128, size, size, channels, dtype=dtype, device='meta').permute(0, 3, 1, 2)
-
-    x, logits = channels_last(C), channels_last(C // head * K * K)
-    weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, device='meta')
-    seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
-    light_kernels.launch_correlate(x, weight, bias, seed, p, True, transposed=False)
-    light_kernels.launch_correlate(x, weight, None, seed, p, True, transposed=True)
-    light_kernels.launch_weight_grad(x, x, weight, seed, p, True)
-    _, stats = dynamic_kernels.launch_aggregate(x, logits, (K, K), bias, seed, p, True)
-    dynamic_kernels.launch_scatter_back(x, logits, (K, K), stats, seed, p, True)
-    dynamic_kernels.launch_logits_grad(x, x, logits, (K, K), stats, seed, p, True)
-
-
-@pytest.fixture
-def hopper(monkeypatch, tmp_path) -> list[tuple[str, int, int, int]]:
-    """Launches compile for sm_90 instead: (kernel, registers, bytes of stack, bytes of local memory) of each so far."""
-    seen = []
-
-    def compile_instead(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
-        options = {name: kwargs.pop(name) for name in OPTIONS}
-        arguments = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
-        compiled = compile_for_hopper(kernel, arguments, options)
-        file = tmp_path / 'kernel.cubin'
-        file.write_bytes(compiled.asm['cubin'])
-        said = subprocess.run([TOOLS / 'cuobjdump', '-res-usage', file], capture_output=True, text=True).stdout
-        seen.append((kernel.fn.__name__, *map(int, re.search(r'REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)', said).groups())))
-        assert grid[0] < 2 ** 31
-
-    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path / 'cache'))
-    monkeypatch.setattr(JITFunction, 'run', compile_instead)
-    return seen
-
-
-@needs_assembler
-@pytest.mark.parametrize('size,C,K,dtype,p', [
-    (56, 96, 3, bf16, 0.), (56, 96, 7, bf16, .1), (28, 192, 7, torch.float32, 0.), (14, 384, 7, bf16, 0.)])
-def test_compiles_for_hopper(size, C, K, dtype, p, hopper):
-    """At least 3 programs of 4 warps share a multiprocessor's registers; at most 4 of a thread's are spilled."""
-    launch_all(size, C, K, dtype, p)
-    assert len(hopper) == 7
-    # the bound on registers is for the Triton it was found with; older ones schedule otherwise
-    most = 168 if tuple(map(int, triton.__version__.split('.')[:2])) >= (3, 9) else 255
-    assert all(registers <= most and stack <= 16 and local == 0 for _, registers, stack, local in hopper), hopper
-
-
-@needs_assembler
-def test_compiles_for_images_of_2_31_elements_and_small_heads(hopper, monkeypatch):
-    for kernels in (light_kernels, dynamic_kernels):
-        monkeypatch.setattr(kernels, 'large', lambda *tensors: True)
-    launch_all(9, 6, 5, torch.float16, .1, head=2)
-    assert len(hopper) == 7
-
-
 # On a GPU.
 
 GPU_CASES = [
@@ -227,6 +142,14 @@ GPU_CASES = [
     Case(4, 120, 5, (33, 57), (5, 7), layout='sliced'),
     Case(3, 256, 2, (17, 9), (3, 3), layout='contiguous'),
 ]
+GPU_BAND_CASES = [
+    interpreted.band(8, 96, 3, (56, 56), (7, 7), bf16, dropconnect=.1),
+    interpreted.band(8, 192, 6, (28, 28), (7, 7), bf16),
+    interpreted.band(8, 384, 12, (14, 14), (7, 7), torch.float16),
+    interpreted.band(4, 384, 24, (14, 14), (3, 3), bf16),
+    interpreted.band(4, 256, 4, (31, 45), (5, 7), torch.float16, normalize='none'),
+    interpreted.band(2, 96, 3, (56, 56), (7, 7), torch.float16, scale=30.),
+]
 
 
 @needs_gpu
@@ -235,6 +158,13 @@ GPU_CASES = [
 def test_on_a_gpu(op, case):
     if case.only in ('', op):
         assert interpreted.check(op, case, 'cuda') == []
+
+
+@needs_gpu
+@pytest.mark.parametrize('op', ['light', 'dynamic'])
+@pytest.mark.parametrize('case', interpreted.BAND_CASES + GPU_BAND_CASES)
+def test_band_kernels_on_a_gpu(op, case):
+    assert interpreted.check_band(op, case, 'cuda') == []
 
 
 @needs_gpu

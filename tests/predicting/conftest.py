@@ -2,14 +2,14 @@
 from pathlib import Path
 
 import pytest
-from overlay_runs import SMALL_FLAGS, write_picture
 
 import predict
+from support.overlay_runs import SMALL_FLAGS, write_image
 
 
 @pytest.fixture
 def picture(tmp_path) -> Path:
-    return write_picture(tmp_path / 'pictures' / 'kite.png')
+    return write_image(tmp_path / 'pictures' / 'kite.png')
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 import pytest
 import timm
 import torch
-from overlay_runs import Colours, zoo
 from torch import nn
 
 from coatnet_train.explain import maps as explain
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_zoo.ops.dynamicconv2d.naive import naive
+from support.overlay_runs import Colours, zoo
 
 
 @pytest.mark.parametrize('fused', [True, False])

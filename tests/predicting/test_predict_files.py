@@ -11,24 +11,24 @@ import pytest
 import timm
 import torch
 import tyro
-from overlay_runs import NAMES, write_picture, write_run, zoo
 from PIL import Image
-from script_runs import run_main, run_processes
 from timm.data import create_transform, resolve_input_data_config
 
 import predict
 from coatnet_train.models import released
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_zoo.releases import RELEASES
+from support.commands import run_main, run_processes
+from support.overlay_runs import NAMES, write_image, write_run, zoo
 
 
 def test_folders_are_searched_and_bad_pictures_named_while_others_go_on(settings, picture, tmp_path, capsys):
     folder = picture.parent
-    write_picture(folder / 'deeper' / 'KITE.JPG', seed=1)
-    write_picture(folder / 'deeper' / 'kite.png', seed=2)
+    write_image(folder / 'deeper' / 'KITE.JPG', seed=1)
+    write_image(folder / 'deeper' / 'kite.png', seed=2)
     (folder / 'deeper' / 'notes.txt').write_text('no image')
     (folder / 'empty.png').write_bytes(b'')
-    whole = write_picture(folder / 'cut.jpg', size=(200, 200)).read_bytes()
+    whole = write_image(folder / 'cut.jpg', size=(200, 200)).read_bytes()
     (folder / 'cut.jpg').write_bytes(whole[:len(whole) // 2])
     (tmp_path / 'bare').mkdir()
     images = (folder, picture, tmp_path / 'missing.jpg', tmp_path / 'bare')
@@ -48,7 +48,7 @@ def test_folders_are_searched_and_bad_pictures_named_while_others_go_on(settings
 def test_table_has_a_row_for_each_image_that_was_read(settings, picture, tmp_path, randomize):
     """In the order of the images, with up to five labels, their descriptions and confidences."""
     name = write_run(tmp_path / 'run', randomize(zoo()), NAMES)
-    other = write_picture(tmp_path / 'a, "b".png', seed=1)
+    other = write_image(tmp_path / 'a, "b".png', seed=1)
     own = dict(model=name, model_kwargs=(), num_classes=None, img_size=None,
                images=(picture, tmp_path / 'no.png', other))
     assert predict.main(dataclasses.replace(settings, **own)) == 1
@@ -104,7 +104,7 @@ def test_one_complaint_is_enough_for_exit_code_1(settings, picture, tmp_path):
 
 def test_no_picture_that_is_read_is_ever_written_over(settings, picture):
     folder = picture.parent
-    taken = write_picture(folder / 'kite-attention.png', seed=1)
+    taken = write_image(folder / 'kite-attention.png', seed=1)
     (folder / 'link').symlink_to(folder)
     before = taken.read_bytes(), picture.read_bytes()
     for output in (folder, folder / 'link'):
@@ -218,7 +218,7 @@ def test_a_name_with_a_tag_means_its_weights(picture, tmp_path, capsys):
 
 def test_two_processes_share_the_pictures(settings, picture, tmp_path, randomize, capsys):
     name = write_run(tmp_path / 'run', randomize(zoo()), NAMES)
-    paths = [write_picture(picture.parent / f'{i}.png', seed=i) for i in range(3)] + [tmp_path / 'missing.png']
+    paths = [write_image(picture.parent / f'{i}.png', seed=i) for i in range(3)] + [tmp_path / 'missing.png']
     own = dict(images=tuple(paths), model=name, model_kwargs=(), num_classes=None, img_size=None)
     assert predict.main(dataclasses.replace(settings, **own)) == 1
     one = capsys.readouterr().out.splitlines()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from overlay_runs import NAMES, SMALL_FLAGS, Colours, shown_panels, write_picture, write_run, zoo
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
 
@@ -17,6 +16,7 @@ from coatnet_train.explain import panels, prediction
 from coatnet_train.plotting import overlay
 from coatnet_train.plotting.plots import confusion_figure, misclassified_figure, synset_names
 from coatnet_train.runtime.cli import ConfigError
+from support.overlay_runs import NAMES, SMALL_FLAGS, Colours, shown_panels, write_image, write_run, zoo
 
 
 def test_predictions_of_a_run_folder_are_those_of_the_model(
@@ -163,7 +163,7 @@ def test_overlay_of_a_constructed_model_shows_the_deciding_quadrant(tmp_path, mo
 
 @pytest.mark.parametrize(('in_chans', 'shape'), [(3, (32, 32, 3)), (1, (32, 32))])
 def test_grey_and_colour_models_of_timm_and_titles_with_dollars(settings, in_chans, shape, monkeypatch):
-    path = write_picture(settings.images[0].parent / 'a $x_{$ b.jpeg')
+    path = write_image(settings.images[0].parent / 'a $x_{$ b.jpeg')
     drawn = shown_panels(monkeypatch)
     grey = dict(mean=(0.5,), std=(0.25,)) if in_chans == 1 else {}
     assert predict.main(dataclasses.replace(

@@ -8,11 +8,14 @@ DropConnect multiplies w and dw by its factors. A program has one head, a tile o
 a tile is BLOCK_P positions by BLOCK_C channels, channels innermost, in float32. Taps read x and the logits again
 through the caches; normalised weights never reach memory. Forward saves the maximum and the reciprocal of the sum of
 each softmax, apart: their log-sum-exp would lose the digits that large logits need.
+
+`band.py` does the same on tensor cores, with the same statistics, for the calls it covers.
 """
 import torch
 import triton.language as tl
 from triton import cdiv, jit, next_power_of_2
 
+from ..band_ops import takes_band
 from ..dropconnect import dropconnect_scale, threshold
 from ..triton_ops import (
     OPTIONS,
@@ -30,6 +33,7 @@ from ..triton_ops import (
     strips,
     within,
 )
+from . import band
 from .eager import eager, shifted_sum, shifts
 
 __all__ = ['triton']
@@ -312,13 +316,15 @@ def launch_logits_grad(
 @torch.library.custom_op('coatnet_zoo::dynamicconv2d', mutates_args=())
 def dynamicconv2d(
         x: torch.Tensor, logits: torch.Tensor, Kh: int, Kw: int, bias: torch.Tensor | None, seed: torch.Tensor | None,
-        dropconnect: float, softmax: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        dropconnect: float, softmax: bool, kernels: str = 'auto') -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, C, H, W), channels_last, and statistics for the backward, which are no function to differentiate.
 
     On a CPU without the interpreter through eager.
     """
     if runs_triton(x):
-        return launch_aggregate(x, logits, (Kh, Kw), bias, seed, dropconnect, softmax)
+        on_tensor_cores = takes_band('dynamicconv2d', kernels, band.why_not(x, logits, (Kh, Kw)))
+        launch = band.launch_fwd if on_tensor_cores else launch_aggregate
+        return launch(x, logits, (Kh, Kw), bias, seed, dropconnect, softmax)
     out = eager(x, logits, (Kh, Kw), bias, 'softmax' if softmax else 'none', dropconnect, seed)
     stats = _empty_stats(x, logits.shape[1] // (Kh * Kw), softmax)
     if softmax and logits.numel():
@@ -332,14 +338,18 @@ def dynamicconv2d(
 def dynamicconv2d_backward(
         grad: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, Kh: int, Kw: int, bias: torch.Tensor | None,
         stats: torch.Tensor, seed: torch.Tensor | None, dropconnect: float, softmax: bool, needed: list[bool],
+        kernels: str = 'auto',
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, logits and bias, each in its dtype; what is not `needed` comes back with no elements."""
     grad_x, grad_logits, grad_bias = x.new_empty(0), logits.new_empty(0), x.new_empty(0)
     if runs_triton(x):
+        on_tensor_cores = takes_band('dynamicconv2d', kernels, band.why_not(x, logits, (Kh, Kw)))
         if needed[0]:
-            grad_x = launch_scatter_back(grad, logits, (Kh, Kw), stats, seed, dropconnect, softmax)
+            launch = band.launch_bwd_input if on_tensor_cores else launch_scatter_back
+            grad_x = launch(grad, logits, (Kh, Kw), stats, seed, dropconnect, softmax)
         if needed[1]:
-            grad_logits = launch_logits_grad(grad, x, logits, (Kh, Kw), stats, seed, dropconnect, softmax)
+            launch = band.launch_bwd_logits if on_tensor_cores else launch_logits_grad
+            grad_logits = launch(grad, x, logits, (Kh, Kw), stats, seed, dropconnect, softmax)
     elif needed[0] or needed[1]:
         grad_x, grad_logits = _gradients_in_torch(grad, x, logits, (Kh, Kw), stats, seed, dropconnect, softmax, needed)
     if needed[2]:
@@ -385,19 +395,19 @@ def _gradients_in_torch(
 
 
 @dynamicconv2d.register_fake
-def _(x, logits, Kh, Kw, bias, seed, dropconnect, softmax):
+def _(x, logits, Kh, Kw, bias, seed, dropconnect, softmax, kernels='auto'):
     return empty_channels_last(x), _empty_stats(x, logits.shape[1] // (Kh * Kw), softmax)
 
 
 @dynamicconv2d_backward.register_fake
-def _(grad, x, logits, Kh, Kw, bias, stats, seed, dropconnect, softmax, needed):
+def _(grad, x, logits, Kh, Kw, bias, stats, seed, dropconnect, softmax, needed, kernels='auto'):
     return (empty_channels_last(x) if needed[0] else x.new_empty(0),
             empty_channels_last(logits) if needed[1] else logits.new_empty(0),
             bias.new_empty(bias.shape) if needed[2] else x.new_empty(0))
 
 
 def _save(ctx, inputs, output) -> None:
-    x, logits, ctx.Kh, ctx.Kw, bias, seed, ctx.dropconnect, ctx.softmax = inputs
+    x, logits, ctx.Kh, ctx.Kw, bias, seed, ctx.dropconnect, ctx.softmax, ctx.kernels = inputs
     ctx.save_for_backward(x, logits, bias, output[1], seed)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the statistics
@@ -405,13 +415,14 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: torch.Tensor | None, _):
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     x, logits, bias, stats, seed = ctx.saved_tensors
     grad_x, grad_logits, grad_bias = dynamicconv2d_backward(
-        grad, x, logits, ctx.Kh, ctx.Kw, bias, stats, seed, ctx.dropconnect, ctx.softmax, needed)
+        grad, x, logits, ctx.Kh, ctx.Kw, bias, stats, seed, ctx.dropconnect, ctx.softmax, needed,
+        ctx.kernels)
     return (grad_x if needed[0] else None, grad_logits if needed[1] else None, None, None,
-            grad_bias if needed[2] else None, None, None, None)
+            grad_bias if needed[2] else None, None, None, None, None)
 
 
 dynamicconv2d.register_autograd(_backward, setup_context=_save)
@@ -428,9 +439,13 @@ def triton(
         normalize: str,
         dropconnect: float,
         seed: torch.Tensor | None,
+        kernels: str = 'auto',
 ) -> torch.Tensor:
-    """(B, C, H, W), (B, G * Kh * Kw, H, W) -> (B, C, H, W), channels_last; a seed switches DropConnect on."""
+    """(B, C, H, W), (B, G * Kh * Kw, H, W) -> (B, C, H, W), channels_last; a seed switches DropConnect on.
+
+    kernels: 'auto', or one of 'band' and 'direct' to force the kernels of one file.
+    """
     Kh, Kw = kernel_size
     bias = bias if bias is None else bias.contiguous()  # read without a stride
-    out, _ = dynamicconv2d(x, logits, Kh, Kw, bias, seed, float(dropconnect), normalize == 'softmax')
+    out, _ = dynamicconv2d(x, logits, Kh, Kw, bias, seed, float(dropconnect), normalize == 'softmax', kernels)
     return out

@@ -7,12 +7,15 @@
 A tile is BLOCK_P positions by BLOCK_C channels, channels innermost, in float32; taps read x again through the caches.
 Heads of 16 channels on get tiles of their own, so that a weight is one number a tap (ONE_HEAD); smaller heads share
 tiles and a weight is a vector over channels. The softmax is taken in the kernels from the raw weights.
+
+`band.py` does the same on tensor cores for the calls it covers.
 """
 import torch
 import triton.language as tl
 from torch.nn.grad import conv2d_weight
 from triton import cdiv, jit, next_power_of_2
 
+from ..band_ops import takes_band, why_not
 from ..dropconnect import dropconnect_scale, threshold
 from ..triton_ops import (
     ENOUGH_PROGRAMS,
@@ -31,6 +34,7 @@ from ..triton_ops import (
     strips,
     within,
 )
+from . import band
 from .eager import eager
 
 __all__ = ['triton']
@@ -227,9 +231,8 @@ def launch_weight_grad(
     """(G, Kh, Kw) in the dtype of weight: sums of splits of the positions, then one program a head."""
     B, C, H, W = x.shape
     G, Kh, Kw = weight.shape
-    out = torch.empty((G, Kh, Kw), dtype=weight.dtype, device=x.device)
     if x.numel() == 0:
-        return out.zero_()
+        return torch.zeros((G, Kh, Kw), dtype=weight.dtype, device=x.device)
     one_head = C // G >= 16
     block_c = min(32, channel_block(C // G) if one_head else next_power_of_2(C))
     taps = min(64, next_power_of_2(Kh * Kw))
@@ -248,39 +251,69 @@ def launch_weight_grad(
             x, grad, partial, *x.stride(), *grad.stride(), C, H, W, tiles, groups, G * per_head, total, share,
             pieces, Kh=Kh, Kw=Kw, HEAD=C // G, ONE_HEAD=one_head, LARGE=large(x, grad), TAPS=taps,
             BLOCK_P=block_p, BLOCK_C=block_c, **OPTIONS)
-        all_taps = next_power_of_2(Kh * Kw)
+    return finish_weight_grad(partial, weight, seed, dropconnect, softmax, per_head)
+
+
+def finish_weight_grad(
+        partial: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor | None, dropconnect: float, softmax: bool,
+        per_head: int) -> torch.Tensor:
+    """(G, Kh, Kw) in the dtype of weight from partial sums (parts, G * per_head, Kh * Kw)."""
+    G, Kh, Kw = weight.shape
+    out = torch.empty((G, Kh, Kw), dtype=weight.dtype, device=weight.device)
+    taps = next_power_of_2(Kh * Kw)
+    with on_device_of(weight):
         weight_grad[G,](
-            partial, weight, seed, out, *weight.stride(), splits, G, per_head, threshold(dropconnect),
-            1 / (1 - dropconnect), Kh=Kh, Kw=Kw, SOFTMAX=softmax, TAPS=all_taps, BLOCK=max(1, 4096 // all_taps),
-            **OPTIONS)
+            partial, weight, seed, out, *weight.stride(), len(partial), G, per_head, threshold(dropconnect),
+            1 / (1 - dropconnect), Kh=Kh, Kw=Kw, SOFTMAX=softmax, TAPS=taps, BLOCK=max(1, 4096 // taps), **OPTIONS)
     return out
+
+
+def launch_band_weight_grad(
+        grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor | None, dropconnect: float,
+        softmax: bool) -> torch.Tensor:
+    """`launch_weight_grad` on tensor cores."""
+    G, Kh, Kw = weight.shape
+    if x.numel() == 0:
+        return torch.zeros((G, Kh, Kw), dtype=weight.dtype, device=x.device)
+    return finish_weight_grad(band.launch_bwd_weight(grad, x, (Kh, Kw), G), weight, seed, dropconnect, softmax, 1)
+
+
+def on_tensor_cores(x: torch.Tensor, weight: torch.Tensor, kernels: str) -> bool:
+    """Whether the kernels of `band.py` run, else those of this file."""
+    G, Kh, Kw = weight.shape
+    return takes_band('lightconv2d', kernels, why_not(x, (Kh, Kw), x.shape[1] // G))
 
 
 @torch.library.custom_op('coatnet_zoo::lightconv2d', mutates_args=())
 def lightconv2d(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor | None,
-        dropconnect: float, softmax: bool) -> torch.Tensor:
+        dropconnect: float, softmax: bool, kernels: str = 'auto') -> torch.Tensor:
     """(B, C, H, W), (G, Kh, Kw) -> (B, C, H, W), channels_last; on a CPU without the interpreter through eager."""
     if runs_triton(x):
-        return launch_correlate(x, weight, bias, seed, dropconnect, softmax, transposed=False)
+        launch = band.launch_fwd if on_tensor_cores(x, weight, kernels) else launch_correlate
+        return launch(x, weight, bias, seed, dropconnect, softmax, transposed=False)
     return empty_channels_last(x).copy_(eager(x, weight, bias, dropconnect, seed, 'softmax' if softmax else 'none'))
 
 
 @torch.library.custom_op('coatnet_zoo::lightconv2d_backward', mutates_args=())
 def lightconv2d_backward(
         grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        seed: torch.Tensor | None, dropconnect: float, softmax: bool, needed: list[bool],
+        seed: torch.Tensor | None, dropconnect: float, softmax: bool, needed: list[bool], kernels: str = 'auto',
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, weight and bias, each in its dtype; what is not `needed` comes back with no elements."""
     grad_x, grad_weight, grad_bias = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
     if needed[0]:
         if runs_triton(x):
-            grad_x = launch_correlate(grad, weight, None, seed, dropconnect, softmax, transposed=True)
+            launch = band.launch_fwd if on_tensor_cores(x, weight, kernels) else launch_correlate
+            grad_x = launch(grad, weight, None, seed, dropconnect, softmax, transposed=True)
         else:
             kernel, _ = _normalised(weight, seed, dropconnect, softmax)
             grad_x = empty_channels_last(x).copy_(eager(grad, kernel.flip(1, 2), None, 0., None, 'none'))
     if needed[1]:
-        gradient = launch_weight_grad if runs_triton(x) else _weight_grad_in_torch
+        if not runs_triton(x):
+            gradient = _weight_grad_in_torch
+        else:
+            gradient = launch_band_weight_grad if on_tensor_cores(x, weight, kernels) else launch_weight_grad
         grad_weight = gradient(grad, x, weight, seed, dropconnect, softmax)
     if needed[2]:
         grad_bias = grad.sum((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).to(bias.dtype)
@@ -319,26 +352,26 @@ def _weight_grad_in_torch(
 
 
 @lightconv2d.register_fake
-def _(x, weight, bias, seed, dropconnect, softmax):
+def _(x, weight, bias, seed, dropconnect, softmax, kernels='auto'):
     return empty_channels_last(x)
 
 
 @lightconv2d_backward.register_fake
-def _(grad, x, weight, bias, seed, dropconnect, softmax, needed):
+def _(grad, x, weight, bias, seed, dropconnect, softmax, needed, kernels='auto'):
     return (empty_channels_last(x) if needed[0] else x.new_empty(0),
             weight.new_empty(weight.shape) if needed[1] else weight.new_empty(0),
             bias.new_empty(bias.shape) if needed[2] else x.new_empty(0))
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, bias, seed, ctx.dropconnect, ctx.softmax = inputs
+    x, weight, bias, seed, ctx.dropconnect, ctx.softmax, ctx.kernels = inputs
     ctx.save_for_backward(x, weight, bias, seed)
 
 
 def _backward(ctx, grad: torch.Tensor):
     needed = list(ctx.needs_input_grad[:3])
-    grads = lightconv2d_backward(grad, *ctx.saved_tensors, ctx.dropconnect, ctx.softmax, needed)
-    return *(one if need else None for one, need in zip(grads, needed, strict=True)), None, None, None
+    grads = lightconv2d_backward(grad, *ctx.saved_tensors, ctx.dropconnect, ctx.softmax, needed, ctx.kernels)
+    return *(one if need else None for one, need in zip(grads, needed, strict=True)), None, None, None, None
 
 
 lightconv2d.register_autograd(_backward, setup_context=_save)
@@ -354,7 +387,11 @@ def triton(
         dropconnect: float,
         seed: torch.Tensor | None,
         normalize: str,
+        kernels: str = 'auto',
 ) -> torch.Tensor:
-    """(B, C, H, W), (G, Kh, Kw) -> (B, C, H, W), channels_last; a seed switches DropConnect on."""
+    """(B, C, H, W), (G, Kh, Kw) -> (B, C, H, W), channels_last; a seed switches DropConnect on.
+
+    kernels: 'auto', or one of 'band' and 'direct' to force the kernels of one file.
+    """
     weight, bias = weight.contiguous(), bias if bias is None else bias.contiguous()  # small, and read without strides
-    return lightconv2d(x, weight, bias, seed, float(dropconnect), normalize == 'softmax')
+    return lightconv2d(x, weight, bias, seed, float(dropconnect), normalize == 'softmax', kernels)

@@ -63,8 +63,9 @@ def candidates(model: nn.Module) -> dict[str, Callable]:
 def measure(model_name: str, batch_size: int, rounds: int) -> dict[str, list[float]]:
     """CPU seconds of one batch, by candidate and round."""
     torch.manual_seed(0)
-    models = candidates(timm.create_model(model_name))
-    images = torch.randn(batch_size, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    model = timm.create_model(model_name)
+    models = candidates(model)
+    images = torch.randn(batch_size, 3, *model.img_size).contiguous(memory_format=torch.channels_last)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         expected = models['package'](images)

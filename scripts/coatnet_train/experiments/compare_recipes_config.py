@@ -16,7 +16,7 @@ class Settings:
     imagenette: str = ''  # Training split of Imagenette: a sub-folder a class.
     samples: str = ''  # Training images of ImageNet: a sub-folder a class, of which one image each is taken.
     sets: tuple[str, ...] = SETS[:3]  # Of these and imagenette_2000.
-    models: tuple[str, ...] = ('lightconvnet_pico_64.tin200_preview', 'coatnet_pico_64.tin200_preview')
+    models: tuple[str, ...] = ('lightconvnet_pico_64.dist_tin200', 'coatnet_pico_64.dist_tin200')
     recipes: tuple[str, ...] = (DEFAULTS, 'small_data')  # defaults, or of coatnet_train/training/recipes.py.
     seeds: tuple[int, ...] = (0, 1, 2)  # Each draws images, and fixes a run.
     device: str = 'cpu'  # cpu or cuda.

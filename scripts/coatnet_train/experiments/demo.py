@@ -32,7 +32,7 @@ MIN_ACCURACY = 97.0  # percent of the held-out digits
 TARGET_ACCURACY = 90.0  # percent that the two trainings race to
 # what learns the digits: of those that ship the quickest to train on a CPU, and half a point below the best, which
 # looks at the photographs
-PRETRAINED = 'lightconvnet_pico_64.tin200_preview'
+PRETRAINED = 'lightconvnet_pico_64.dist_tin200'
 RECIPE = FinetuneSettings(
     data_dir=str(DEMO_DIR / 'digits'), model=PRETRAINED, pretrained=True, img_size=IMG_SIZE,
     model_kwargs=('conv_norm_momentum=0.1',),  # the official 0.01 is made for runs of many thousand steps

@@ -11,6 +11,7 @@ EXTRAS = {
                 'safetensors', 'timm', 'torch', 'torchvision'),
     'data': ('datasets', 'pyarrow', 'webdataset'),
     'demo': ('skimage', 'sklearn'),
+    'kecam': ('h5py',),
     'space': ('gradio',),
     'transformers': ('transformers',),
     'test': ('onnx_ir', 'onnxruntime', 'onnxscript', 'tensorboard'),

@@ -41,15 +41,17 @@ RECIPES = {
         model_ema_decay=0.9998),
     # Its teacher: ImageNet weights (import_weights.py) fine-tuned at twice the size; its targets stay soft.
     'tin200_teacher': TIN200 | dict(
-        img_size=128, epochs=8, batch_size=256, lr=1e-3, warmup_epochs=1.0, weight_decay=0.02, cache_images=True,
-        color_jitter=0.3, cutmix=1.0, mixup=0.2, mixup_prob=0.5, model_ema=True, model_ema_decay=0.998,
+        img_size=128, epochs=6, val_interval=2, batch_size=256, lr=1e-3, warmup_epochs=1.0, weight_decay=0.02,
+        cache_images=True, color_jitter=0.3, cutmix=1.0, mixup=0.2, mixup_prob=0.5, model_ema=True,
+        model_ema_decay=0.998,
         mean=(0.498, 0.498, 0.498), std=(0.502, 0.502, 0.502)),
     # From a teacher that sees the very images of the student, mixed ones too: function matching, as in Beyer et al.
     # (https://arxiv.org/abs/2106.05237).
     'tin200_dist': TIN200 | dict(
-        epochs=60, batch_size=512, lr=2e-3, warmup_epochs=3.0, drop_path=0.05, smoothing=0.0, cache_images=True,
-        torchcompile=True, color_jitter=0.3, mixup=0.2, cutmix=1.0, model_ema=True, model_ema_decay=0.9995,
-        val_interval=5, teacher_img_size=128, kd_loss_weight=0.9, kd_temperature=2.0),
+        epochs=32, val_interval=4, batch_size=512, lr=2e-3, warmup_epochs=3.0, drop_path=0.05, smoothing=0.0,
+        cache_images=True, torchcompile=True, color_jitter=0.3, mixup=0.2, cutmix=1.0, model_ema=True,
+        model_ema_decay=0.9995,
+        teacher_img_size=128, kd_loss_weight=0.9, kd_temperature=2.0),
     # Imagenette at 128 px, from nothing: as much for a GPU, and as unseen.
     'nette': dict(
         img_size=128, crop_pct=1.0, epochs=150, batch_size=256, lr=1.5e-3, warmup_epochs=10.0, drop_path=0.1,

@@ -17,7 +17,8 @@ from coatnet_train.runtime.files import write_csv, write_figure, write_file, wri
 from coatnet_train.training.config import Settings
 
 __all__ = [
-    'find_run', 'loading_line', 'score_key', 'write_config', 'write_metrics', 'write_predictions', 'write_weights']
+    'find_run', 'loading_line', 'score_key', 'write_config', 'write_curves', 'write_metrics', 'write_predictions',
+    'write_weights']
 
 
 def write_config(path: Path, model: nn.Module, class_names: list[str], data_config: dict) -> None:
@@ -39,8 +40,12 @@ def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def write_metrics(run_dir: Path, history: list[dict]) -> None:
-    """Write metrics.csv and curves.png."""
+    """Write metrics.csv, a row for each evaluated epoch."""
     write_csv(run_dir / 'metrics.csv', history)
+
+
+def write_curves(run_dir: Path, history: list[dict]) -> None:
+    """Write curves.png: losses and accuracies over the epochs of metrics.csv."""
     figure = Figure(figsize=(10, 4), layout='constrained')
     draw_curves(*figure.subplots(1, 2), history, max(history, key=score_key))
     write_figure(run_dir / 'curves.png', figure)

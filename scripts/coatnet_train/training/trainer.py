@@ -31,11 +31,13 @@ from coatnet_train.training.config import Settings
 from coatnet_train.training.distillation import BatchMixup
 from coatnet_train.training.fsdp import gather_training_state, gather_weights, restore_training_state
 from coatnet_train.training.loaders import training_transform
-from coatnet_train.training.run_dir import score_key, write_metrics, write_weights
+from coatnet_train.training.run_dir import score_key, write_curves, write_metrics, write_weights
 from coatnet_train.training.schedule import advice
 from coatnet_train.training.task import set_trunk_to_eval
 
 __all__ = ['Trainer']
+
+CURVES_SECONDS = 60  # least time between two drawings of curves.png: one takes as long as a short epoch
 
 
 class Trainer:
@@ -91,6 +93,7 @@ class Trainer:
         self.progress = Progress()
         if checkpoint:
             self.restore(checkpoint)
+        self.curves_drawn = time.monotonic()
         begun = min(self.progress.batch * self.images_per_step, self.images_per_epoch)
         self.bar = progress_bar(
             total=settings.epochs * self.images_per_epoch,
@@ -153,6 +156,8 @@ class Trainer:
             while self.progress.epoch <= self.last_epoch and not self.out_of_patience():
                 self.train_epoch()
                 self.end_epoch()
+            if self.is_main_process:
+                write_curves(self.run_dir, self.progress.history)
             # the released file is read back from disk, so that predictions and figures show what it does
             self.eval_model.load_state_dict(load_file(self.run_dir / 'model.safetensors'))
             return max(self.progress.history, key=score_key), self.evaluate(keep_wrong=24)
@@ -271,7 +276,7 @@ class Trainer:
             raise Preempted(f'stopped by SIGTERM, saved after epoch {epoch}')
 
     def score_epoch(self) -> None:
-        """Evaluate, and write the metrics and, if they are the best, the weights."""
+        """Evaluate, and write the metrics, at times their curves and, if they are the best, the weights."""
         progress, epoch = self.progress, self.progress.epoch
         if self.sharded:
             gather_weights(self.task.trainable_module, self.eval_model)
@@ -292,6 +297,9 @@ class Trainer:
             if best is row:
                 write_weights(self.run_dir / 'model.safetensors', self.eval_model.state_dict())
             write_metrics(self.run_dir, progress.history)
+            if time.monotonic() - self.curves_drawn >= CURVES_SECONDS:
+                write_curves(self.run_dir, progress.history)
+                self.curves_drawn = time.monotonic()
 
     def evaluate(self, keep_wrong: int = 0) -> Predictions:
         for buffer in self.eval_model.buffers() if self.accelerator.num_processes > 1 else ():

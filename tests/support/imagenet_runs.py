@@ -16,7 +16,7 @@ import eval_imagenet
 SYNSETS = ImageNetInfo('imagenet-1k').label_names()
 
 
-def write_pictures(folder: Path, classes, each: int = 2, seed: int = 0) -> Path:
+def write_images(folder: Path, classes, each: int = 2, seed: int = 0) -> Path:
     """Write noisy pictures of many colours and shapes, so that a random model says something else of each."""
     rng = np.random.default_rng(seed)
     for name in classes:

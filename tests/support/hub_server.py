@@ -25,7 +25,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
-from repos import GITATTRIBUTES, Blob, Refusal, Repo, read_card
+
+from support.hub_repos import GITATTRIBUTES, Blob, Refusal, Repo, read_card
 
 __all__ = ['OWNER_TOKEN', 'READER_TOKEN', 'HubServer', 'Repo', 'Request']
 

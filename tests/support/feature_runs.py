@@ -8,11 +8,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
-from script_runs import CLASSES
 from timm.data import create_transform, resolve_data_config
 from timm.utils import random_seed
 
 import extract_features
+from support.constants import CLASSES
 
 
 def run(settings: extract_features.Settings, **changes) -> Path:

@@ -1,6 +1,6 @@
 """Run a script as accelerate would on GPUs: on CPUs it never shards, though torch can.
 
-    accelerate launch --config_file scripts/launch/fsdp.yaml tests/finetuning/as_gpus.py scripts/finetune.py …
+    accelerate launch --config_file scripts/launch/fsdp.yaml tests/support/fake_multi_gpu.py scripts/finetune.py …
 """
 import runpy
 import sys

@@ -3,7 +3,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -12,9 +11,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from script_runs import ROOT
 
 import finetune
+from support.commands import environment
+from support.constants import ROOT
 
 
 def write_shards(folder: Path, count: int = 24, held_out: int = 1) -> Path:
@@ -81,11 +81,7 @@ def assert_everything_loads(run_dir: Path) -> int:
     return len(files)
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in the script may catch it."""
-
-
 def run_command(*arguments: str, columns: int = 200) -> subprocess.CompletedProcess:
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': str(columns), 'OMP_NUM_THREADS': '1'}
     return subprocess.run(
-        [sys.executable, ROOT / 'scripts' / 'finetune.py', *arguments], capture_output=True, text=True, env=environment)
+        [sys.executable, ROOT / 'scripts' / 'finetune.py', *arguments], capture_output=True, text=True,
+        env=environment(COLUMNS=str(columns)))

@@ -21,7 +21,7 @@ SMALL_FLAGS = ('depths=(1,1,1,1)', 'embed_dim=(16,16,32,64)')
 NAMES = ['n01440764', 'my own class', 'n02102040', 'n03888257']
 
 
-def write_picture(path: Path, size: tuple[int, int] = (40, 36), seed: int = 0) -> Path:
+def write_image(path: Path, size: tuple[int, int] = (40, 36), seed: int = 0) -> Path:
     """Write a noisy picture of (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

@@ -1,0 +1,154 @@
+"""What the band kernels of both operators share: the geometry of a tile, its loads, the shape of a launch.
+
+A tile is 8 x 2 positions. Their windows span 16 columns, in a left and a right half, and Kh + 1 rows. Column c of the
+span is slot column c % 8 of its half: the Kw <= 7 columns that one position sees have distinct slot columns. In slot
+column s, position column px has tap v = (s - px) % 8, in the left half if s >= px, else in the right one. So the band
+matrix of a tile is (16 positions, slots) for both halves: each weight is loaded and exponentiated once. Positions and
+slots count row by row.
+"""
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from triton import cdiv, jit, next_power_of_2
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .contract import INTERPRETED
+from .triton_ops import large
+
+HEAD_WIDTHS = (16, 32, 64)
+LOG2E = tl.constexpr(1.4426950408889634)
+MAX_KERNEL_SIZE = 7
+PROGRAMS = 8192  # programs of one warp that keep a Hopper GPU busy
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's dot takes bfloat16 for integers
+
+
+@jit
+def product(a, b, acc):
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc)
+
+
+@jit
+def tap_column(s, px):
+    """Tap with which position column px sees slot column s; there is none from the kernel's width on."""
+    return (s - px) & 7
+
+
+@jit
+def taps_of_slots(position, slot, Kh: tl.constexpr, Kw: tl.constexpr):
+    """(u * Kw, v, whether there is such a tap) of positions and slots, broadcast; where there is none, another one."""
+    u = slot // 8 - position // 8
+    v = tap_column(slot % 8, position % 8)
+    return tl.minimum(tl.maximum(u, 0), Kh - 1) * Kw, tl.minimum(v, Kw - 1), (u >= 0) & (u < Kh) & (v < Kw)
+
+
+@jit
+def half_of_span(x, image, row, column, channel, H, W, C: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr,
+                 TMA: tl.constexpr):
+    """What lies in the slots (SLOTS, BLOCK_C) of 8 columns from (row, column) on, zero outside the image."""
+    if TMA:
+        return tl.reshape(x.load([image, row, column, channel]), (SLOTS, BLOCK_C))
+    else:
+        slot = tl.arange(0, SLOTS)
+        row += slot // 8
+        column += slot % 8
+        inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        x += tl.cast(image, tl.int64) * H * W * C + channel
+        return tl.load(x + ((row * W + column) * C)[:, None] + tl.arange(0, BLOCK_C)[None, :],
+                       mask=inside[:, None], other=0.0)
+
+
+@jit
+def strip_of_columns(program, H, tiles, across, down, height):
+    """(image, tile of the channels, left, top, bottom) of the strip that a program walks down."""
+    tile = program % tiles
+    program = program // tiles
+    left = program % across * 8
+    program = program // across
+    top = program % down * height
+    return program // down, tile, left, top, tl.minimum(top + height, H)
+
+
+@jit
+def positions_of_tile(row, left, bottom, H, W):
+    """Offsets (16,) of a tile's positions inside their image, moved into it, and which are the program's own."""
+    i = tl.arange(0, 16)
+    row += i // 8
+    column = left + i % 8
+    return tl.minimum(row, H - 1) * W + tl.minimum(column, W - 1), (row < bottom) & (column < W)
+
+
+class Launch(NamedTuple):
+    """How a band kernel is launched.
+
+    Args:
+        tma: Whether Hopper's copy engine loads x, else ordinary loads do.
+        strips: Strips below each other in an image; None for about PROGRAMS programs in all.
+        num_warps: Warps of a program.
+        num_stages: Depth of software pipelining.
+    """
+
+    tma: bool = False
+    strips: int | None = None
+    num_warps: int = 1
+    num_stages: int = 2
+
+
+def default_launch(x: torch.Tensor) -> Launch:
+    """The copy engine from compute capability 9.0 on, where x is aligned as it needs."""
+    return Launch(tma=x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) and x.data_ptr() % 16 == 0)
+
+
+def grid(x: torch.Tensor, tiles: int, launch: Launch) -> tuple[int, int, int, int]:
+    """(programs, strips beside each other, strips below each other, their height, which is even)."""
+    B, _, H, W = x.shape
+    across = cdiv(W, 8)
+    strips = launch.strips or cdiv(PROGRAMS, B * across * tiles)
+    height = 2 * cdiv(cdiv(H, 2), min(strips, cdiv(H, 2)))
+    down = cdiv(H, height)
+    return B * across * down * tiles, across, down, height
+
+
+def takes_band(op: str, kernels: str, reason: str) -> bool:
+    """Whether the band kernels run, which `reason` may forbid: 'auto' where they can, 'band' and 'direct' force one.
+
+    Raises ValueError if they are asked for and cannot run.
+    """
+    if kernels not in ('auto', 'band', 'direct'):
+        raise ValueError(f"{op}: kernels must be 'auto', 'band' or 'direct', got {kernels!r}.")
+    if kernels == 'band' and reason:
+        raise ValueError(f"{op}: the band kernels cannot run: {reason}; use kernels='auto'.")
+    return kernels != 'direct' and not reason
+
+
+def slots_of_span(Kh: int) -> int:
+    """Slots of a tile's whole span, a power of two."""
+    return 8 * next_power_of_2(Kh + 1)
+
+
+def operand(x: torch.Tensor, channels: int, slots: int, launch: Launch) -> torch.Tensor | TensorDescriptor:
+    """x, or the descriptor with which the copy engine loads `slots` slots of `channels` channels."""
+    if not launch.tma:
+        return x
+    B, C, H, W = x.shape
+    return TensorDescriptor(x, [B, H, W, C], [H * W * C, W * C, C, 1], [1, slots // 8, 8, channels])
+
+
+def why_not(x: torch.Tensor, kernel: tuple[int, int], head: int) -> str:
+    """Why the band kernels cannot take a call with heads of that many channels, '' if they can."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f'they take float16 or bfloat16, got {x.dtype}'
+    if max(kernel) > MAX_KERNEL_SIZE:
+        return f'they take kernels up to {MAX_KERNEL_SIZE} x {MAX_KERNEL_SIZE}, got {kernel[0]} x {kernel[1]}'
+    if head not in HEAD_WIDTHS:
+        return f'they take heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {head}'
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return f'x must be dense in channels_last, got strides {x.stride()}'
+    if large(x):
+        return f'an image must stay below 2^31 elements, got shape {tuple(x.shape)}'
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f'they need compute capability 8.0, got {torch.cuda.get_device_capability(x.device)}'
+    return ''

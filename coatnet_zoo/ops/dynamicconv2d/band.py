@@ -1,0 +1,304 @@
+"""DynamicConv on tensor cores: 16-bit, channels_last, kernels up to 7 x 7, heads of 16, 32 or 64 channels.
+
+    fwd          out = bias + W x,    W = softmax(logits), a band matrix (positions, inputs)
+    bwd_input    dx = W^T grad
+    bwd_logits   dW = grad x^T along the band,    dlogits = W (dW - sum W dW)
+
+`band_ops.py` has the geometry of a tile and its slots. The penalty of a slot is 0 where it has a tap, hugely negative
+elsewhere, and the tensor cores add it: that masks, and leaves the logits in the register layout in which the next
+product takes them. Sums are taken in float32; weights are rounded to the dtype of x. A program has one head and 8
+columns of an image and walks down; nothing is added in memory.
+"""
+import torch
+import triton.language as tl
+from triton import jit
+
+from .. import band_ops
+from ..band_ops import (
+    LOG2E,
+    Launch,
+    default_launch,
+    grid,
+    half_of_span,
+    operand,
+    positions_of_tile,
+    product,
+    slots_of_span,
+    strip_of_columns,
+    taps_of_slots,
+)
+from ..dropconnect import threshold
+from ..triton_ops import dropconnect_factor, empty_channels_last, large, on_device_of
+
+__all__ = ['launch_bwd_input', 'launch_bwd_logits', 'launch_fwd', 'why_not']
+
+
+@jit
+def _identity():
+    i = tl.arange(0, 16)
+    return tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(tl.bfloat16)
+
+
+@jit
+def _penalty(allowed):
+    return tl.where(allowed, 0.0, -1e38).to(tl.bfloat16)
+
+
+@jit
+def _mask_logits(logits, exists, SOFTMAX: tl.constexpr):
+    """logits (16, slots) in float32, of which a softmax leaves nothing where there is no tap; or 0 there."""
+    if SOFTMAX:
+        return product(_identity(), _penalty(exists), logits.to(tl.float32))
+    else:
+        return tl.where(exists, logits.to(tl.float32), 0.0)
+
+
+@jit
+def _dynamicconv2d_band_fwd_kernel(
+        x, logits_ptr, bias_ptr, seed_ptr, out_ptr, stats_ptr, H, W, across, down, height, threshold, scale,
+        G: tl.constexpr, Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SLOTS: tl.constexpr,
+        SOFTMAX: tl.constexpr, TMA: tl.constexpr,
+):
+    """out (B, H, W, C), stats (B, H, W, G, 2): maximum and reciprocal sum of each softmax. x: descriptor or pointer."""
+    image, head, left, top, bottom = strip_of_columns(tl.program_id(0), H, G, across, down, height)
+    before = tl.cast(image, tl.int64) * H * W
+    logits_ptr += before * (G * Kh * Kw) + head * (Kh * Kw)
+    out_ptr += before * (G * HEAD) + head * HEAD
+    stats_ptr += (before * G + head) * 2
+    i = tl.arange(0, 16)[:, None]
+    slot = tl.arange(0, SLOTS)[None, :]
+    channel = tl.arange(0, HEAD)
+    u, v, exists = taps_of_slots(i, slot, Kh, Kw)
+    tap = u + v
+    in_left = tl.where(slot % 8 >= i % 8, 1.0, 0.0)
+
+    for row in range(top, bottom, 2):
+        offs, mask = positions_of_tile(row, left, bottom, H, W)
+        weight = _mask_logits(tl.load((logits_ptr + offs * (G * Kh * Kw))[:, None] + v + u), exists, SOFTMAX)
+        if SOFTMAX:
+            row_max = tl.max(weight, 1)
+            weight = tl.math.exp2(weight * LOG2E - (row_max * LOG2E)[:, None])
+            norm = 1 / tl.sum(weight, 1)
+            tl.store(stats_ptr + offs * (2 * G), row_max, mask=mask)
+            tl.store(stats_ptr + offs * (2 * G) + 1, norm, mask=mask)
+        if seed_ptr is not None:
+            index = (((before + offs) * G + head) * (Kh * Kw))[:, None] + tap
+            weight *= dropconnect_factor(index, tl.load(seed_ptr), threshold, 1.0)
+        x_left = half_of_span(
+            x, image, row - Kh // 2, left - Kw // 2, head * HEAD, H, W, G * HEAD, HEAD, SLOTS, TMA)
+        x_right = half_of_span(
+            x, image, row - Kh // 2, left - Kw // 2 + 8, head * HEAD, H, W, G * HEAD, HEAD, SLOTS, TMA)
+        near = weight * in_left
+        acc = product(near.to(x_left.dtype), x_left, tl.zeros((16, HEAD), tl.float32))
+        acc = product((weight - near).to(x_left.dtype), x_right, acc)
+        if SOFTMAX:
+            acc *= norm[:, None]
+        if seed_ptr is not None:
+            acc *= scale
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + head * HEAD + channel).to(tl.float32)[None, :]
+        tl.store(out_ptr + (offs * (G * HEAD))[:, None] + channel[None, :], acc.to(out_ptr.dtype.element_ty),
+                 mask=mask[:, None])
+
+
+@jit
+def _dynamicconv2d_band_bwd_logits_kernel(
+        x, grad_ptr, logits_ptr, stats_ptr, seed_ptr, out_ptr, H, W, across, down, height, threshold, scale,
+        G: tl.constexpr, Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SLOTS: tl.constexpr,
+        SOFTMAX: tl.constexpr, TMA: tl.constexpr,
+):
+    """Gradient w.r.t. the logits (B, H, W, G * Kh * Kw)."""
+    image, head, left, top, bottom = strip_of_columns(tl.program_id(0), H, G, across, down, height)
+    before = tl.cast(image, tl.int64) * H * W
+    logits_ptr += before * (G * Kh * Kw) + head * (Kh * Kw)
+    out_ptr += before * (G * Kh * Kw) + head * (Kh * Kw)
+    grad_ptr += before * (G * HEAD) + head * HEAD
+    stats_ptr += (before * G + head) * 2
+    i = tl.arange(0, 16)[:, None]
+    slot = tl.arange(0, SLOTS)[None, :]
+    channel = tl.arange(0, HEAD)
+    u, v, exists = taps_of_slots(i, slot, Kh, Kw)
+    tap = u + v
+    in_left = slot % 8 >= i % 8
+
+    for row in range(top, bottom, 2):
+        offs, mask = positions_of_tile(row, left, bottom, H, W)
+        grad = tl.load(grad_ptr + (offs * (G * HEAD))[:, None] + channel[None, :])
+        x_left = half_of_span(
+            x, image, row - Kh // 2, left - Kw // 2, head * HEAD, H, W, G * HEAD, HEAD, SLOTS, TMA)
+        x_right = half_of_span(
+            x, image, row - Kh // 2, left - Kw // 2 + 8, head * HEAD, H, W, G * HEAD, HEAD, SLOTS, TMA)
+        none = tl.zeros((16, SLOTS), tl.float32)
+        dw = tl.where(in_left, product(grad, tl.trans(x_left), none), product(grad, tl.trans(x_right), none))
+        if seed_ptr is not None:
+            index = (((before + offs) * G + head) * (Kh * Kw))[:, None] + tap
+            dw *= dropconnect_factor(index, tl.load(seed_ptr), threshold, scale)
+        if SOFTMAX:
+            weight = _mask_logits(tl.load((logits_ptr + offs * (G * Kh * Kw))[:, None] + v + u), exists, True)
+            row_max = tl.load(stats_ptr + offs * (2 * G))
+            norm = tl.load(stats_ptr + offs * (2 * G) + 1)
+            weight = tl.math.exp2(weight * LOG2E - (row_max * LOG2E)[:, None])
+            mean = tl.sum(weight * dw, 1) * norm * norm
+            dw = weight * (dw * norm[:, None] - mean[:, None])
+        tl.store((out_ptr + offs * (G * Kh * Kw))[:, None] + v + u, dw.to(out_ptr.dtype.element_ty),
+                 mask=exists & mask[:, None])
+
+
+@jit
+def _columns_of_rows(row, left, H, W):
+    """Offsets (16,) of 8 columns of two rows inside their image, and which lie in it; 0 where they do not."""
+    i = tl.arange(0, 16)
+    row += i // 8
+    column = left + i % 8
+    mask = (row < H) & (column >= 0) & (column < W)
+    return tl.where(mask, row * W + column, 0), mask
+
+
+@jit
+def _store_rows(acc, out_ptr, row, top, bottom, left, W, scale, G: tl.constexpr, HEAD: tl.constexpr):
+    """Two rows of 8 columns, scaled, as far as they lie in the program's strip."""
+    i = tl.arange(0, 16)
+    row += i // 8
+    column = left + i % 8
+    tl.store(out_ptr + ((row * W + column) * (G * HEAD))[:, None] + tl.arange(0, HEAD)[None, :],
+             (acc * scale).to(out_ptr.dtype.element_ty), mask=((row >= top) & (row < bottom) & (column < W))[:, None])
+
+
+@jit
+def _dynamicconv2d_band_bwd_input_kernel(
+        grad_ptr, logits_ptr, stats_ptr, seed_ptr, out_ptr, H, W, across, down, height, threshold, scale,
+        G: tl.constexpr, Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SOFTMAX: tl.constexpr,
+):
+    """Gradient w.r.t. x (B, H, W, C). Two of its rows are complete once the positions have passed Kh // 2 rows below.
+
+    Of the positions that see an input column in tap v, those at column px of the left or right half of their span have
+    v = (slot column - px) % 8 again. So both halves share one set of weights, each of which goes to one of them.
+    """
+    image, head, left, top, bottom = strip_of_columns(tl.program_id(0), H, G, across, down, height)
+    before = tl.cast(image, tl.int64) * H * W
+    grad_ptr += before * (G * HEAD) + head * HEAD
+    out_ptr += before * (G * HEAD) + head * HEAD
+    logits_ptr += before * (G * Kh * Kw) + head * (Kh * Kw)
+    stats_ptr += (before * G + head) * 2
+    i = tl.arange(0, 16)[:, None]
+    slot = tl.arange(0, 16)[None, :]
+    channel = tl.arange(0, HEAD)[None, :]
+    in_right = slot % 8 >= i % 8
+    acc0, acc1 = tl.zeros((16, HEAD), tl.float32), tl.zeros((16, HEAD), tl.float32)
+    acc2, acc3 = tl.zeros((16, HEAD), tl.float32), tl.zeros((16, HEAD), tl.float32)
+    # from the first positions on whose windows reach the strip, which begins at an even row
+    first = tl.maximum(top - (Kh // 2 + 1) // 2 * 2, 0)
+    last = tl.minimum(bottom + Kh // 2, H)
+    for row in range(first, last, 2):
+        offs_left, mask_left = _columns_of_rows(row, left - 8 + Kw // 2, H, W)
+        offs_right, mask_right = _columns_of_rows(row, left + Kw // 2, H, W)
+        grad_left = tl.load(grad_ptr + (offs_left * (G * HEAD))[:, None] + channel, mask=mask_left[:, None], other=0.0)
+        grad_right = tl.load(
+            grad_ptr + (offs_right * (G * HEAD))[:, None] + channel, mask=mask_right[:, None], other=0.0)
+        offs = tl.where(in_right, offs_right[:, None], offs_left[:, None])
+        if SOFTMAX:
+            shift = tl.where(in_right, tl.load(stats_ptr + offs_right * (2 * G))[:, None],
+                             tl.load(stats_ptr + offs_left * (2 * G))[:, None]) * LOG2E
+            norm = tl.where(in_right, tl.load(stats_ptr + offs_right * (2 * G) + 1)[:, None],
+                            tl.load(stats_ptr + offs_left * (2 * G) + 1)[:, None])
+        for j in tl.static_range((Kh + 1) // 2):
+            u, v, exists = taps_of_slots(i, slot + 16 * j, Kh, Kw)
+            weight = _mask_logits(tl.load(logits_ptr + offs * (G * Kh * Kw) + v + u), exists, SOFTMAX)
+            if SOFTMAX:
+                weight = tl.math.exp2(weight * LOG2E - shift) * norm
+            if seed_ptr is not None:
+                index = ((before + offs) * G + head) * (Kh * Kw) + v + u
+                weight *= dropconnect_factor(index, tl.load(seed_ptr), threshold, 1.0)
+            near = tl.where(in_right, 0.0, weight)
+            far = tl.trans((weight - near).to(grad_left.dtype))
+            near = tl.trans(near.to(grad_left.dtype))
+            if j == 0:
+                acc0 = product(far, grad_right, product(near, grad_left, acc0))
+            elif j == 1:
+                acc1 = product(far, grad_right, product(near, grad_left, acc1))
+            elif j == 2:
+                acc2 = product(far, grad_right, product(near, grad_left, acc2))
+            else:
+                acc3 = product(far, grad_right, product(near, grad_left, acc3))
+        _store_rows(acc0, out_ptr, row - Kh // 2, top, bottom, left, W, scale, G, HEAD)
+        acc0 = acc1
+        acc1 = acc2
+        acc2 = acc3
+        acc3 = tl.zeros((16, HEAD), tl.float32)
+    row = first + (last - first + 1) // 2 * 2 - Kh // 2
+    _store_rows(acc0, out_ptr, row, top, bottom, left, W, scale, G, HEAD)
+    _store_rows(acc1, out_ptr, row + 2, top, bottom, left, W, scale, G, HEAD)
+
+
+def why_not(x: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int]) -> str:
+    """Why these kernels cannot take a call, '' if they can."""
+    if logits.dtype != x.dtype:
+        return f'x and logits must have one dtype, got {x.dtype} and {logits.dtype}'
+    if not logits.is_contiguous(memory_format=torch.channels_last):
+        return f'logits must be dense in channels_last, got strides {logits.stride()}'
+    if large(logits):
+        return f'the logits of an image must stay below 2^31 elements, got shape {tuple(logits.shape)}'
+    return band_ops.why_not(x, kernel, x.shape[1] * kernel[0] * kernel[1] // logits.shape[1])
+
+
+def launch_fwd(
+        x: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int], bias: torch.Tensor | None,
+        seed: torch.Tensor | None, dropconnect: float, softmax: bool, launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, C, H, W) and the statistics (B, H, W, G, 2) of its softmaxes; x and logits dense in channels_last."""
+    B, C, H, W = x.shape
+    Kh, Kw = kernel
+    G = logits.shape[1] // (Kh * Kw)
+    out = empty_channels_last(x)
+    stats = x.new_empty((B, H, W, G, 2) if softmax else (0,), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, stats
+    launch, slots = launch or default_launch(x), slots_of_span(Kh)
+    programs, *strips = grid(x, G, launch)
+    with on_device_of(x):
+        _dynamicconv2d_band_fwd_kernel[programs,](
+            operand(x, C // G, slots, launch), logits, bias, seed, out, stats, H, W, *strips, threshold(dropconnect),
+            1 / (1 - dropconnect), G=G, Kh=Kh, Kw=Kw, HEAD=C // G, SLOTS=slots, SOFTMAX=softmax, TMA=launch.tma,
+            num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return out, stats
+
+
+def launch_bwd_input(
+        grad: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int], stats: torch.Tensor,
+        seed: torch.Tensor | None, dropconnect: float, softmax: bool, launch: Launch | None = None) -> torch.Tensor:
+    """The gradient (B, C, H, W) of x, in the dtype of grad."""
+    _, C, H, W = grad.shape
+    Kh, Kw = kernel
+    G = logits.shape[1] // (Kh * Kw)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    out = empty_channels_last(grad)
+    if out.numel() == 0:
+        return out
+    launch = launch or default_launch(grad)
+    programs, *strips = grid(grad, G, launch)
+    with on_device_of(grad):
+        _dynamicconv2d_band_bwd_input_kernel[programs,](
+            grad, logits, stats, seed, out, H, W, *strips, threshold(dropconnect), 1 / (1 - dropconnect), G=G, Kh=Kh,
+            Kw=Kw, HEAD=C // G, SOFTMAX=softmax, num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return out
+
+
+def launch_bwd_logits(
+        grad: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int], stats: torch.Tensor,
+        seed: torch.Tensor | None, dropconnect: float, softmax: bool, launch: Launch | None = None) -> torch.Tensor:
+    """The gradient (B, G * Kh * Kw, H, W), channels_last, in the dtype of logits."""
+    _, C, H, W = x.shape
+    Kh, Kw = kernel
+    G = logits.shape[1] // (Kh * Kw)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    out = empty_channels_last(logits)
+    if out.numel() == 0:
+        return out
+    launch, slots = launch or default_launch(x), slots_of_span(Kh)
+    programs, *strips = grid(x, G, launch)
+    with on_device_of(x):
+        _dynamicconv2d_band_bwd_logits_kernel[programs,](
+            operand(x, C // G, slots, launch), grad, logits, stats, seed, out, H, W, *strips, threshold(dropconnect),
+            1 / (1 - dropconnect), G=G, Kh=Kh, Kw=Kw, HEAD=C // G, SLOTS=slots, SOFTMAX=softmax, TMA=launch.tma,
+            num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return out

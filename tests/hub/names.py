@@ -1,2 +1,0 @@
-"""The name under which the tests release their run."""
-NAME = 'coatnet_pico_64.colours'

@@ -1,0 +1,186 @@
+"""Kernels compiled for a GPU that is not there, by triton's compiler and assembler, and what they cost.
+
+As a script it compiles all of `BUILDS` and writes results/kernel_budgets.csv, to which test_kernel_budgets.py compares:
+`PYTHONPATH=. python tests/ops/compiled.py`. Rows of other triton versions are kept.
+"""
+import csv
+import inspect
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from coatnet_zoo.ops.band_ops import Launch
+from coatnet_zoo.ops.dynamicconv2d import band as dynamic_band
+from coatnet_zoo.ops.dynamicconv2d import kernels as dynamic_kernels
+from coatnet_zoo.ops.lightconv2d import band as light_band
+from coatnet_zoo.ops.lightconv2d import kernels as light_kernels
+
+ROOT = Path(__file__).parents[2]
+BUDGETS = ROOT / 'results/kernel_budgets.csv'
+TOOLS = Path(triton.__file__).parent / 'backends/nvidia/bin'
+TYPES = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'fp32', torch.int64: 'i64'}
+OPTIONS = ('num_warps', 'num_stages', 'enable_fp_fusion')
+BATCH = 128
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel takes: registers of a thread, bytes of stack and local memory of a thread, bytes of shared
+    memory of a program, instructions in all and in its longest loop."""
+
+    kernel: str
+    registers: int
+    spilled: int
+    shared: int
+    instructions: int
+    loop: int
+
+
+def compile_for(arch: int, kernel: JITFunction, arguments: dict, options: dict) -> CompiledKernel:
+    """The kernel as a launch with these arguments would compile it: ones are constants, multiples of 16 known."""
+    types, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            types[parameter.name] = 'constexpr'
+            constants[i,] = value
+        elif isinstance(value, TensorDescriptor):
+            types[parameter.name] = f'tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>'
+        else:
+            types[parameter.name] = (
+                f'*{TYPES[value.dtype]}' if isinstance(value, torch.Tensor) else 'fp32' if isinstance(value, float)
+                else 'i32' if abs(value) < 2 ** 31 else 'i64')
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                attributes[i,] = [['tt.divisibility', 16]]
+    return triton.compile(ASTSource(kernel, types, constants, attributes), GPUTarget('cuda', arch, 32), options)
+
+
+def usage(compiled: CompiledKernel) -> Usage:
+    """Read off the machine code."""
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        Path(file.name).write_bytes(compiled.asm['cubin'])
+        said = subprocess.run([TOOLS / 'cuobjdump', '-res-usage', file.name], capture_output=True, text=True).stdout
+        code = subprocess.run([TOOLS / 'nvdisasm', '-c', file.name], capture_output=True, text=True).stdout
+    registers, stack, local = map(int, re.search(r'REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)', said).groups())
+    places, count, loop, end = {}, 0, 0, 0
+    for line in code.splitlines():
+        if label := re.match(r'\s*(\.L\w+):', line):
+            places[label[1]] = count
+        elif re.match(r'\s*/\*[0-9a-f]{4,}\*/\s', line):
+            count += 1
+            branch = re.search(r'BRA.*`\((\.L\w+)\)', line)
+            # what leads back over the program's end is a barrier's wait
+            if branch and places.get(branch[1], -1) >= end:
+                loop = max(loop, count - places[branch[1]])
+            if re.search(r'\sEXIT\s', line):
+                end = count
+    return Usage(compiled.metadata.name, registers, stack + local, compiled.metadata.shared, count, loop)
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[list[Usage]]:
+    """Launches compile instead; the list fills with what each of them takes."""
+    seen, launch = [], JITFunction.run
+
+    def compile_instead(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        arguments = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
+        seen.append(usage(compile_for(arch, kernel, arguments, options)))
+        assert grid[0] < 2 ** 31
+
+    JITFunction.run = compile_instead
+    try:
+        yield seen
+    finally:
+        JITFunction.run = launch
+
+
+def channels_last(size: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(BATCH, size, size, channels, dtype=dtype, device='meta').permute(0, 3, 1, 2)
+
+
+def launch_direct(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: int = 32) -> None:
+    """Every kernel that needs no tensor cores once, as training launches it, on tensors without data."""
+    x, logits = channels_last(size, C, dtype), channels_last(size, C // head * K * K, dtype)
+    weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, device='meta')
+    seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
+    light_kernels.launch_correlate(x, weight, bias, seed, p, True, transposed=False)
+    light_kernels.launch_correlate(x, weight, None, seed, p, True, transposed=True)
+    light_kernels.launch_weight_grad(x, x, weight, seed, p, True)
+    _, stats = dynamic_kernels.launch_aggregate(x, logits, (K, K), bias, seed, p, True)
+    dynamic_kernels.launch_scatter_back(x, logits, (K, K), stats, seed, p, True)
+    dynamic_kernels.launch_logits_grad(x, x, logits, (K, K), stats, seed, p, True)
+
+
+def launch_band(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: int = 32, tma: bool = False) -> None:
+    """Every kernel for tensor cores once, likewise."""
+    x, logits = channels_last(size, C, dtype), channels_last(size, C // head * K * K, dtype)
+    seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
+    weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, dtype=dtype, device='meta')
+    launch = Launch(tma=tma)
+    light_band.launch_fwd(x, weight, bias, seed, p, True, transposed=False, launch=launch)
+    light_band.launch_bwd_weight(x, x, (K, K), C // head, launch)
+    _, stats = dynamic_band.launch_fwd(x, logits, (K, K), bias, seed, p, True, launch)
+    dynamic_band.launch_bwd_input(x, logits, (K, K), stats, seed, p, True, launch)
+    dynamic_band.launch_bwd_logits(x, x, logits, (K, K), stats, seed, p, True, launch)
+
+
+class Build(NamedTuple):
+    """One set of launches whose cost is kept."""
+
+    arch: int
+    size: int
+    C: int
+    K: int
+    head: int
+    dropconnect: float
+
+    def usages(self) -> list[Usage]:
+        with compiling_for(self.arch) as seen:
+            launch_band(self.size, self.C, self.K, torch.bfloat16, self.dropconnect, self.head, tma=self.arch >= 90)
+        return seen
+
+    def row(self, used: Usage) -> dict[str, str]:
+        """A row of the file. A tile is 16 positions of a head, which a program of one warp takes once a loop."""
+        outputs = 16 * self.head
+        return {
+            'kernel': used.kernel, 'arch': f'sm_{self.arch}', 'shape': f'{self.size}x{self.size}x{self.C}',
+            'kernel_size': str(self.K), 'head_dim': str(self.head), 'dropconnect': str(self.dropconnect),
+            'triton': '.'.join(triton.__version__.split('.')[:2]),
+            'instructions_per_output': f'{32 * used.loop / outputs:.1f}', 'registers': str(used.registers),
+            'spilled_bytes': str(used.spilled), 'shared_bytes': str(used.shared)}
+
+
+BUILDS = [Build(90, 56, 96, 7, 32, 0.), Build(90, 14, 384, 7, 32, .1), Build(90, 28, 192, 3, 64, 0.),
+          Build(80, 28, 192, 7, 32, 0.), Build(80, 14, 384, 5, 16, 0.)]
+
+
+def read_budgets() -> list[dict[str, str]]:
+    with BUDGETS.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def write_budgets() -> None:
+    rows = [build.row(used) for build in BUILDS for used in build.usages()]
+    kept = [row for row in read_budgets() if row['triton'] != rows[0]['triton']] if BUDGETS.exists() else []
+    rows = sorted(kept + rows, key=lambda row: tuple(map(int, row['triton'].split('.'))))
+    temporary = BUDGETS.with_suffix('.tmp')
+    with temporary.open('w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(BUDGETS)
+
+
+if __name__ == '__main__':
+    write_budgets()

@@ -1,0 +1,63 @@
+"""What kernels cost before a GPU is seen: instructions, registers, spills and shared memory in the machine code."""
+import pytest
+import torch
+
+pytest.importorskip('triton', reason='needs the triton package')
+
+import compiled
+import triton
+from compiled import BUILDS, TOOLS, Build, compiling_for, launch_direct
+
+from coatnet_zoo.ops.dynamicconv2d import kernels as dynamic_kernels
+from coatnet_zoo.ops.lightconv2d import kernels as light_kernels
+
+pytestmark = [
+    pytest.mark.skipif(not all((TOOLS / name).exists() for name in ('ptxas', 'cuobjdump', 'nvdisasm')),
+                       reason='this triton comes without ptxas, cuobjdump and nvdisasm')]
+bf16 = torch.bfloat16
+VERSION = '.'.join(triton.__version__.split('.')[:2])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+
+
+def budget(row: dict[str, str], column: str) -> float:
+    """The figure of this triton, or half as much again as the largest of the others, which schedule otherwise."""
+    same = ('kernel', 'arch', 'shape', 'kernel_size', 'head_dim', 'dropconnect')
+    rows = {kept['triton']: float(kept[column]) for kept in compiled.read_budgets()
+            if all(kept[name] == row[name] for name in same)}
+    assert rows, f'results/kernel_budgets.csv has no {row}; run PYTHONPATH=. python tests/ops/compiled.py'
+    return rows[VERSION] if VERSION in rows else 1.5 * max(rows.values())
+
+
+@pytest.mark.parametrize('build', BUILDS, ids=str)
+def test_band_kernels_keep_to_their_budgets(build: Build):
+    for used in build.usages():
+        row = build.row(used)
+        for column, margin in (('instructions_per_output', 1.03), ('registers', 1.03), ('shared_bytes', 1.)):
+            assert float(row[column]) <= margin * budget(row, column), f'{column} of {row}'
+        # far fewer would mean that another loop was counted
+        assert float(row['instructions_per_output']) >= .5 * budget(row, 'instructions_per_output')
+        assert used.spilled <= budget(row, 'spilled_bytes') and used.registers <= 255
+
+
+@pytest.mark.parametrize('size,C,K,dtype,p', [
+    (56, 96, 3, bf16, 0.), (56, 96, 7, bf16, .1), (28, 192, 7, torch.float32, 0.), (14, 384, 7, bf16, 0.)])
+def test_direct_kernels_compile_for_hopper(size, C, K, dtype, p):
+    """At least 3 programs of 4 warps share a multiprocessor's registers; at most 4 of a thread's are spilled."""
+    with compiling_for(90) as seen:
+        launch_direct(size, C, K, dtype, p)
+    assert len(seen) == 7
+    # the bound on registers is for the Triton it was found with; older ones schedule otherwise
+    most = 168 if tuple(map(int, VERSION.split('.'))) >= (3, 9) else 255
+    assert all(used.registers <= most and used.spilled <= 16 for used in seen), seen
+
+
+def test_direct_kernels_compile_for_images_of_2_31_elements_and_small_heads(monkeypatch):
+    for kernels in (light_kernels, dynamic_kernels):
+        monkeypatch.setattr(kernels, 'large', lambda *tensors: True)
+    with compiling_for(90) as seen:
+        launch_direct(9, 6, 5, torch.float16, .1, head=2)
+    assert len(seen) == 7

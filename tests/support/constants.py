@@ -1,0 +1,10 @@
+"""Paths and names that many tests use."""
+import os
+from pathlib import Path
+
+__all__ = ['CLASSES', 'DATA', 'RELEASE_NAME', 'ROOT']
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ('blue', 'green', 'red')  # of the generated images, whose colour tells the class
+RELEASE_NAME = 'coatnet_pico_64.colours'  # under which the tests release their run
+DATA = Path(os.environ.get('COATNET_ZOO_DATA') or ROOT.parent / 'shared' / 'data')  # packed sets of real images

@@ -1,0 +1,30 @@
+"""A process that ends in the middle of its work, without ending the process of the tests."""
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from coatnet_train.runtime import files
+
+__all__ = ['SimulatedCrash', 'crash_at_write']
+
+
+class SimulatedCrash(BaseException):
+    """Stands for the end of the process: nothing in the scripts may catch it."""
+
+
+@contextmanager
+def crash_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[list]:
+    """Raise SimulatedCrash before the number-th file takes its final name; yields the arguments of each call."""
+    replace, calls = os.replace, []
+
+    def crash(*args: object) -> None:
+        calls.append(args)
+        if len(calls) == number:
+            raise SimulatedCrash
+        replace(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, 'replace', crash)
+        yield calls
