@@ -15,7 +15,7 @@ from coatnet_train.data.loader import EpochSampler
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.runtime.cli import ConfigError, Preempted
-from coatnet_train.training.distillation import BatchMixup, ResizedInput, stored_kl_div
+from coatnet_train.training.distillation import BatchMixup, ResizedInput, StoredLogitDistillationTask, stored_kl_div
 from coatnet_train.training.teach_config import read_settings
 from coatnet_train.training.teacher_outputs import TeacherOutputs, compress
 from coatnet_train.training.trainer import Trainer
@@ -156,16 +156,36 @@ def test_loss_is_the_divergence_with_all_other_classes_as_one(temperature, top_k
 
 
 def test_mixed_images_are_taught_by_both_of_their_images():
-    stored = [random_logits(seed=1)]
-    lam, temperature = 0.3, 2.0
-    student = random_logits().requires_grad_()
-    loss = lam * stored_kl_div(student, stored, temperature)
-    loss = loss + (1 - lam) * stored_kl_div(student, [stored[0].flip(0)], temperature)
-    found, = torch.autograd.grad(loss, student)
-    p = (stored[0] / temperature).softmax(1)
-    expected, = torch.autograd.grad(
-        kl_div(lam * p + (1 - lam) * p.flip(0), (student / temperature).softmax(1)) * temperature**2, student)
+    logits, student, labels = random_logits(seed=1), random_logits().requires_grad_(), torch.arange(6)
+    lam, temperature, weight = 0.3, 2.0, 0.8
+    targets = lam * F.one_hot(labels, 10).float() + (1 - lam) * F.one_hot(labels, 10).float().flip(0)
+    task = StoredLogitDistillationTask(
+        torch.nn.Identity(), dict(soft_targets=True), weight, temperature, torch.device('cpu'))
+    result = task(student, targets, [logits], lam)
+    found, = torch.autograd.grad(result['loss'], student)
+
+    p = (logits / temperature).softmax(1)
+    kd_loss = kl_div(lam * p + (1 - lam) * p.flip(0), (student / temperature).softmax(1)) * temperature**2
+    expected, = torch.autograd.grad(weight * kd_loss + (1 - weight) * F.cross_entropy(student, targets), student)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_loss_gets_the_fraction_of_the_mixed_labels(settings, teaching, monkeypatch):
+    labels, fractions, train_step, forward = [], [], Trainer.train_step, StoredLogitDistillationTask.forward
+
+    def watch(trainer, images, targets, *stored):
+        labels.append(F.one_hot(targets, 3).float())
+        train_step(trainer, images, targets, *stored)
+
+    def compare(task, images, targets, stored, lam):
+        torch.testing.assert_close(targets, lam * labels[-1] + (1 - lam) * labels[-1].flip(0))
+        fractions.append(lam)
+        return forward(task, images, targets, stored, lam)
+
+    monkeypatch.setattr(Trainer, 'train_step', watch)
+    monkeypatch.setattr(StoredLogitDistillationTask, 'forward', compare)
+    run(settings, teacher_outputs=store(teaching), mixup=1.0, mixup_off_epoch=1, smoothing=0.0, **VIEWS)
+    assert len({*fractions[:4]}) == 4 and fractions[4:] == [1.0] * 4
 
 
 def test_the_fraction_of_a_mixed_batch_is_that_of_its_labels():
