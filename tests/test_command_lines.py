@@ -39,6 +39,7 @@ COMMANDS = {
     'demo.py': ('', ''),
     'report.py': ('', ''),
     'hub/export.py': ('run --name coatnet_pico_64.tin200 --repo colours', '--repo must be OWNER/NAME'),
+    'hub/convert.py': ('coatnet_0', 'SOURCE must be a file that ends in .h5'),
     'hub/card.py': ('', ''),
     'hub/verify.py': ('', ''),
     'hub/publish.py': ('folder --repo colours', '--repo must be OWNER/NAME'),

@@ -9,6 +9,7 @@ from timm.models import clean_state_dict, load_checkpoint, load_state_dict, mode
 from torch import nn
 
 from coatnet_train.runtime.cli import ConfigError, one_line
+from coatnet_zoo import kecam
 from coatnet_zoo.models.backbone import Backbone
 from coatnet_zoo.models.checkpoint import convert_state_dict, explain_misfit
 
@@ -31,8 +32,8 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
     Args:
         model: Model to load into.
         name: As --model names it, for messages.
-        file: State dict, alone or in a checkpoint of training, in the format of torch or safetensors; .npz where timm
-            reads that for this model.
+        file: State dict, alone or in a checkpoint of training, in the format of torch or safetensors; .h5 of
+            keras_cv_attention_models for coatnet_0_kecam; .npz where timm reads that for this model.
         option: The option that named the file, for messages.
         use_ema: Take averaged weights where the file has some.
 
@@ -47,6 +48,8 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
         return
     state, model_state = read_weights(file, option, use_ema), model.state_dict()
     try:
+        if Path(file).suffix == '.h5' and isinstance(model, Backbone):
+            kecam.check_choices(model.cfg, set())
         state = convert(strip_prefix(state, model_state), model)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f'{option} {file} does not fit --model {name}: {to_flags(one_line(error))}') from error
@@ -60,6 +63,11 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
 
 def read_weights(file: str, option: str = '--checkpoint', use_ema: bool = True) -> dict[str, torch.Tensor]:
     """The state dict in a file, without what it is wrapped in."""
+    if Path(file).suffix == '.h5':
+        try:
+            return kecam.read_h5(Path(file))
+        except RuntimeError as error:
+            raise ConfigError(f'{option}: {one_line(error)}') from error
     try:
         try:
             found = load_state_dict(file, use_ema=use_ema)
