@@ -250,7 +250,8 @@ def describe_release(settings: Settings, config: dict) -> dict:
     if origin := read_origin(settings.run_dir):
         return describe_origin_release(settings, origin, config)
     args, summary = (read_json(settings.run_dir / name) for name in ('args.json', 'summary.json'))
-    if settings.teacher and not args.get('teacher'):
+    teacher = args.get('teacher') or summary.get('teacher') or ''  # the latter that of --teacher-outputs
+    if settings.teacher and not teacher:
         raise ConfigError(f'--teacher describes the teacher of a distilled run, but RUN_DIR {settings.run_dir} had '
                           f'none; leave it out.')
     try:
@@ -267,7 +268,7 @@ def describe_release(settings: Settings, config: dict) -> dict:
             'hardware': f'{summary["processes"]} x ' * (summary['processes'] > 1) + summary['hardware'],
             'hours': round(seconds / 3600, 4), 'seed': summary['seed'], 'commit': summary['commit'],
             'epochs': summary['epochs'], 'best_epoch': summary['best_epoch'], 'started_from': starting_point(args),
-            'teacher': settings.teacher or without_folders(args['teacher']) or None, 'date': summary['date'],
+            'teacher': settings.teacher or without_folders(teacher) or None, 'date': summary['date'],
             'torch': summary['torch'], 'timm': summary['timm'], 'dtype': settings.dtype, 'repo': settings.repo,
             'source': settings.source, 'license_name': settings.license_name, 'license_link': settings.license_link,
             'origin': None}

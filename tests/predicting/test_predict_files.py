@@ -228,6 +228,7 @@ def test_a_name_with_a_tag_means_its_weights(picture, tmp_path, capsys):
 # The command line, and several processes
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_pictures(settings, picture, tmp_path, randomize, capsys):
     name = write_run(tmp_path / 'run', randomize(zoo()), NAMES)
     paths = [write_image(picture.parent / f'{i}.png', seed=i) for i in range(3)] + [tmp_path / 'missing.png']

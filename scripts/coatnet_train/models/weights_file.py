@@ -1,4 +1,5 @@
 """Weights from a file into any model of timm or the zoo: unwrapped, converted by the architecture's filter, checked."""
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from coatnet_zoo import kecam
 from coatnet_zoo.models.backbone import Backbone
 from coatnet_zoo.models.checkpoint import convert_state_dict, explain_misfit
 
-__all__ = ['load_weights', 'read_weights', 'to_flags']
+__all__ = ['load_weights', 'read_weights', 'to_flags', 'weights_digest']
 
 # Keys under which training scripts keep a state dict, the likely one first; timm knows state_dict and model itself.
 WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'net', 'network', 'weights', 'params', 'backbone')
@@ -95,6 +96,15 @@ def read_weights(file: str, option: str = '--checkpoint', use_ema: bool = True) 
     state = dicts[known[0] if known else next(iter(dicts))]
     state.pop('n_averaged', None)  # a counter of torch.optim.swa_utils.AveragedModel
     return {INSIDE.sub('', key): value for key, value in state.items()}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the state dict: names, dtypes, shapes and bytes in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def find_state_dicts(found: dict, depth: int = 2) -> dict[str, dict[str, torch.Tensor]]:
