@@ -62,6 +62,9 @@ def check_values(settings: Settings) -> None:
     if not (settings.is_file or settings.of_kecam):
         raise ConfigError(f'SOURCE must be a file that ends in .h5, .pth or .safetensors, or a name such as '
                           f'coatnet_0_kecam.in1k, got {settings.source!r}.')
+    if settings.model_kwargs and not settings.is_file:  # stages of another layout would start from random weights
+        raise ConfigError(f'--model-kwargs must be left out for SOURCE {settings.source}, whose architecture its '
+                          f'weights tell.')
     if not settings.of_kecam:
         if settings.check_chelsea:
             raise ConfigError(f'--check-chelsea knows what weights of kecam see, and SOURCE {settings.source} has '

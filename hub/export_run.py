@@ -234,6 +234,9 @@ def data_of_origin(origin: dict) -> dict[str, str]:
 
 def describe_origin_release(settings: Settings, origin: dict, config: dict) -> dict:
     """`describe_release` of converted weights: figures are in evaluation.json, or nobody has measured them here."""
+    if settings.teacher:
+        raise ConfigError(f'--teacher describes the teacher of a distilled run, but RUN_DIR {settings.run_dir} was '
+                          f'made by convert.py; leave it out.')
     metrics: dict[str, float | None] = dict.fromkeys(('top1', 'top5', 'loss', 'ece', 'images', 'top1_change'))
     evaluated_on = None
     if (settings.run_dir / 'evaluation.json').exists():

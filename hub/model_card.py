@@ -79,7 +79,8 @@ def evaluated(release: dict, name: str) -> str:
                          f'`python hub/convert.py {origin["file"]} --check-chelsea` does it.')
     if release['picked_best_epoch']:
         lines.append('These images also picked the best epoch, so the figures are a little too good.')
-    if release['dtype'] != 'float32' and release['metrics']['top1_change'] is None:
+    if release['dtype'] != 'float32' and release['metrics']['top1_change'] is None and (
+            not release['origin'] or release['metrics']['top1'] is not None):
         lines.append(f'The figures are those of the float32 weights, before they were rounded to {release["dtype"]}.')
     return ' '.join(lines)
 

@@ -128,11 +128,31 @@ def test_timms_coatnet_goes_into_ours(suffix, tmp_path):
         export.main(export.Settings(run_dir=run, name='coatnet_0.noise', output=tmp_path / 'release'))
 
 
+def test_timms_coatnet_with_a_stem_bias_is_exported(tmp_path, monkeypatch):
+    """Its bias tells that it has the official choices, which are those of the registered name."""
+    monkeypatch.setitem(coatnet.model_cfgs, 'coatnet_0', dataclasses.replace(
+        coatnet.model_cfgs['coatnet_0'], depths=(1, 1, 1, 1)))
+    theirs = timm.create_model('coatnet_0_224', stem_bias=True, depths=(1, 1, 1, 1), num_classes=4, img_size=64)
+    torch.save({'state_dict': theirs.state_dict()}, tmp_path / 'theirs.pth')
+    run = convert.main(convert.Settings(
+        source=str(tmp_path / 'theirs.pth'), model='coatnet_0', license='mit', origin='https://x.y',
+        class_names=class_names(tmp_path, 4), output=tmp_path / 'run'))
+    folder = export.main(export.Settings(run_dir=run, name='coatnet_0.noise', output=tmp_path / 'release'))
+    monkeypatch.setattr(verification, 'check_in_fresh_process', lambda folder: 'left out')
+    assert 'model.safetensors' in verification.verify(folder)
+    assert torch.equal(load_file(folder / 'model.safetensors')['stem.conv1.bias'], theirs.stem.conv1.bias)
+    config, text = json.loads((folder / 'config.json').read_text()), (folder / 'README.md').read_text()
+    assert config['pretrained_cfg']['license'] == 'mit' and '| address | https://x.y |' in text
+    assert 'chelsea' not in text and 'Training data (not stated): licence not stated' in text
+
+
 @pytest.mark.parametrize(('options', 'said'), [
     (dict(source='missing.h5'), 'SOURCE missing.h5 is not a file; give one'),
     (dict(source='coatnet_0'), r'SOURCE must be a file that ends in \.h5'),
-    (dict(source='coatnet_0_kecam.in22k'), 'SOURCE coatnet_0_kecam.in22k is none of coatnet_0_kecam.in1k, '),
-    (dict(source=NAME, model='coatnet_0'), '--model must be coatnet_0_kecam for SOURCE'),
+    (dict(source='coatnet_0_kecam.in22k'), '--model-kwargs must be left out'),
+    (dict(source='coatnet_0_kecam.in22k', model_kwargs=()), 'SOURCE coatnet_0_kecam.in22k is none of coatnet_0_kecam'),
+    (dict(source=NAME, model='coatnet_0', model_kwargs=()), '--model must be coatnet_0_kecam for SOURCE'),
+    (dict(source=NAME, model_kwargs=('layout=CCDD',)), '--model-kwargs must be left out for SOURCE'),
     (dict(source=__file__[:-3] + '.pth'), 'is not a file'),
     (dict(model='coatnet_0_kekam'), '--model coatnet_0_kekam must be a name of the zoo.*did you mean coatnet_0_kecam'),
     (dict(model='coatnet_0'), 'Create the model as coatnet_0_kecam|is of another architecture|it has other layers'),
@@ -142,7 +162,7 @@ def test_timms_coatnet_goes_into_ours(suffix, tmp_path):
     (dict(license='other'), '--license other needs --license-name'),
     (dict(origin='a\nb'), '--origin must be one line of text'),
     (dict(check_chelsea=True), r'--check-chelsea is for weights of 1000 classes .* SOURCE has 10 and \(3, 64, 64\)'),
-], ids=range(13))
+], ids=range(15))
 def test_what_cannot_be_converted_is_a_sentence_and_writes_nothing(options, said, tmp_path):
     with pytest.raises(ConfigError, match=said):
         convert.main(tiny(tmp_path, **options))
@@ -232,6 +252,9 @@ def test_export_and_verify_take_it_and_the_card_says_where_it_comes_from(
         assert part in text, part
     for part in ('curves.png', 'How it was trained', 'Measured on', 'None'):
         assert part not in text, part
+    with pytest.raises(ConfigError, match=r'--teacher describes .* made by convert\.py; leave it out'):
+        export.main(export.Settings(
+            run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release', teacher='somebody'))
     (folder / 'curves.png').write_bytes(b'of another run')
     with pytest.raises(ConfigError, match=r'curves\.png must not be there: these weights were converted'):
         verification.verify(folder)
@@ -240,9 +263,11 @@ def test_export_and_verify_take_it_and_the_card_says_where_it_comes_from(
 def test_the_card_of_a_published_file_says_what_its_author_reports(tmp_path, small_kecam):
     run = convert.main(tiny(tmp_path, model_kwargs=()))
     (run / 'origin.json').write_text(json.dumps({**origin_of(run), 'top1': 82.79, 'chelsea': [0.99324, 0.00382]}))
-    folder = export.main(export.Settings(run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release'))
+    folder = export.main(export.Settings(
+        run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release', dtype='float16'))
     text = (folder / 'README.md').read_text()
     assert 'Top-1 accuracy as its author reports: 82.79 %. To measure it: `python scripts/eval_imagenet.py' in text
+    assert 'float32 weights, before' not in text  # nothing was measured, of neither
     assert 'Egyptian cat 0.99324, tiger cat 0.00382' in text and '| top-1 accuracy (%) | not measured |' in text
     assert ModelCard.load(folder / 'README.md').data.eval_results is None  # its author's figure is not our result
 
