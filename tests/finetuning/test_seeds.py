@@ -1,0 +1,65 @@
+"""All randomness of a run follows from (seed, epoch, index): each of them changes what is drawn, nothing else does."""
+import pytest
+import torch
+from PIL import Image
+
+from coatnet_train.data.config import DataSettings
+from coatnet_train.data.dataset import IndexedImageDataset, StreamingImageDataset, create_dataset
+from coatnet_train.data.loader import EpochSampler
+from coatnet_train.training import trainer
+from support.finetune_runs import run
+
+
+def draw(image: Image.Image) -> torch.Tensor:
+    """A transform whose result is all randomness."""
+    return torch.rand(2)
+
+
+def test_augmentation_of_an_image(pictures):
+    images, _ = create_dataset(DataSettings(data_dir=str(pictures)), 'train')
+    keys = [(seed, epoch, index) for seed in (0, 1) for epoch in (1, 2) for index in (0, 1)]
+
+    def drawn(seed: int, epoch: int, index: int) -> tuple:
+        return tuple(IndexedImageDataset(images, draw, seed)[epoch, index][0].tolist())
+
+    first = {key: drawn(*key) for key in keys}
+    assert len(set(first.values())) == len(keys)
+    assert {key: drawn(*key) for key in reversed(keys)} == first
+
+
+def test_augmentation_of_a_stream():
+    def drawn(seed: int, epoch: int, rank: int) -> list[tuple]:
+        stream = StreamingImageDataset([(Image.new('RGB', (4, 4)), 0)] * 3, draw, seed, rank)
+        stream.epoch = epoch
+        return [tuple(item[0].tolist()) for item in stream]
+
+    keys = [(seed, epoch, rank) for seed in (0, 1) for epoch in (1, 2) for rank in (0, 1)]
+    first = {key: drawn(*key) for key in keys}
+    assert len({value for values in first.values() for value in values}) == 3 * len(keys)
+    assert {key: drawn(*key) for key in reversed(keys)} == first
+
+
+@pytest.mark.parametrize('targets', [None, [0, 1] * 20], ids=['shuffled', 'balanced'])
+def test_order_of_the_images(targets):
+    def order(seed: int, epoch: int) -> tuple:
+        sampler = EpochSampler(40, seed, shuffle=True, targets=targets)
+        sampler.epoch = epoch
+        return tuple(index for _, index in sampler)
+
+    keys = [(seed, epoch) for seed in (0, 1) for epoch in (1, 2)]
+    first = {key: order(*key) for key in keys}
+    assert len(set(first.values())) == len(keys)
+    assert {key: order(*key) for key in reversed(keys)} == first
+
+
+def test_every_step_of_a_run(settings, monkeypatch):
+    seeds, random_seed = [], trainer.random_seed
+
+    def record(seed: int, rank: int) -> None:
+        seeds.append(seed)
+        random_seed(seed, rank)
+
+    monkeypatch.setattr(trainer, 'random_seed', record)
+    for seed in (1, 2):
+        run(settings, experiment=str(seed), seed=seed, epochs=2)
+    assert len(seeds) == len(set(seeds)) == 2 * 2 * (36 // 8)
