@@ -19,43 +19,45 @@ COMPUTING = $(addprefix tests/,test_closeness.py models blocks hub/test_export.p
     evaluating/test_eval_numbers.py extracting/test_extract_values.py predicting/test_explain.py \
     finetuning/test_finetune_run.py) $(filter-out tests/ops/test_kernel%,$(wildcard tests/ops/test_*.py))
 
-.PHONY: demo test test-all test-plain-cpu conformance test-lowest lint space space-folder clean
+.PHONY: help demo test test-all test-plain-cpu conformance test-lowest lint space space-folder clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.demo
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/.demo  ## two photographs and a fine-tune, 3 minutes on 2 CPU cores
 	$(BIN)/python scripts/demo.py
 
-# all but the tests marked slow
-test: $(VENV)/.test
+test: $(VENV)/.test  ## ruff, and all tests but those marked slow
 	$(BIN)/ruff check .
 	$(PYTEST) -m 'not slow'
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test  ## ruff and all tests
 	$(BIN)/ruff check .
 	$(PYTEST)
 
 # The tests that compute, with the plainest kernels that torch has (no AVX in its own loops, no AVX-512 or AMX in oneDNN):
 # results must not depend on the CPU. Both settings only take instructions away, so they run on any machine.
-test-plain-cpu: $(VENV)/.test
+test-plain-cpu: $(VENV)/.test  ## the tests that compute, with the plainest kernels of torch
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m 'not slow' $(COMPUTING)
 
 # timm's own model tests over every name of this package; ARGS='--max-params 45e6' leaves out the large ones
-conformance: $(VENV)/.test
+conformance: $(VENV)/.test  ## timm's own model tests over every name of this package
 	$(BIN)/python tests/conformance.py $(ARGS)
 
-test-lowest:
+test-lowest:  ## the tests on the lowest versions of the dependencies
 	$(MAKE) VENV=.venv-lowest PYTHON=$(PYTHON_LOWEST) EXTRAS=test CONSTRAINT='-c tests/lowest.txt' .venv-lowest/.test
 	$(subst $(BIN),.venv-lowest/bin,$(PYTEST))
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 # the page at localhost, from the very folder that is pushed
-space: $(VENV)/.space space-folder
+space: $(VENV)/.space space-folder  ## the demo app at localhost; RUN=FOLDER adds a model of your own
 	$(BIN)/python $(SPACE)/app.py
 
-space-folder:
+space-folder:  ## the folder that is pushed as a Space
 	rm -rf $(SPACE)
 	mkdir -p $(SPACE)/models
 	cp $(addprefix hub/space/,app.py answer.py interface.py upload.py style.css README.md requirements.txt) LICENSE $(SPACE)
@@ -81,5 +83,5 @@ $(VENV)/.test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[$(EXTRAS)]' $(CONSTRAINT)
 	touch $@
 
-clean:
+clean:  ## remove environments, caches and output/
 	rm -rf $(VENV) .venv-lowest .cache output

@@ -8,6 +8,7 @@ A file of `save_weights` or `model.save` holds group LAYER with the attribute `w
 LAYER/LAYER/NAME:0, under `model_weights` in the second case. Convolutions are (Kh, Kw, in, out), depthwise ones
 (Kh, Kw, channels, 1), dense layers (in, out). Biases that kecam leaves out are zeros here.
 """
+import json
 import math
 import re
 from collections.abc import Callable
@@ -21,25 +22,25 @@ from safetensors.torch import save_file
 
 from .download import download, sha256_of
 
-__all__ = ['CHOICES', 'WEIGHTS', 'cached_path', 'cached_weights', 'check_choices', 'convert_weights', 'fetch_weights',
-           'find_weights', 'import_h5py', 'is_cached', 'read_h5']
+__all__ = ['CHOICES', 'LICENSE', 'WEIGHTS', 'cached_path', 'cached_weights', 'check_choices', 'convert_weights',
+           'fetch_weights', 'find_weights', 'import_h5py', 'is_cached', 'read_h5']
 
 
 @dataclass(frozen=True)
 class KecamWeights:
-    """One published file: its address and the MD5 that kecam's source records for it."""
+    """One published file: its address, the MD5 that kecam's source records, and top-1 (%) as its author reports."""
 
     url: str
     md5: str
+    top1: float | None = None
 
 
-_PUBLISHED = 'https://github.com/leondgarse/keras_cv_attention_models/releases/download/coatnet'
-WEIGHTS = {
-    'coatnet_0_kecam.in1k': KecamWeights(
-        f'{_PUBLISHED}/coatnet0_224_imagenet.h5', md5='5d1e563f959f7efb6d395bde7373ed26'),
-    'coatnet_0_kecam.in1k_160': KecamWeights(
-        f'{_PUBLISHED}/coatnet0_160_imagenet.h5', md5='bc4375d2f03b99ac4252770331f0d22f'),
-}
+# a file of data, for scripts that list weights without importing torch
+WEIGHTS = {name: KecamWeights(**entry) for name, entry in json.loads(
+    Path(__file__).with_name('weights').joinpath('kecam.json').read_text(encoding='utf-8')).items()}
+# terms of the weights as their author states them: those of the data set
+LICENSE = {'license': 'other', 'license_name': 'imagenet-non-commercial',
+           'license_link': 'https://www.image-net.org/download.php'}
 # fields of BackboneCfg in which kecam reads the paper differently, or sets what the paper leaves open
 CHOICES: dict[str, Any] = dict(
     pool='max', se_act='act', inner_width='input', head_norm='none', head_hidden_size=0, conv_stride='depthwise',

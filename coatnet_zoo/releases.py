@@ -161,7 +161,7 @@ def verify_weights(name: str, cache_dir: str | Path | None = None) -> Path:
     known = next((known for known in names if name in (known, known.partition('.')[0])), None)
     if known is None:
         raise ValueError(f'{name!r} has no released weights. Names that have some: {", ".join(names)}.')
-    if known in kecam.WEIGHTS:
+    if known not in RELEASES:
         return kecam.cached_weights(known, cache_dir)
     entry = RELEASES[known]
     if entry['packaged']:

@@ -20,10 +20,12 @@ from coatnet_train.evaluation.imagenet_labels import describe_synsets
 from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.files import write_file, write_json
 from coatnet_train.training.run_dir import write_config, write_weights
+from coatnet_zoo import kecam
 from coatnet_zoo.releases import RELEASES, sha256_of
 from export_settings import Settings
 from model_card import write_card
 from onnx_files import onnx_answers, write_onnx_files
+from origin import describe_converted, read_origin
 from release_folder import bare_model, largest_gap, own_cfg, split_name, stored_dtypes
 from release_rules import FILES, ONNX_FILES, RELEASE_FIELDS, TOLERANCE
 
@@ -56,9 +58,10 @@ def check_replaceable(output: Path) -> None:
 
 def read_run(settings: Settings) -> dict:
     """The run's config.json, once the run is complete and of the architecture that --name names."""
-    if missing := [name for name in RUN_FILES if not (settings.run_dir / name).is_file()]:
-        raise ConfigError(f'RUN_DIR {settings.run_dir} must be a finished run of finetune.py, but lacks '
-                          f'{", ".join(missing)}; give one, or finish it with --resume auto.')
+    wanted = ('config.json', 'model.safetensors') if read_origin(settings.run_dir) else RUN_FILES
+    if missing := [name for name in wanted if not (settings.run_dir / name).is_file()]:
+        raise ConfigError(f'RUN_DIR {settings.run_dir} must be a finished run of finetune.py or made by '
+                          f'convert.py, but lacks {", ".join(missing)}; give one, or finish it with --resume auto.')
     config = read_json(settings.run_dir / 'config.json')
     architecture, _ = split_name(settings.name)
     if architecture != config['architecture']:
@@ -199,6 +202,8 @@ def license_of_start(args: dict) -> dict[str, str]:
         return {'license': 'apache-2.0'}
     if checkpoint or model.startswith('local-dir:'):
         file = Path(checkpoint or Path(model.removeprefix('local-dir:'), 'model.safetensors'))
+        if origin := read_origin(file.parent):
+            return license_of_origin(origin)
         if (earlier := file.with_name('args.json')).is_file():
             return license_of_start(read_json(earlier))
         digest = sha256_of(file) if file.is_file() else None
@@ -207,6 +212,8 @@ def license_of_start(args: dict) -> dict[str, str]:
         file = model
         name = next((known for known, entry in RELEASES.items() if model in (
             known, known.partition('.')[0], f'hf-hub:{entry["repo"]}')), None)
+        if name is None and any(model in (known, known.partition('.')[0]) for known in kecam.WEIGHTS):
+            return kecam.LICENSE
     if name is None:
         raise ConfigError(f'--license must be named: the run started from {file}, which is neither of a run folder '
                           f'nor a release of this package, so that its licence is not known.')
@@ -215,10 +222,36 @@ def license_of_start(args: dict) -> dict[str, str]:
             'license_name': release['license_name'], 'license_link': release['license_link']}
 
 
+def license_of_origin(origin: dict) -> dict[str, str]:
+    """Licence that convert.py recorded."""
+    return {name: origin[name] for name in kecam.LICENSE}
+
+
+def data_of_origin(origin: dict) -> dict[str, str]:
+    """What args.json of a run says of its training data, for converted weights."""
+    return {'dataset': '', 'data_dir': origin['trained_on'] or 'not stated'}
+
+
+def describe_origin_release(settings: Settings, origin: dict, config: dict) -> dict:
+    """`describe_release` of converted weights: figures are in evaluation.json, or nobody has measured them here."""
+    metrics: dict[str, float | None] = dict.fromkeys(('top1', 'top5', 'loss', 'ece', 'images', 'top1_change'))
+    evaluated_on = None
+    if (settings.run_dir / 'evaluation.json').exists():
+        found, evaluated_on, _ = held_out_figures(settings, data_of_origin(origin), {}, config)
+        metrics |= {name: value if value is None else round(value, 4) for name, value in found.items()}
+    said = {name: getattr(settings, name) for name in (
+        'trained_on', 'data_license', 'dataset_id', 'dtype', 'repo', 'source', 'license_name', 'license_link')}
+    return describe_converted(
+        origin, metrics=metrics, evaluated_on=metrics['top1'] and (settings.evaluated_on or evaluated_on), **said)
+
+
 def describe_release(settings: Settings, config: dict) -> dict:
     """What config.json says under 'release'; None is what the run's files and the settings do not tell."""
+    if origin := read_origin(settings.run_dir):
+        return describe_origin_release(settings, origin, config)
     args, summary = (read_json(settings.run_dir / name) for name in ('args.json', 'summary.json'))
-    if settings.teacher and not args.get('teacher'):
+    teacher = args.get('teacher') or summary.get('teacher') or ''  # the latter that of --teacher-outputs
+    if settings.teacher and not teacher:
         raise ConfigError(f'--teacher describes the teacher of a distilled run, but RUN_DIR {settings.run_dir} had '
                           f'none; leave it out.')
     try:
@@ -235,9 +268,10 @@ def describe_release(settings: Settings, config: dict) -> dict:
             'hardware': f'{summary["processes"]} x ' * (summary['processes'] > 1) + summary['hardware'],
             'hours': round(seconds / 3600, 4), 'seed': summary['seed'], 'commit': summary['commit'],
             'epochs': summary['epochs'], 'best_epoch': summary['best_epoch'], 'started_from': starting_point(args),
-            'teacher': settings.teacher or without_folders(args['teacher']) or None, 'date': summary['date'],
+            'teacher': settings.teacher or without_folders(teacher) or None, 'date': summary['date'],
             'torch': summary['torch'], 'timm': summary['timm'], 'dtype': settings.dtype, 'repo': settings.repo,
-            'source': settings.source, 'license_name': settings.license_name, 'license_link': settings.license_link}
+            'source': settings.source, 'license_name': settings.license_name, 'license_link': settings.license_link,
+            'origin': None}
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f'RUN_DIR {settings.run_dir}: args.json, summary.json or evaluation.json is not as '
                           f'finetune.py and eval_imagenet.py write it: {type(error).__name__} {error}.') from error
@@ -275,11 +309,12 @@ def measure_rounding(settings: Settings, folder: Path, release: dict) -> None:
     before, after = evaluate(EvaluationSettings(
         data_dir=settings.data_dir, model=(f'local-dir:{settings.run_dir}', f'local-dir:{folder}'),
         workers=settings.workers, valid_labels='all'))
-    args = read_json(settings.run_dir / 'args.json')
+    origin = read_origin(settings.run_dir)
+    args = data_of_origin(origin) if origin else read_json(settings.run_dir / 'args.json')
     release['metrics'] = {name: after[name] for name in ('top1', 'top5', 'loss', 'ece', 'images')} | {
         'top1_change': round(after['top1'] - before['top1'], 4)}
     release['evaluated_on'] = settings.evaluated_on or data_name(settings.data_dir, settings, args, 'validation')
-    release['picked_best_epoch'] = same_data(settings.data_dir, args['dataset'] or args['data_dir'])
+    release['picked_best_epoch'] = not origin and same_data(settings.data_dir, args['dataset'] or args['data_dir'])
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     write_json(folder / 'config.json', config | {'release': release})
 
@@ -305,7 +340,9 @@ def run(settings: Settings) -> Path:
     output = settings.output or Path('output/hub') / settings.name
     check_replaceable(output)
     if settings.license is None:
-        settings = replace(settings, **license_of_start(read_json(settings.run_dir / 'args.json')))
+        origin = read_origin(settings.run_dir)
+        settings = replace(settings, **(
+            license_of_origin(origin) if origin else license_of_start(read_json(settings.run_dir / 'args.json'))))
     release = describe_release(settings, config)
     model = open_weights(settings, config)
     check_architecture(model, settings.run_dir, config)
@@ -330,7 +367,8 @@ def run(settings: Settings) -> Path:
         if settings.data_dir:
             measure_rounding(settings, temporary, release)
             print(f'{settings.dtype}: top-1 changes by {release["metrics"]["top1_change"]:+.3f} points')
-        write_file(temporary / 'curves.png', lambda path: shutil.copyfile(settings.run_dir / 'curves.png', path))
+        if not release['origin']:
+            write_file(temporary / 'curves.png', lambda path: shutil.copyfile(settings.run_dir / 'curves.png', path))
         if settings.with_onnx:
             golden = load_file(temporary / 'golden.safetensors')
             model = timm.create_model(f'local-dir:{temporary}', pretrained=True).eval()
@@ -343,7 +381,8 @@ def run(settings: Settings) -> Path:
             print('model.onnx, model.pt2: golden logits to '
                   + ', '.join(f'{gap:.1e} ({reader})' for reader, gap in gaps.items()))
         write_card(temporary)
-        print(f'README.md: top-1 {release["metrics"]["top1"]} % on {release["evaluated_on"]}')
+        print(f'README.md: top-1 {release["metrics"]["top1"]} % on {release["evaluated_on"]}'
+              if release['evaluated_on'] else 'README.md: accuracy not measured')
         replace_dir(temporary, output)
     except OSError as error:
         raise ConfigError(f'--output {output} cannot be written: {one_line(error)}; choose another.') from error

@@ -62,14 +62,36 @@ def results_table(release: dict) -> str:
     return table(rows)
 
 
-def evaluated(release: dict) -> str:
-    """The data of the figures, and their limits."""
-    lines = [f'Measured on: {release["evaluated_on"]}.']
+def evaluated(release: dict, name: str) -> str:
+    """The data of the figures, and their limits; of converted weights, what their author says and how to check it."""
+    lines = [f'Measured on: {release["evaluated_on"]}.'] if release['evaluated_on'] else []
+    if origin := release['origin']:
+        reported = 'Nobody is known to have reported its accuracy.'
+        if origin['top1'] is not None:
+            reported = f'Top-1 accuracy as its author reports: {origin["top1"]} %.'
+        lines += [reported, f'To measure it: `python scripts/eval_imagenet.py --model '
+                            f'hf-hub:{release["repo"] or f"OWNER/{name}"} --pretrained --data-dir imagenet`.']
+        if origin['chelsea']:
+            lines.append('When it was converted, `hub/convert.py --check-chelsea` held it to what its author says of a '
+                         'photograph: Egyptian cat {:.5f}, tiger cat {:.5f}.'.format(*origin['chelsea']))
+        elif origin['file'].endswith('.h5'):
+            lines.append(f'The conversion was not held to an answer of the real file; where that is, '
+                         f'`python hub/convert.py {origin["file"]} --check-chelsea` does it.')
     if release['picked_best_epoch']:
         lines.append('These images also picked the best epoch, so the figures are a little too good.')
     if release['dtype'] != 'float32' and release['metrics']['top1_change'] is None:
         lines.append(f'The figures are those of the float32 weights, before they were rounded to {release["dtype"]}.')
     return ' '.join(lines)
+
+
+def origin_table(release: dict) -> str:
+    """Where converted weights come from."""
+    origin = release['origin']
+    return table({
+        'data': release['trained_on'] or 'not stated', 'file': origin['file'], 'MD5 of the file': origin['md5'],
+        'address': origin['url'] or 'not stated', 'commit of coatnet_zoo': release['commit'] or 'not stated',
+        'versions': ', '.join(f'{name} {release[name]}' for name in ('torch', 'timm') if release[name]) or 'not stated',
+        'day of the conversion': release['date'] or 'not stated'})
 
 
 def training_table(release: dict) -> str:
@@ -122,8 +144,9 @@ def write_card(folder: Path, config: dict | None = None) -> None:
         size=f'{height} x {width} pixels', channels=channels, height=height, width=width,
         mode='RGB' if channels == 3 else 'L', top=min(5, config['num_classes']), tolerance=f'{100 * TOLERANCE:g} %',
         with_onnx=all((folder / name).exists() for name in ONNX_FILES), results=results_table(release),
-        evaluated=evaluated(release), training=training_table(release), command=release['command'] or 'not stated',
-        licences=licences(config),
+        evaluated=evaluated(release, name_of(config)), converted=release['origin'] is not None,
+        training=origin_table(release) if release['origin'] else training_table(release),
+        command=release['command'] or 'not stated', licences=licences(config),
         sizes=f' Others must be multiples of {stride} and are asked for with `img_size=`; accuracy there: not measured.'
               if 'T' in model.cfg.layout else ' It takes others as they come; accuracy there: not measured.')
     write_file(folder / 'README.md', lambda temporary: temporary.write_text(f'{card.content}\n', encoding='utf-8'))

@@ -28,7 +28,7 @@ from publish_settings import Settings
 from verification import verify
 
 WEIGHTS = Path(__file__).parents[1] / 'coatnet_zoo/weights'
-OPTIONAL = ('model.onnx', 'model.pt2')  # of an earlier export; removed if this one has none
+OPTIONAL = ('model.onnx', 'model.pt2', 'curves.png')  # of an earlier export; removed if this one has none
 # the transport under the client: httpx2 raises no OSError, requests, before version 1, did
 TRANSPORT = (*HfHubHTTPError.__bases__, OSError)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

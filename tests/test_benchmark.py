@@ -3,9 +3,10 @@
 import pytest
 from PIL import Image
 
+from coatnet_train.benchmarks import distillation as benchmark_distillation
 from coatnet_train.benchmarks import loader as benchmark_loader
 from coatnet_train.benchmarks import models as benchmark_models
-from coatnet_train.benchmarks.config import LoaderSettings, ModelPairSettings
+from coatnet_train.benchmarks.config import DistillationSettings, LoaderSettings, ModelPairSettings
 from coatnet_train.runtime.cli import ConfigError
 
 
@@ -54,3 +55,13 @@ def test_loader_is_timed_beside_training(tmp_path):
     assert min(report['images_per_second'].values()) > 0 and (tmp_path / 'loader.json').is_file()
     with pytest.raises(ConfigError, match='--data-dir no/where'):
         benchmark_loader.main(LoaderSettings(data_dir='no/where'))
+
+
+@pytest.mark.parametrize('cached', [False, True])
+def test_steps_from_stored_outputs_are_timed_beside_plain_ones(tmp_path, cached):
+    report = benchmark_distillation.main(DistillationSettings(
+        model='test_vit', classes=4, batch_size=4, top_k=2, views=2, steps=3, rounds=2, cache_images=cached,
+        results_file=str(tmp_path / 'distillation.json')))
+    assert set(report['results']) == set(report['rounds']) == {'labels', 'all_logits', 'top_2'}
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in report['rounds'].values())
+    assert report['results']['labels']['over_labels'] == 0 and (tmp_path / 'distillation.json').is_file()

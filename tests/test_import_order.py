@@ -10,7 +10,7 @@ from support.constants import ROOT
 
 SCRIPTS = ROOT / 'scripts'
 # each imports from its own level and those below
-LEVELS = ({'runtime'}, {'data', 'models'}, {'training', 'evaluation', 'explain', 'plotting'}, {'benchmarks'},
+LEVELS = ({'runtime'}, {'data', 'models'}, {'training', 'evaluation', 'explain', 'plotting', 'report'}, {'benchmarks'},
           {'experiments'})
 
 

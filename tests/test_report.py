@@ -6,7 +6,9 @@ from pathlib import Path
 
 import timm
 
-import report
+from coatnet_train.report import accuracy, models, speed, weights
+from coatnet_train.report.documents import render
+from coatnet_train.report.tables import table
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,14 +19,14 @@ def test_documents_show_the_results():
 
 
 def test_stale_table_is_noticed_and_mended():
-    text = (ROOT / 'README.md').read_text()
+    text = (ROOT / 'docs' / 'models.md').read_text()
     stale = text.replace('| `coatnet_0` | CCTT | 25.04 |', '| `coatnet_0` | CCTT | 24.04 |')
-    assert stale != text and report.render(stale) == text == report.render(text)
+    assert stale != text and render(stale, ROOT) == text == render(text, ROOT)
 
 
 def test_counts_are_of_today():
     recorded = json.loads((ROOT / 'results' / 'models.json').read_text())['models']
-    assert recorded == report.count_models()['models'] and list(recorded) == sorted(
+    assert recorded == models.count_models()['models'] and list(recorded) == sorted(
         timm.list_models(module='coatnet') + timm.list_models(module='lightconvnet'))
 
 
@@ -38,42 +40,44 @@ def test_results_name_their_origin():
             assert not missing and not origin['commit'].endswith('-dirty'), (file.name, missing)
 
 
-def test_releases_fill_the_table_of_weights(tmp_path, monkeypatch):
-    (tmp_path / 'weights').mkdir()
-    monkeypatch.setattr(report, 'RELEASES', tmp_path / 'weights' / 'releases.json')
+def test_releases_fill_the_table_of_weights(tmp_path):
+    (tmp_path / 'coatnet_zoo' / 'weights').mkdir(parents=True)
     release = {'evaluated_on': 'Digits, val', 'trained_on': 'Digits', 'metrics': {'top1': 98.333, 'top5': 99.9},
-               'license_name': None, 'hours': 5.04, 'hardware': 'a CPU'}
+               'license_name': None, 'hours': 5.04, 'hardware': 'a CPU', 'teacher': None}
     entry = {'repo': None, 'packaged': 'x.safetensors', 'sha256': 'ab' * 32, 'size': 7_654_321,
              'pretrained_cfg': {'license': 'apache-2.0'}, 'release': release}
-    bound = {**entry, 'release': {**release, 'license_name': 'research-only'}}
+    bound = {**entry, 'release': {**release, 'license_name': 'research-only', 'teacher': 'A | large model',
+                                  'hours': 0.1554}}
     unknown = {**entry, 'repo': 'owner/x', 'packaged': None, 'release': {**release, 'hours': None, 'metrics': {
         'top1': None, 'top5': None}}}
     for releases, parts in (
             ({}, ['No weights are released yet']),
             ({'x_64.digits': entry}, [
-                '| `x_64.digits` | 98.33 | 99.90 | Digits, val | Digits | 5.0 h on a CPU | 7.7 | the package |']),
+                '| `x_64.digits` | 98.33 | 99.90 | Digits, val | Digits | no | 5.0 h on a CPU | 7.7 | the package |']),
             ({'x_64.digits': entry}, ['| apache-2.0 | `abababababab` |']),
-            ({'x_64.digits': bound}, ['| research-only | `abababababab` |']),
+            ({'x_64.digits': bound}, ['| yes | 9 min on a CPU |', '| research-only | `abababababab` |']),
             ({'x_64.digits': unknown}, ['| not measured | not measured | Digits', '[owner/x](https://huggingface.co/owner/x)'])):
-        (tmp_path / 'weights' / 'releases.json').write_text(json.dumps(releases))
-        content = report.render('<!-- weights -->\n<!-- /weights -->')
+        (tmp_path / 'coatnet_zoo' / 'weights' / 'releases.json').write_text(json.dumps(releases))
+        content = render('<!-- weights -->\n<!-- /weights -->', tmp_path)
         for part in parts:
             assert part in content
+        short = weights.released(tmp_path)
+        assert 'No weights are released yet.' == short if not releases else f'| `{next(iter(releases))}` | ' in short
 
 
-def test_previews_show_the_last_epoch_of_each_recipe_and_every_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, 'RESULTS', tmp_path)
-    assert report.preview_results().count('not measured') == 4 * len(report.COMPARED_MODELS)
+def test_previews_show_the_last_epoch_of_each_recipe_and_every_seed(tmp_path):
+    results = tmp_path / 'results'
+    assert weights.previews(tmp_path).count('not measured') == 4 * len(weights.COMPARED_MODELS)
     for place, file in enumerate((
             'tin200_preview/resnet18/metrics.csv', 'tin200_preview/resnet18/metrics_more.csv',
             'tin200_preview/coatnet_pico_64/metrics.csv', 'tin200/coatnet_pico_64-seed42/metrics.csv',
             'tin200/coatnet_pico_64-seed43/metrics.csv', 'tin200/resnet18-seed42/metrics.csv',
             'tin200_preview/x_64/metrics.csv', 'tin200_preview/x_64-seed43/metrics.csv')):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text(f'epoch,eval_top1\n1,1.0\n2,{place + 5}.126\n')
+        (results / file).parent.mkdir(parents=True, exist_ok=True)
+        (results / file).write_text(f'epoch,eval_top1\n1,1.0\n2,{place + 5}.126\n')
     for folder, top1 in {'resnet18': 40.0, 'x_64': 50.0, 'x_64-seed43': 53.0}.items():
-        (tmp_path / 'tin200_preview' / folder / 'validation.csv').write_text(f'model,top1,top5\nm,{top1},70.0\n')
-    text = report.preview_results()
+        (results / 'tin200_preview' / folder / 'validation.csv').write_text(f'model,top1,top5\nm,{top1},70.0\n')
+    text = weights.previews(tmp_path)
     assert '| `resnet18` | 5.13 (2 epochs) | 6.13 (2 epochs) | 40.00 | 10.13 (2 epochs) |' in text
     assert ('| `x_64` | 11.63 (11.13 to 12.13, 2 seeds, 2 epochs) | not measured | 51.50 (50.00 to 53.00, 2 seeds) | '
             'not measured |') in text
@@ -86,45 +90,105 @@ def test_previews_show_the_last_epoch_of_each_recipe_and_every_seed(tmp_path, mo
 ORIGIN = dict(hardware='a CPU')
 
 
-def test_transfer_shows_each_method_with_its_spread(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, 'RESULTS', tmp_path)
-    assert 'not measured' in report.transfer()
+def test_transfer_shows_each_method_with_its_spread(tmp_path):
+    results = tmp_path / 'results'
+    results.mkdir()
+    assert 'not measured' in accuracy.transfer(tmp_path)
     settings = dict(
         model='x_64.a', data_dir='some/flowers', img_size=64, updates=[300, 600, 900], fractions=[0.01, 0.1, 1.0],
         subsets=[5, 5, 1])
-    (tmp_path / 'transfer_flowers_cpu.json').write_text(json.dumps(dict(settings=settings, rows=[ORIGIN], table={
+    (results / 'transfer_flowers_cpu.json').write_text(json.dumps(dict(settings=settings, rows=[ORIGIN], table={
         'linear probe': {'0.1': dict(top1=40.04, deviation=1.26, subsets=4),
                          '1.0': dict(top1=55.5, deviation='not measured', subsets=1)}})))
-    text = report.transfer()
+    text = accuracy.transfer(tmp_path)
     assert '| weights | data | method | 1 % of the labels | 10 % of the labels | 100 % of the labels |' in text
     assert '| `x_64.a` | flowers | linear probe | not measured | 40.0 ± 1.3 (4) | 55.5 (1) |' in text
     assert 'flowers at size 64, updates: 300, 600, 900; a CPU.' in text
-    assert '(results/transfer_flowers_cpu.png)' in text
-    (tmp_path / 'transfer_trees_cpu.json').write_text(json.dumps(dict(settings=settings, rows=[ORIGIN], table={
+    assert '(../results/transfer_flowers_cpu.png)' in text
+    (results / 'transfer_trees_cpu.json').write_text(json.dumps(dict(settings=settings, rows=[ORIGIN], table={
         'fine-tuned': {'0.01': dict(top1=12.0, deviation='not measured', subsets=1)}})))
-    text = report.transfer()  # one fraction makes no curve
+    text = accuracy.transfer(tmp_path)  # one fraction makes no curve
     assert '12.0 (1)' in text and 'transfer_trees_cpu.png' not in text and 'transfer_flowers_cpu.png' in text
 
 
-def test_small_data_shows_each_set_model_and_recipe(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, 'RESULTS', tmp_path)
-    assert report.small_data() == 'Recipes on few images: not measured.'
+def test_small_data_shows_each_set_model_and_recipe(tmp_path):
+    (tmp_path / 'results').mkdir()
+    assert accuracy.small_data(tmp_path) == 'Recipes on few images: not measured.'
     cells = {'small_data': dict(top1=80.0, deviation='not measured', seeds=1),  # in the order of the rows
              'defaults': dict(top1=20.04, deviation=1.26, seeds=3)}
-    (tmp_path / 'small_data_cpu.json').write_text(json.dumps(dict(
+    (tmp_path / 'results' / 'small_data_cpu.json').write_text(json.dumps(dict(
         table={'five_kinds': {'x.tag': cells}}, hardware='a CPU', settings=dict(
             recipes=['defaults', 'small_data'], seeds=[0, 1, 2], threads=1),
         rows=[dict(set='five_kinds', images=images) for images in (60, 58)])))
-    said = report.small_data()
+    said = accuracy.small_data(tmp_path)
     assert '| images of | to train on | weights | defaults | `small_data` |' in said
     assert '| five kinds | 58 to 60 | `x.tag` | 20.0 ± 1.3 | 80.0 |' in said
     assert '3 seeds' in said and 'a CPU, 1 thread.' in said
 
 
-def test_robustness_shows_each_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, 'RESULTS', tmp_path)
-    assert 'not measured' in report.robustness()
-    (tmp_path / 'robustness_tin200_cpu.json').write_text(json.dumps(dict(
+def test_robustness_shows_each_model(tmp_path):
+    (tmp_path / 'results').mkdir()
+    assert 'not measured' in accuracy.robustness(tmp_path)
+    (tmp_path / 'results' / 'robustness_tin200_cpu.json').write_text(json.dumps(dict(
         top1={'x_64.a': {'48 px': 10.126, 'noise': 9.0}, 'y_64.a': {'48 px': 11.0, 'noise': 8.5}}, **ORIGIN)))
-    text = report.robustness()
+    text = accuracy.robustness(tmp_path)
     assert '| top-1 (%) | 48 px | noise |' in text and '| `x_64.a` | 10.13 | 9.00 |' in text and '| `y_64.a` |' in text
+
+
+def test_distilled_shows_the_teacher_first_and_what_is_measured(tmp_path):
+    assert 'not measured' in weights.distilled(tmp_path)
+    run = dict(model='x_64', epochs=32, train_seconds=93.0, top1=50.254, top5=78.7, hardware='a GPU')
+    for name in ('a_student', 'teacher'):
+        folder = tmp_path / 'results' / 'tin200_dist' / name
+        folder.mkdir(parents=True)
+        (folder / 'summary.json').write_text(json.dumps(run))
+    (folder.parent / 'a_student' / 'validation.csv').write_text('model,top1,top5\nm,49.006,77.0\n')
+    assert weights.distilled(tmp_path).splitlines()[2:] == [
+        '| `x_64`, the teacher | 32 | 1.6 | 50.25 | 78.70 | not measured | not measured | a GPU |',
+        '| `x_64` | 32 | 1.6 | 50.25 | 78.70 | 49.01 | 77.00 | a GPU |']
+
+
+def test_weight_init_has_a_column_for_each_learning_rate(tmp_path):
+    (tmp_path / 'results').mkdir()
+    assert 'not measured' in accuracy.weight_init(tmp_path)
+    for lr, top1 in ((2e-3, 11.0), (5e-4, 10.45)):
+        (tmp_path / 'results' / f'weight_init_lr{lr}.json').write_text(json.dumps(dict(
+            settings=dict(lr=lr, model='x_64', img_size=32, epochs=2, seeds=[0, 1]), hardware='a GPU', note='Some',
+            rows={'CCTT weight_init=wide': dict(top1=top1, standard_error=0.05)})))
+    text = accuracy.weight_init(tmp_path)
+    assert '| `weight_init` | top-1 (%), lr 0.0005 | top-1 (%), lr 0.002 |' in text
+    assert '| `wide` | 10.45 ± 0.05 | 11.00 ± 0.05 |' in text and '2 seeds, a GPU.\nSome.' in text
+
+
+def test_operators_have_a_table_for_each_gpu(tmp_path):
+    (tmp_path / 'results').mkdir()
+    assert 'not measured' in speed.ops_gpu(tmp_path) and 'not measured' in speed.ops(tmp_path)
+    header = 'op,side,channels,kernel,passes,batch_size,dtype,device,threads,backend,ms,ratio_to_conv2d,hardware,torch'
+    for card in ('a', 'b'):
+        (tmp_path / 'results' / f'ops_{card}.csv').write_text('\n'.join((header, *(
+            f'light,14,8,{kernel},forward,2,bfloat16,cuda,1,{backend},{ms},{ms},card {card},2.11'
+            for kernel in (3, 7) for backend, ms in (('conv2d', 1.0), ('triton', 1.504))))))
+    text = speed.ops_gpu(tmp_path)
+    assert text.count('| light | 14 x 14 x 8 | forward | 1.00 | 1.50 |') == 2
+    assert 'card a, batch 2, bfloat16' in text and 'card b, batch 2, bfloat16' in text
+
+
+def test_columns_with_figures_are_aligned_to_the_right():
+    assert table(['a', 'b', 'c'], [['x', 'not measured', 'y'], ['x', '1', 'y']]).splitlines()[1] == '| - | -: | - |'
+
+
+def test_inference_form_shows_each_form_with_its_quartiles(tmp_path):
+    (tmp_path / 'results').mkdir()
+    assert 'not measured' in speed.inference_form(tmp_path) and 'not measured' in speed.kernel_budgets(tmp_path)
+    row = dict(model='x', batch_size=8, cpu_ms={'package': 10.4, 'other': 12.0},
+               of_package={'package': 1.0, 'other': 1.154}, quartiles={'package': [1, 1], 'other': [0.9, 1.255]})
+    (tmp_path / 'results' / 'inference_form_cpu.json').write_text(json.dumps(dict(rows=[row], hardware='a CPU')))
+    assert '| `x` | 8 | 10 | 1.15 (0.90 to 1.25) |' in speed.inference_form(tmp_path)
+
+
+def test_choices_say_where_weights_come_from():
+    rows = [row.split(' | ') for row in models.choices(ROOT).splitlines()[2:]]
+    assert len(rows) == 8
+    found = {row[1]: row[-1] for row in rows}
+    assert found['`coatnet_0_kecam`'] == 'downloaded |' and found['`coatnet_pico_64`'] == 'yes |'
+    assert found['`coatnet_0`'] == 'no |'

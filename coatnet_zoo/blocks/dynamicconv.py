@@ -11,9 +11,9 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..ops import dynamicconv2d
-from ..ops.contract import check_choices, check_kernel
 from ..ops.dropconnect import draw_seed
-from ..ops.dynamicconv2d.eager import eager
+from ..ops.dynamicconv2d.eager import dynamicconv2d_eager
+from ..ops.validation import validate_kernel_size, validate_options
 from .lightconv import LightConv2d, LightConvBlock, conv_heads
 
 __all__ = ['DynamicConv2d', 'DynamicConvBlock']
@@ -47,8 +47,8 @@ class DynamicConv2d(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.kernel_size = check_kernel((kernel_size, kernel_size), type(self).__name__)
-        check_choices(normalize, dropconnect, False, type(self).__name__)
+        self.kernel_size = validate_kernel_size((kernel_size, kernel_size), type(self).__name__)
+        validate_options(normalize, dropconnect, False, type(self).__name__)
         self.dropconnect = dropconnect
         self.normalize = normalize
         self.logits = nn.Linear(dim, conv_heads(dim, head_dim) * kernel_size ** 2, bias=False, **dd)
@@ -58,7 +58,7 @@ class DynamicConv2d(nn.Module):
         logits = self.logits(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if torch.jit.is_scripting():
             seed = draw_seed(x.device) if self.training and self.dropconnect > 0 else None
-            out = eager(x, logits, self.kernel_size, None, self.normalize, self.dropconnect, seed)
+            out = dynamicconv2d_eager(x, logits, self.kernel_size, None, self.normalize, self.dropconnect, seed)
         else:
             out = dynamicconv2d(
                 x, logits, self.kernel_size, normalize=self.normalize, dropconnect=self.dropconnect,

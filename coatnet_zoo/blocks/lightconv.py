@@ -17,9 +17,9 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..ops import lightconv2d
-from ..ops.contract import check_choices, check_kernel
 from ..ops.dropconnect import draw_seed
-from ..ops.lightconv2d.eager import eager
+from ..ops.lightconv2d.eager import lightconv2d_eager
+from ..ops.validation import validate_kernel_size, validate_options
 from .activation import GELU
 from .downsample import downsample
 from .inference import fold_scale_into_previous
@@ -52,8 +52,8 @@ class LightConv2d(nn.Module):
             dtype=None,
     ):
         super().__init__()
-        check_kernel((kernel_size, kernel_size), type(self).__name__)
-        check_choices(normalize, dropconnect, False, type(self).__name__)
+        validate_kernel_size((kernel_size, kernel_size), type(self).__name__)
+        validate_options(normalize, dropconnect, False, type(self).__name__)
         heads = conv_heads(dim, head_dim)
         self.dropconnect = dropconnect
         self.normalize = normalize
@@ -67,7 +67,7 @@ class LightConv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             seed = draw_seed(x.device) if self.training and self.dropconnect > 0 else None
-            return eager(x, self.weight, None, self.dropconnect, seed, self.normalize)
+            return lightconv2d_eager(x, self.weight, None, self.normalize, self.dropconnect, seed)
         else:
             return lightconv2d(
                 x, self.weight, dropconnect=self.dropconnect, training=self.training, normalize=self.normalize)

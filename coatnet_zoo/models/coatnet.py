@@ -68,13 +68,14 @@ def _cfg(size: int = 224, pool: int = 7, **kwargs: Any) -> dict[str, Any]:
         'paper_ids': 'arXiv:2106.04803', **kwargs}
 
 
-def _kecam_cfg(tag: str, size: int, pool: int, top1: float) -> dict[str, Any]:
+def _kecam_cfg(tag: str, size: int, pool: int) -> dict[str, Any]:
+    weights = kecam.WEIGHTS[f'coatnet_0_kecam.{tag}']
     return _cfg(
-        size, pool, url=kecam.WEIGHTS[f'coatnet_0_kecam.{tag}'].url, mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD, license='other',
+        size, pool, url=weights.url, mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD, license=kecam.LICENSE['license'],
         origin_url='https://github.com/leondgarse/keras_cv_attention_models',
         description=f'CoAtNet-0 trained on ImageNet-1k at {size} pixels by keras_cv_attention_models, converted from '
-                    f'its .h5 file. Top-1 as its author reports: {top1} %.')
+                    f'its .h5 file. Top-1 as its author reports: {weights.top1} %.')
 
 
 default_cfgs = generate_default_cfgs(add_released_tags({
@@ -87,8 +88,8 @@ default_cfgs = generate_default_cfgs(add_released_tags({
     'coatnet_4.untrained': _cfg(),
     'coatnet_5.untrained': _cfg(),
     'coatnet_0_kecam.untrained': _cfg(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
-    'coatnet_0_kecam.in1k': _kecam_cfg('in1k', 224, 7, top1=82.79),
-    'coatnet_0_kecam.in1k_160': _kecam_cfg('in1k_160', 160, 5, top1=80.48),
+    'coatnet_0_kecam.in1k': _kecam_cfg('in1k', 224, 7),
+    'coatnet_0_kecam.in1k_160': _kecam_cfg('in1k_160', 160, 5),
     'coatnet_0_ccdd.untrained': _cfg(fixed_input_size=False),
     'coatnet_1_ccdd.untrained': _cfg(fixed_input_size=False),
     'coatnet_2_ccdd.untrained': _cfg(fixed_input_size=False),

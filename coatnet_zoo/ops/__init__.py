@@ -1,12 +1,12 @@
-"""The maths of letters L and D as functions without parameters.
+"""The maths of block types L and D as functions without parameters.
 
 Wu, Fan, Baevski, Dauphin, Auli: Pay Less Attention with Lightweight and Dynamic Convolutions (ICLR 2019),
-https://arxiv.org/abs/1901.10430, carried over to two dimensions. Each operator has a folder of four files:
+https://arxiv.org/abs/1901.10430, carried over to two dimensions. Each operator has a folder of six files:
 
-    api.py      contract, checks and choice of the backend
-    naive.py    the definition, to be checked by eye against the formula
-    eager.py    the fast form in torch operators, for CPUs and wherever the kernels do not reach
-    kernels.py  Triton
+    api.py      public function: argument checks and choice of the backend
+    naive.py    reference implementation, to be checked by eye against the formula
+    eager.py    fast form in torch operators, for CPUs and wherever the kernels do not reach
+    kernels.py  Triton kernels as operators of torch, from direct.py and, on tensor cores, from band.py
 """
 from .dynamicconv2d.api import dynamicconv2d
 from .lightconv2d.api import lightconv2d

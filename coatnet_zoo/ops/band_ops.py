@@ -13,13 +13,13 @@ import triton.language as tl
 from triton import cdiv, jit, next_power_of_2
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .contract import INTERPRETED
-from .triton_ops import large
+from .dispatch import INTERPRETED
+from .triton_ops import needs_int64
 
 HEAD_WIDTHS = (16, 32, 64)
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_KERNEL_SIZE = 7
-PROGRAMS = 8192  # programs of one warp that keep a Hopper GPU busy
+PROGRAMS = 4096  # programs of one warp that keep a Hopper GPU busy
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's dot takes bfloat16 for integers
 
 
@@ -89,12 +89,19 @@ class Launch(NamedTuple):
         strips: Strips below each other in an image; None for about PROGRAMS programs in all.
         num_warps: Warps of a program.
         num_stages: Depth of software pipelining.
+        max_registers: Registers of a thread at most, so that more programs share a multiprocessor; None for no bound.
     """
 
     tma: bool = False
     strips: int | None = None
     num_warps: int = 1
     num_stages: int = 2
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What Triton's launcher takes."""
+        return {'num_warps': self.num_warps, 'num_stages': self.num_stages, 'maxnreg': self.max_registers}
 
 
 def default_launch(x: torch.Tensor) -> Launch:
@@ -147,7 +154,7 @@ def why_not(x: torch.Tensor, kernel: tuple[int, int], head: int) -> str:
         return f'they take heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {head}'
     if not x.is_contiguous(memory_format=torch.channels_last):
         return f'x must be dense in channels_last, got strides {x.stride()}'
-    if large(x):
+    if needs_int64(x):
         return f'an image must stay below 2^31 elements, got shape {tuple(x.shape)}'
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return f'they need compute capability 8.0, got {torch.cuda.get_device_capability(x.device)}'

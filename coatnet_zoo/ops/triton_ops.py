@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from triton import cdiv, jit, next_power_of_2
 
-from .contract import INTERPRETED
+from .dispatch import INTERPRETED
 
 ENOUGH_PROGRAMS = 2048  # about two waves of small programs on the 132 SMs of a Hopper GPU
 STRIP_WIDTH = 16
@@ -20,7 +20,7 @@ OPTIONS = {'num_warps': 4, 'enable_fp_fusion': True}
 
 @jit
 def offset(u, K: tl.constexpr):
-    """Where tap u of K looks, relative to the position it computes."""
+    """Offset of tap u of K from the output position."""
     return u - K // 2
 
 
@@ -32,7 +32,7 @@ def within(i, n):
 
 @jit
 def shift(dy, dx, stride_h, stride_w):
-    """What (dy, dx) positions on is away in memory, as int64."""
+    """int64 memory offset of a (dy, dx) shift."""
     return tl.cast(dy, tl.int64) * stride_h + tl.cast(dx, tl.int64) * stride_w
 
 
@@ -104,7 +104,7 @@ def channel_block(channels: int) -> int:
     return min((64, 32, 16), key=lambda block: cdiv(channels, block) * block)
 
 
-def large(*tensors: torch.Tensor) -> bool:
+def needs_int64(*tensors: torch.Tensor) -> bool:
     """Whether offsets inside an image, and a halo of 31 around it, may pass 2^31."""
     return any(sum((size + 31) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2 ** 31
                for t in tensors)
@@ -116,9 +116,12 @@ def empty_channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((B, H, W, C)).permute(0, 3, 1, 2)
 
 
-def runs_triton(x: torch.Tensor) -> bool:
-    """Whether kernels run on x: on CUDA, and on CPUs in Triton's interpreter."""
-    return x.is_cuda or (x.device.type == 'cpu' and INTERPRETED)
+def require_triton(x: torch.Tensor, op: str) -> None:
+    """Kernels run on CUDA, and on CPUs in Triton's interpreter."""
+    if not (x.is_cuda or (x.device.type == 'cpu' and INTERPRETED)):
+        raise RuntimeError(
+            f'torch.ops.coatnet_zoo.{op} runs on CUDA tensors, or on a CPU under TRITON_INTERPRET=1, got x on '
+            f"{x.device}; call coatnet_zoo.ops.{op}, which chooses backend='eager' there.")
 
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager:
@@ -126,7 +129,7 @@ def on_device_of(x: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def refuse(what: str, op: str) -> Callable[..., NoReturn]:
+def not_implemented(what: str, op: str) -> Callable[..., NoReturn]:
     """A function that raises NotImplementedError, whatever it is called with."""
     def refusal(*args, **kwargs) -> NoReturn:
         raise NotImplementedError(f"{op}: the Triton kernels have no {what}; use backend='eager'.")

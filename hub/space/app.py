@@ -3,8 +3,8 @@
     python hub/space/app.py --model coatnet_pico_64.dist_tin200 local-dir:output/coatnet_pico
     python app.py
 
-The second line is how a Space starts it: with the released models, the most accurate of those that ship first, and
-those in the folder models/ beside this file.
+The second line is how a Space starts it: with the released models, the most accurate of those that ship first, with
+coatnet_0_kecam.in1k if its weights are in the cache, and those in the folder models/ beside this file.
 Nothing but this machine is asked for anything, except the Hub for released weights that do not ship with the package.
 """
 import os

@@ -46,7 +46,7 @@ def noise(count: int = 4, channels: int = 3, size: int = 32) -> torch.Tensor:
 @given(low=st.floats(0.01, 1), high=st.floats(0.01, 1), count=st.integers(1, 50))
 def test_crops_lie_inside_and_are_as_large_and_as_wide_as_asked(low, high, count):
     low, high = sorted((low, high))
-    left, top, width, height = draw_crops(count, (low, high)).double().unbind(1)
+    left, top, width, height = draw_crops(torch.rand(count, 22), (low, high)).double().unbind(1)
     assert min(left.min(), top.min()) >= 0 and max((left + width).max(), (top + height).max()) <= 1 + 1e-6
     whole = (width == 1) & (height == 1)
     assert ((width * height > low - 1e-5) & (width * height < high + 1e-5) | whole).all()
@@ -60,7 +60,7 @@ def test_crops_are_drawn_as_torchvision_draws_them(scale):
     theirs = np.array([RandomResizedCrop.get_params(torch.empty(1, side, side), scale, (3 / 4, 4 / 3))
                        for _ in range(4000)]) / side
     theirs = torch.from_numpy(theirs[:, [1, 0, 3, 2]])
-    ours = draw_crops(40_000, scale).double()
+    ours = draw_crops(torch.rand(40_000, 22), scale).double()
     for function in (lambda crops: crops, lambda crops: crops**2, lambda crops: crops[:, 2] * crops[:, 3],
                      lambda crops: crops[:, 0] * crops[:, 2]):
         torch.testing.assert_close(function(ours).mean(0), function(theirs).mean(0), atol=0.015, rtol=0)
@@ -103,17 +103,17 @@ def test_colours_change_as_in_torchvision(channels):
 
 
 def test_augmentation_does_what_it_is_asked_to():
-    pictures = (noise(64) * 255).byte()
+    pictures, draws = (noise(64) * 255).byte(), torch.rand(64, 28, generator=torch.Generator().manual_seed(0))
     plain = dict(size=32, mean=MEAN, std=STD, scale=(1, 1), hflip=0., color_jitter=0., reprob=0.)
     as_they_are = Normalize(MEAN, STD)(pictures)
-    torch.testing.assert_close(Augmentation(**plain)(pictures), as_they_are, atol=1e-4, rtol=0)
+    torch.testing.assert_close(Augmentation(**plain)(pictures, draws), as_they_are, atol=1e-4, rtol=0)
     torch.testing.assert_close(
-        Augmentation(**plain | dict(hflip=1.))(pictures), as_they_are.flip(-1), atol=1e-4, rtol=0)
+        Augmentation(**plain | dict(hflip=1.))(pictures, draws), as_they_are.flip(-1), atol=1e-4, rtol=0)
     changes = dict(scale=(0.3, 0.5), hflip=0.5, color_jitter=0.4, reprob=1.)
     for name, value in changes.items():
-        changed = (Augmentation(**plain | {name: value})(pictures) - as_they_are).abs().amax((1, 2, 3)) > 1e-3
+        changed = (Augmentation(**plain | {name: value})(pictures, draws) - as_they_are).abs().amax((1, 2, 3)) > 1e-3
         assert changed.float().mean() > 0.9 if name != 'hflip' else 0.25 < changed.float().mean() < 0.75, name
-    assert Augmentation(**plain | dict(size=16))(pictures).shape == (64, 3, 16, 16)
+    assert Augmentation(**plain | dict(size=16))(pictures, draws).shape == (64, 3, 16, 16)
 
 
 def test_evaluation_sees_the_very_pictures(pictures):
@@ -143,14 +143,35 @@ class Numbers(Dataset):
         return torch.tensor([index % 256, index // 256], dtype=torch.uint8).view(2, 1, 1), index, index * -(index % 2)
 
 
+class Unchanged:
+    draws = 0
+
+    def __call__(self, pictures: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        return pictures
+
+
 @pytest.mark.parametrize('quiet', [False, True])
 def test_every_picture_lies_at_its_place(quiet):
-    decoded = DeviceImageCache(Numbers(), lambda pictures: pictures, torch.device('cpu'), quiet=quiet)
+    decoded = DeviceImageCache(Numbers(), Unchanged(), torch.device('cpu'), quiet=quiet)
     decoded.load()
     places = [699, 0, 3, 256, 511, 512]
     images, labels, bad = decoded.__getitems__([(1, place) for place in places])
     assert (images[:, 0, 0, 0].long() + 256 * images[:, 1, 0, 0].long()).tolist() == labels.tolist() == places
     assert bad.tolist() == [-699, 0, -3, 0, -511, 0]
+
+
+@pytest.mark.parametrize('reprob', [0., 0.5])
+def test_what_is_drawn_for_a_picture_depends_on_no_other(pictures, reprob):
+    dataset, _ = create_dataset(DataSettings(data_dir=str(pictures)), 'train')
+    images = IndexedImageDataset(dataset, create_transform((3, 32, 32), crop_mode='squash', normalize=False), seed=1)
+    augmentation = Augmentation(24, MEAN, STD, (0.3, 1.0), 0.5, 0.4, reprob)
+    decoded = DeviceImageCache(images, augmentation, torch.device('cpu'), quiet=True)
+    decoded.load()
+    keys = [(epoch, index) for index in (35, 0, 7) for epoch in (2, 0, 1)]
+    together = decoded.__getitems__(keys)[0]
+    for key, image in zip(keys, together, strict=True):
+        torch.testing.assert_close(decoded.__getitems__([key])[0][0], image, atol=1e-5, rtol=0)
+    assert all((together[0] - other).abs().max() > 0.1 for other in together[1:])
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(settings, monkeypatch):
@@ -230,5 +251,5 @@ def test_what_it_cannot_do_is_refused(settings, tmp_path, monkeypatch):
         decoded.load()
     wide = dict(input_size=(3, 32, 48), interpolation='bilinear', mean=MEAN, std=STD, crop_pct=1., crop_mode='center')
     settings = dataclasses.replace(settings, cache_images=True)
-    with pytest.raises(ConfigError, match=r'--cache-images keeps squares, and --model test_resnet .* 32 x 48'):
+    with pytest.raises(ConfigError, match=r'--cache-images keeps squares, and the model takes images of 32 x 48'):
         create_loaders(settings, *create_datasets(settings)[:2], wide, create_accelerator('cpu'))

@@ -1,12 +1,18 @@
 """Two processes on a CPU: the losses and the scores of one process with the same global batch."""
 import csv
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from timm.data import create_transform
 
+import finetune
+import teach
 from coatnet_train.data.config import DataSettings
 from coatnet_train.data.dataset import IndexedImageDataset, create_dataset
 from coatnet_train.data.loader import EpochSampler, create_loader
@@ -14,7 +20,8 @@ from coatnet_train.evaluation.evaluator import predict
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.runtime.accelerator import create_accelerator
-from support.commands import environment, torchrun
+from coatnet_train.training.teach_config import read_settings
+from support.commands import environment, run_processes, torchrun
 from support.constants import ROOT
 from support.finetune_runs import write_shards
 from support.images import write_images
@@ -60,14 +67,38 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_decoded_pictures_are_shared_out(tmp_path):
-    # as they are: what is drawn for a picture depends on those beside it
     data = write_images(tmp_path / 'pictures', train=8, val=5)
-    flags = ('--cache-images', '--scale', '1', '1', '--hflip', '0', '--color-jitter', '0', '--epochs', '4',
-             '--warmup-epochs', '1', '--lr', '1e-3')
+    flags = '--cache-images', '--epochs', '4', '--warmup-epochs', '1', '--lr', '1e-3'
     one, two = train(data, tmp_path, 1, 8, *flags), train(data, tmp_path, 2, 4, *flags)
     for first, second in zip(one, two, strict=True):
         assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
+
+
+@pytest.mark.parametrize('cached', [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_stored_outputs_are_written_and_read_by_both(tmp_path, cached):
+    data, output, cache = write_images(tmp_path / 'pictures', train=8, val=5), tmp_path / 'both', ['--cache-images']
+    finetune.main(finetune.Settings(
+        data_dir=str(data), model='test_resnet', img_size=32, epochs=1, batch_size=8, workers=0, device='cpu',
+        output=str(tmp_path), experiment='teacher'))
+    arguments = [str(argument) for argument in (
+        '--teacher', f'local-dir:{tmp_path / "teacher"}', '--img-size', 32, '--data-dir', data, '--device', 'cpu',
+        '--shard-size', 5, '--views', 2, '--workers', 0, '--output', output, *cache * cached)]
+    done = run_processes('teach.py', *arguments)
+    assert done.returncode == 0 and done.stdout.count('5 of 5 shards') == 1, done.stderr[-3000:]
+    teach.main(dataclasses.replace(read_settings(arguments), output=str(tmp_path / 'alone')))
+    shards = sorted(path.name for path in output.glob('*.safetensors'))
+    assert len(shards) == 5 and json.loads((output / 'manifest.json').read_text())['complete']
+    for name in shards:
+        first, second = (load_file(folder / name)['logits'].float() for folder in (output, tmp_path / 'alone'))
+        torch.testing.assert_close(first, second, atol=1e-3, rtol=1e-3)
+
+    flags = ('--teacher-outputs', output, '--kd-loss-weight', '0.9', '--epochs', '3', '--warmup-epochs', '1', '--lr',
+             '1e-3', *cache * cached)
+    one, two = train(data, tmp_path, 1, 8, *flags), train(data, tmp_path, 2, 4, *flags)
+    assert one[0]['train_loss'] != one[1]['train_loss']
+    for first, second in zip(one, two, strict=True):
+        assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
 
 
 @pytest.mark.slow

@@ -467,6 +467,12 @@ def test_teacher_in_words_is_for_distilled_runs(run_dir):
     assert '| teacher | EfficientNet-Lite2, trained on ImageNet-1k |' in (folder / 'README.md').read_text()
 
 
+def test_teacher_of_stored_outputs_is_named(run_dir):
+    change_json(run_dir / 'args.json', teacher_outputs='../outputs')
+    change_json(run_dir / 'summary.json', teacher='local-dir:../runs/large')
+    assert release_of(make(run_dir))['teacher'] == 'local-dir:large'
+
+
 def test_rounding_a_rounded_run_changes_nothing(run_dir):
     change = 'change of top-1 by rounding to float16 (points)'
     folder = make(run_dir, dtype='float16')

@@ -22,21 +22,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from coatnet_zoo.ops.band_ops import Launch
 from coatnet_zoo.ops.dynamicconv2d import band as dynamic_band
-from coatnet_zoo.ops.dynamicconv2d import kernels as dynamic_kernels
+from coatnet_zoo.ops.dynamicconv2d import direct as dynamic_direct
 from coatnet_zoo.ops.lightconv2d import band as light_band
-from coatnet_zoo.ops.lightconv2d import kernels as light_kernels
+from coatnet_zoo.ops.lightconv2d import direct as light_direct
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = ROOT / 'results/kernel_budgets.csv'
 TOOLS = Path(triton.__file__).parent / 'backends/nvidia/bin'
 TYPES = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'fp32', torch.int64: 'i64'}
-OPTIONS = ('num_warps', 'num_stages', 'enable_fp_fusion')
+OPTIONS = ('num_warps', 'num_stages', 'maxnreg', 'enable_fp_fusion')
 BATCH = 128
 
 
 class Usage(NamedTuple):
     """What a compiled kernel takes: registers of a thread, bytes of stack and local memory of a thread, bytes of shared
-    memory of a program, instructions in all and in its longest loop."""
+    memory of a program, instructions in all and in its longest loop; and whether every access to a matrix in global
+    memory has a warp's lanes along its last dimension."""
 
     kernel: str
     registers: int
@@ -44,6 +45,7 @@ class Usage(NamedTuple):
     shared: int
     instructions: int
     loop: int
+    lanes_inner: bool
 
 
 def compile_for(arch: int, kernel: JITFunction, arguments: dict, options: dict) -> CompiledKernel:
@@ -84,7 +86,10 @@ def usage(compiled: CompiledKernel) -> Usage:
                 loop = max(loop, count - places[branch[1]])
             if re.search(r'\sEXIT\s', line):
                 end = count
-    return Usage(compiled.metadata.name, registers, stack + local, compiled.metadata.shared, count, loop)
+    ir = compiled.asm['ttgir']
+    layouts = {match[1] for match in re.finditer(r'tt\.(?:load|store) .*tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>', ir)}
+    inner = all(re.search(rf'^{layout} = .*order = \[1, 0\]', ir, re.MULTILINE) for layout in layouts)
+    return Usage(compiled.metadata.name, registers, stack + local, compiled.metadata.shared, count, loop, inner)
 
 
 @contextmanager
@@ -114,12 +119,12 @@ def launch_direct(size: int, C: int, K: int, dtype: torch.dtype, p: float, head:
     x, logits = channels_last(size, C, dtype), channels_last(size, C // head * K * K, dtype)
     weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, device='meta')
     seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
-    light_kernels.launch_correlate(x, weight, bias, seed, p, True, transposed=False)
-    light_kernels.launch_correlate(x, weight, None, seed, p, True, transposed=True)
-    light_kernels.launch_weight_grad(x, x, weight, seed, p, True)
-    _, stats = dynamic_kernels.launch_aggregate(x, logits, (K, K), bias, seed, p, True)
-    dynamic_kernels.launch_scatter_back(x, logits, (K, K), stats, seed, p, True)
-    dynamic_kernels.launch_logits_grad(x, x, logits, (K, K), stats, seed, p, True)
+    light_direct.launch_fwd(x, weight, bias, seed, p, True, transposed=False)
+    light_direct.launch_fwd(x, weight, None, seed, p, True, transposed=True)
+    light_direct.launch_bwd_weight(x, x, weight, seed, p, True)
+    _, stats = dynamic_direct.launch_fwd(x, logits, (K, K), bias, seed, p, True)
+    dynamic_direct.launch_bwd_input(x, logits, (K, K), stats, seed, p, True)
+    dynamic_direct.launch_bwd_logits(x, x, logits, (K, K), stats, seed, p, True)
 
 
 def launch_band(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: int = 32, tma: bool = False) -> None:
@@ -128,10 +133,11 @@ def launch_band(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: i
     seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
     weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, dtype=dtype, device='meta')
     launch = Launch(tma=tma)
+    many = dynamic_band.bounded(launch, seed)
     light_band.launch_fwd(x, weight, bias, seed, p, True, transposed=False, launch=launch)
-    light_band.launch_bwd_weight(x, x, (K, K), C // head, launch)
-    _, stats = dynamic_band.launch_fwd(x, logits, (K, K), bias, seed, p, True, launch)
-    dynamic_band.launch_bwd_input(x, logits, (K, K), stats, seed, p, True, launch)
+    light_band.launch_bwd_weight(x, x, weight, seed, p, True, launch)
+    _, stats = dynamic_band.launch_fwd(x, logits, (K, K), bias, seed, p, True, many)
+    dynamic_band.launch_bwd_input(x, logits, (K, K), stats, seed, p, True, many)
     dynamic_band.launch_bwd_logits(x, x, logits, (K, K), stats, seed, p, True, launch)
 
 
@@ -148,7 +154,7 @@ class Build(NamedTuple):
     def usages(self) -> list[Usage]:
         with compiling_for(self.arch) as seen:
             launch_band(self.size, self.C, self.K, torch.bfloat16, self.dropconnect, self.head, tma=self.arch >= 90)
-        return seen
+        return [used for used in seen if '_band_' in used.kernel]
 
     def row(self, used: Usage) -> dict[str, str]:
         """A row of the file. A tile is 16 positions of a head, which a program of one warp takes once a loop."""

@@ -8,8 +8,8 @@ import compiled
 import triton
 from compiled import BUILDS, TOOLS, Build, compiling_for, launch_direct
 
-from coatnet_zoo.ops.dynamicconv2d import kernels as dynamic_kernels
-from coatnet_zoo.ops.lightconv2d import kernels as light_kernels
+from coatnet_zoo.ops.dynamicconv2d import direct as dynamic_direct
+from coatnet_zoo.ops.lightconv2d import direct as light_direct
 
 pytestmark = [
     pytest.mark.skipif(not all((TOOLS / name).exists() for name in ('ptxas', 'cuobjdump', 'nvdisasm')),
@@ -40,6 +40,7 @@ def test_band_kernels_keep_to_their_budgets(build: Build):
             assert float(row[column]) <= margin * budget(row, column), f'{column} of {row}'
         # far fewer would mean that another loop was counted
         assert float(row['instructions_per_output']) >= .5 * budget(row, 'instructions_per_output')
+        assert used.lanes_inner, f'an access of {used.kernel} touches a cache line a lane'
         assert used.spilled <= budget(row, 'spilled_bytes') and used.registers <= 255
 
 
@@ -56,8 +57,8 @@ def test_direct_kernels_compile_for_hopper(size, C, K, dtype, p):
 
 
 def test_direct_kernels_compile_for_images_of_2_31_elements_and_small_heads(monkeypatch):
-    for kernels in (light_kernels, dynamic_kernels):
-        monkeypatch.setattr(kernels, 'large', lambda *tensors: True)
+    for kernels in (light_direct, dynamic_direct):
+        monkeypatch.setattr(kernels, 'needs_int64', lambda *tensors: True)
     with compiling_for(90) as seen:
         launch_direct(9, 6, 5, torch.float16, .1, head=2)
     assert len(seen) == 7

@@ -6,7 +6,7 @@ from torch import nn
 
 from coatnet_train.explain import maps as explain
 from coatnet_train.runtime.cli import ConfigError
-from coatnet_zoo.ops.dynamicconv2d.naive import naive
+from coatnet_zoo.ops.dynamicconv2d.naive import dynamicconv2d_naive
 from support.overlay_runs import Colours, zoo
 
 
@@ -60,7 +60,7 @@ def test_predicted_kernels_give_the_output_of_the_operator(normalize, randomize)
     _, x = explain.run_with_input(model, target.module, torch.randn(2, 3, 32, 48))
     kernels = explain.dynamic_kernels(target.module, x)
     assert kernels.shape == (2, 2, 5, 5, *x.shape[2:]) and x.shape[2] != x.shape[3]
-    expected = naive(x, kernels.flatten(1, 3), (5, 5), None, 'none', 0., None)
+    expected = dynamicconv2d_naive(x, kernels.flatten(1, 3), (5, 5), None, 'none', 0., None)
     torch.testing.assert_close(expected, outputs[0], atol=1e-5, rtol=1e-4)
     if normalize == 'softmax':
         torch.testing.assert_close(kernels.sum((2, 3)), torch.ones(2, 2, *x.shape[2:]))

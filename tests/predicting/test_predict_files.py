@@ -78,6 +78,7 @@ def test_the_best_release_is_opened_unless_another_is_named(tmp_path, monkeypatc
         return {'packaged': packaged, 'pretrained_cfg': {'num_classes': classes},
                 'release': {'metrics': {'top1': top1}}}
 
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     assert predict.Settings(images=()).model == released.best_release() == max(
         RELEASES, key=lambda name: RELEASES[name]['release']['metrics']['top1'])
     package = tmp_path / 'coatnet_zoo'
@@ -90,6 +91,17 @@ def test_the_best_release_is_opened_unless_another_is_named(tmp_path, monkeypatc
     (package / 'weights' / 'releases.json').write_text(json.dumps(releases))
     assert released.released_models() == ('best', 'worse', 'unknown', 'digits', 'far')
     assert predict.Settings(images=()).model == 'best'
+    published = {f'coatnet_0_kecam.{tag}': {'url': '', 'md5': '0123456789', 'top1': top1}
+                 for tag, top1 in (('small', 80.), ('in1k', 83.), ('absent', 90.))}
+    (package / 'weights' / 'kecam.json').write_text(json.dumps(published))
+    cache = tmp_path / 'torch/hub/checkpoints'
+    cache.mkdir(parents=True)
+    for name in ('small', 'in1k', 'absent'):
+        (cache / f'coatnet_0_kecam-{name}-01234567.safetensors').touch()
+        if name != 'absent':  # its conversion was interrupted
+            (cache / f'coatnet_0_kecam-{name}-01234567.safetensors.sha256').touch()
+    assert released.released_models() == (
+        'best', 'worse', 'unknown', 'digits', 'coatnet_0_kecam.in1k', 'coatnet_0_kecam.small', 'far')
     (package / 'weights' / 'releases.json').write_text('{"best": {}}')
     with pytest.raises(ConfigError, match=r'releases\.json is damaged .*reinstall coatnet_zoo'):
         released.best_release()

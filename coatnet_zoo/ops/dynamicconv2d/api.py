@@ -1,25 +1,22 @@
-"""`dynamicconv2d`: the contract of DynamicConv, its checks and the choice of the backend."""
+"""`dynamicconv2d`: public function, argument checks and choice of the backend."""
 import torch
 
-from ..contract import (
-    autocast_off,
-    cast_for_autocast,
-    check_backend,
-    check_bias,
-    check_choices,
-    check_heads,
-    check_kernel,
-    check_operand,
-    check_x,
-    choose_backend,
-)
+from ..dispatch import autocast_off, cast_for_autocast, choose_backend, validate_backend
 from ..dropconnect import draw_seed
-from .eager import eager
-from .naive import naive
+from ..validation import (
+    validate_bias,
+    validate_heads,
+    validate_kernel_size,
+    validate_operand,
+    validate_options,
+    validate_x,
+)
+from .eager import dynamicconv2d_eager
+from .naive import dynamicconv2d_naive
 
 __all__ = ['dynamicconv2d']
 
-LARGEST_KERNEL = 13  # side of the largest kernel that the Triton kernels take
+MAX_KERNEL_SIZE = 13  # side of the largest kernel that the Triton kernels take
 
 
 def dynamicconv2d(
@@ -27,6 +24,7 @@ def dynamicconv2d(
         logits: torch.Tensor,
         kernel_size: tuple[int, int],
         bias: torch.Tensor | None = None,
+        *,
         normalize: str = 'softmax',
         dropconnect: float = 0.0,
         training: bool = False,
@@ -59,9 +57,9 @@ def dynamicconv2d(
     With 'triton', the choice on CUDA, vmap and double backward raise NotImplementedError; 'eager' has both.
     """
     op = 'dynamicconv2d'
-    check_x(x, op)
-    check_operand('logits', logits, x, op)
-    Kh, Kw = kernel = check_kernel(kernel_size, op)
+    validate_x(x, op)
+    validate_operand('logits', logits, x, op)
+    Kh, Kw = kernel = validate_kernel_size(kernel_size, op)
     B, C, H, W = x.shape
     if logits.ndim != 4 or logits.shape[0] != B or logits.shape[2:] != (H, W):
         raise ValueError(
@@ -71,17 +69,17 @@ def dynamicconv2d(
         raise ValueError(
             f'{op}: logits must have G * Kh * Kw channels, a multiple of {Kh} * {Kw} = {Kh * Kw}, '
             f'got {logits.shape[1]}.')
-    check_heads(logits.shape[1] // (Kh * Kw), C, op)
-    check_bias(bias, x, op)
-    check_choices(normalize, dropconnect, training, op)
-    check_backend(backend, op)
+    validate_heads(logits.shape[1] // (Kh * Kw), C, op)
+    validate_bias(bias, x, op)
+    validate_options(normalize, dropconnect, training, op)
+    validate_backend(backend, op)
 
     x = cast_for_autocast(x)
     seed = draw_seed(x.device) if training and dropconnect > 0 else None
-    backend = choose_backend(backend, x, logits, kernel, LARGEST_KERNEL, op)
+    backend = choose_backend(backend, x, logits, kernel, MAX_KERNEL_SIZE, op)
     if backend == 'triton':
-        from .kernels import triton as run
+        from .kernels import dynamicconv2d_triton as run
     else:
-        run = naive if backend == 'naive' else eager
+        run = dynamicconv2d_naive if backend == 'naive' else dynamicconv2d_eager
     with autocast_off(x):
         return run(x, logits, kernel, bias, normalize, dropconnect, seed)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..dropconnect import dropconnect_scale
 
 
-def eager(
+def dynamicconv2d_eager(
         x: torch.Tensor,
         logits: torch.Tensor,
         kernel_size: tuple[int, int],

@@ -1,4 +1,4 @@
-"""DynamicConv, the definition: a loop over taps, for any device and floating dtype, accumulated in float32 or better.
+"""DynamicConv, reference implementation: a loop over taps, for any device and floating dtype, in float32 or better.
 
     k = softmax_{u,v}(logits[b, g, :, :, h, w])                                normalize='softmax'; 'none': the logits
     out[b, c, h, w] = bias[c] + sum_{u,v} k[u, v] * x[b, c, h + u - Kh // 2, w + v - Kw // 2],        g = c // (C // G)
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..dropconnect import dropconnect_scale
 
 
-def naive(
+def dynamicconv2d_naive(
         x: torch.Tensor,
         logits: torch.Tensor,
         kernel_size: tuple[int, int],

@@ -1,35 +1,33 @@
-"""`lightconv2d`: the contract of LightConv, its checks and the choice of the backend."""
+"""`lightconv2d`: public function, argument checks and choice of the backend."""
 import torch
 
-from ..contract import (
-    autocast_off,
-    cast_for_autocast,
-    check_backend,
-    check_bias,
-    check_choices,
-    check_heads,
-    check_kernel,
-    check_operand,
-    check_x,
-    choose_backend,
-)
+from ..dispatch import autocast_off, cast_for_autocast, choose_backend, validate_backend
 from ..dropconnect import draw_seed
-from .eager import eager
-from .naive import naive
+from ..validation import (
+    validate_bias,
+    validate_heads,
+    validate_kernel_size,
+    validate_operand,
+    validate_options,
+    validate_x,
+)
+from .eager import lightconv2d_eager
+from .naive import lightconv2d_naive
 
 __all__ = ['lightconv2d']
 
-LARGEST_KERNEL = 31  # side of the largest kernel that the Triton kernels take
+MAX_KERNEL_SIZE = 31  # side of the largest kernel that the Triton kernels take
 
 
 def lightconv2d(
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
+        *,
+        normalize: str = 'softmax',
         dropconnect: float = 0.0,
         training: bool = False,
         backend: str | None = None,
-        normalize: str = 'softmax',
 ) -> torch.Tensor:
     """LightConv: a depthwise convolution whose kernels are softmax-normalised and shared by the channels of a head.
 
@@ -42,12 +40,12 @@ def lightconv2d(
         x: (B, C, H, W), floating point, any strides; channels_last is what the backends work in.
         weight: (G, Kh, Kw), raw logits of the kernels; G divides C, Kh and Kw are odd. Any floating dtype.
         bias: (C,) or None.
+        normalize: 'softmax' over the taps, or 'none' to use `weight` as it is.
         dropconnect: Probability of dropping a normalised weight in training; those kept are divided by 1 - p. One
             mask (G, Kh, Kw) a call, from torch's generator of the device of `x`, the same in every backend. (Compiled
             by the inductor, the seed is the inductor's, unless torch._inductor.config.fallback_random is set.)
         training: Whether DropConnect acts.
         backend: 'naive', 'eager', 'triton', or None for Triton where it runs and eager elsewhere.
-        normalize: 'softmax', or 'none' to use `weight` as it is.
 
     Returns (B, C, H, W) in the dtype of `x` (under autocast its dtype), channels_last in memory.
 
@@ -55,22 +53,23 @@ def lightconv2d(
     With 'triton', the choice on CUDA, vmap and double backward raise NotImplementedError; 'eager' has both.
     """
     op = 'lightconv2d'
-    check_x(x, op)
-    check_operand('weight', weight, x, op)
+    validate_x(x, op)
+    validate_operand('weight', weight, x, op)
     if weight.ndim != 3:
         raise ValueError(f'{op}: weight must be (G, Kh, Kw), got {weight.ndim} dimensions {tuple(weight.shape)}.')
-    kernel = check_kernel(weight.shape[1:], op)
-    check_heads(weight.shape[0], x.shape[1], op)
-    check_bias(bias, x, op)
-    check_choices(normalize, dropconnect, training, op)
-    check_backend(backend, op)
+    kernel = validate_kernel_size(weight.shape[1:], op)
+    validate_heads(weight.shape[0], x.shape[1], op)
+    validate_bias(bias, x, op)
+    validate_options(normalize, dropconnect, training, op)
+    validate_backend(backend, op)
 
     x = cast_for_autocast(x)
     seed = draw_seed(x.device) if training and dropconnect > 0 else None
-    backend = choose_backend(backend, x, weight, kernel, LARGEST_KERNEL, op)
+    backend = choose_backend(backend, x, weight, kernel, MAX_KERNEL_SIZE, op)
     if backend == 'triton':
-        from .kernels import triton as run
+        from .kernels import lightconv2d_triton as run
     else:
-        run = naive if backend == 'naive' or 0 in x.shape[1:] else eager  # torch convolves nothing empty
+        # torch convolves nothing empty
+        run = lightconv2d_naive if backend == 'naive' or 0 in x.shape[1:] else lightconv2d_eager
     with autocast_off(x):
-        return run(x, weight, bias, dropconnect, seed, normalize)
+        return run(x, weight, bias, normalize, dropconnect, seed)

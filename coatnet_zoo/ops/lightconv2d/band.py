@@ -26,6 +26,7 @@ from ..band_ops import (
 )
 from ..dropconnect import threshold
 from ..triton_ops import dropconnect_factor, empty_channels_last, on_device_of
+from .direct import reduce_weight_grad
 
 __all__ = ['launch_bwd_weight', 'launch_fwd']
 
@@ -166,25 +167,26 @@ def launch_fwd(
         _lightconv2d_band_fwd_kernel[programs,](
             operand(x, C // G, 16, launch), weight, bias, seed, out, H, W, *strips, threshold(dropconnect),
             1 / (1 - dropconnect), C=C, Kh=Kh, Kw=Kw, HEAD=C // G, TAPS=next_power_of_2(Kh * Kw), SOFTMAX=softmax,
-            TRANSPOSED=transposed, TMA=launch.tma, num_warps=launch.num_warps, num_stages=launch.num_stages)
+            TRANSPOSED=transposed, TMA=launch.tma, **launch.options)
     return out
 
 
 def launch_bwd_weight(
-        grad: torch.Tensor, x: torch.Tensor, kernel: tuple[int, int], G: int, launch: Launch | None = None,
-) -> torch.Tensor:
-    """Gradients of the normalised weights, in parts: float32 (parts, G, Kh * Kw) to be summed over the first."""
+        grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor | None, dropconnect: float,
+        softmax: bool, launch: Launch | None = None) -> torch.Tensor:
+    """The gradient (G, Kh, Kw) in the dtype of weight: sums over parts of all rows of all images, then over parts."""
     B, C, H, W = x.shape
-    Kh, Kw = kernel
+    G, Kh, Kw = weight.shape
+    if x.numel() == 0:
+        return torch.zeros((G, Kh, Kw), dtype=weight.dtype, device=x.device)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    launch = launch or default_launch(x)
-    across, total, slots = cdiv(W, 8), B * cdiv(H, 2), slots_of_span(Kh)
+    launch, slots = launch or default_launch(x), slots_of_span(Kh)
+    across, total = cdiv(W, 8), B * cdiv(H, 2)
     share = cdiv(total, cdiv(launch.strips or WEIGHT_PROGRAMS, across * G))
     parts = across * cdiv(total, share)
     partial = torch.empty((parts, G, Kh * Kw), dtype=torch.float32, device=x.device)
     with on_device_of(x):
         _lightconv2d_band_bwd_weight_kernel[parts * G,](
             operand(x, C // G, slots, launch), grad, partial, H, W, across, share, total, C=C, Kh=Kh, Kw=Kw,
-            HEAD=C // G, SLOTS=slots, TAPS=max(16, next_power_of_2(Kh * Kw)), TMA=launch.tma,
-            num_warps=launch.num_warps, num_stages=launch.num_stages)
-    return partial
+            HEAD=C // G, SLOTS=slots, TAPS=max(16, next_power_of_2(Kh * Kw)), TMA=launch.tma, **launch.options)
+    return reduce_weight_grad(partial, weight, seed, dropconnect, softmax, per_head=1)

@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from ..dropconnect import dropconnect_scale
 
 
-def eager(
+def lightconv2d_eager(
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        normalize: str,
         dropconnect: float,
         seed: torch.Tensor | None,
-        normalize: str,
 ) -> torch.Tensor:
     """(B, C, H, W), (G, Kh, Kw) -> (B, C, H, W), channels_last; a seed switches DropConnect on."""
     C = x.shape[1]

@@ -1,4 +1,4 @@
-"""LightConv, the definition: a loop over taps, for any device and floating dtype, accumulated in float32 or better.
+"""LightConv, reference implementation: a loop over taps, for any device and floating dtype, in float32 or better.
 
     w = softmax_{u,v}(weight[g])                                        normalize='softmax'; 'none': w = weight[g]
     out[b, c, h, w] = bias[c] + sum_{u,v} w[g, u, v] * x[b, c, h + u - Kh // 2, w + v - Kw // 2],   g = c // (C // G)
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from ..dropconnect import dropconnect_scale
 
 
-def naive(
+def lightconv2d_naive(
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        normalize: str,
         dropconnect: float,
         seed: torch.Tensor | None,
-        normalize: str,
 ) -> torch.Tensor:
     """(B, C, H, W), (G, Kh, Kw) -> (B, C, H, W); see `lightconv2d`, a seed switches DropConnect on."""
     _, C, H, W = x.shape

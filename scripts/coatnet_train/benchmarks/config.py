@@ -1,4 +1,4 @@
-"""Settings of benchmark.py and its three other tables, and the checks that need neither torch nor timm."""
+"""Settings of benchmark.py and its other tables, and the checks that need neither torch nor timm."""
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Any, Literal
 from coatnet_train.runtime.cli import ConfigError, flag
 
 __all__ = [
-    'Backend', 'InferenceFormSettings', 'LoaderSettings', 'ModelPairSettings', 'OpsSettings', 'Pass', 'ScalingSettings',
-    'check_benchmark', 'check_inference_form', 'check_ops', 'check_scaling']
+    'Backend', 'DistillationSettings', 'InferenceFormSettings', 'LoaderSettings', 'ModelPairSettings', 'OpsSettings',
+    'Pass', 'ScalingSettings', 'check_benchmark', 'check_distillation', 'check_inference_form', 'check_ops',
+    'check_scaling']
 
 HEAD_DIM = 32  # channels that share a kernel
 MAX_DYNAMIC_KERNEL = 7  # side of the largest kernel that is predicted at every position
@@ -144,6 +145,33 @@ class LoaderSettings:
     results_file: str = ''  # JSON to write, with hardware and versions.
 
 
+@dataclass(frozen=True)
+class DistillationSettings:
+    """Time a training step from stored outputs of a teacher (teach.py) against one from labels alone.
+
+        python scripts/benchmark.py distillation --results-file results/distillation_cpu.json
+        python scripts/benchmark.py distillation --cache-images --device cuda --img-size 64 --batch-size 512
+
+    The steps are those of finetune.py on files of noise, with the reading of their images in the same process. Labels
+    alone, all logits and the --top-k largest take turns, --steps of each a round; the median of the rounds counts. On
+    a CPU what is measured is the CPU time of this process, which a busy machine disturbs less than wall time.
+    """
+
+    model: str = 'coatnet_pico_64'  # What trains.
+    img_size: int = 32  # Height and width in pixels.
+    batch_size: int = 32  # Images a step.
+    classes: int = 200  # Number of classes.
+    views: int = 4  # Stored views of every image.
+    top_k: int = 16  # Logits kept in the third row.
+    cache_images: bool = False  # Keep the images on the device and augment them there.
+    steps: int = 2  # Training steps of each a round.
+    rounds: int = 15  # Rounds, after one that is not counted.
+    threads: int = 1  # CPU threads.
+    device: str = 'cpu'  # cpu or cuda.
+    seed: int = 0  # Of weights and images.
+    results_file: str = ''  # JSON file to write.
+
+
 def check_benchmark(settings: Any, counts: tuple[str, ...]) -> None:
     """Raise ConfigError where one of the fields `counts` is not above 0, or there is no folder for the results."""
     for name in counts:
@@ -161,6 +189,15 @@ def check_inference_form(settings: InferenceFormSettings) -> None:
     if not settings.models or min(settings.batch_sizes, default=0) < 1:
         raise ConfigError(f'--models and --batch-sizes must name at least one each, sizes above 0, got '
                           f'{settings.models} and {settings.batch_sizes}.')
+
+
+def check_distillation(settings: DistillationSettings) -> None:
+    """Raise ConfigError for rounds too few for quartiles, or a top k of all classes."""
+    check_benchmark(settings, ('img_size', 'batch_size', 'views', 'top_k', 'steps', 'threads'))
+    if settings.rounds < 2:
+        raise ConfigError(f'--rounds must be at least 2, got {settings.rounds}: quartiles need two rounds.')
+    if settings.top_k >= settings.classes:
+        raise ConfigError(f'--top-k must be below --classes {settings.classes}, got {settings.top_k}.')
 
 
 def check_ops(settings: OpsSettings) -> None:

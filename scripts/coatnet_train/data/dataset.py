@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
+from typing import Protocol
 
 import numpy as np
 import timm.data
@@ -25,6 +26,7 @@ from coatnet_train.runtime.packages import is_installed
 
 __all__ = [
     'IndexedImageDataset',
+    'StoredOutputs',
     'StreamingImageDataset',
     'check_labels',
     'create_dataset',
@@ -200,8 +202,23 @@ def read_targets(dataset: Dataset) -> list[int]:
     return [int(label) for label in (targets if targets is not None else (label for _, label in dataset))]
 
 
+class StoredOutputs(Protocol):
+    """What a teacher said of `views` views of every image."""
+
+    views: int
+
+    def row(self, view: int, index: int) -> tuple[torch.Tensor, ...]:
+        """For one view of one image."""
+
+    def load(self, device: torch.device) -> None:
+        """Put all on a device, for `rows`."""
+
+    def rows(self, views: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """For a batch: views (B,) of images (B,)."""
+
+
 class IndexedImageDataset(Dataset):
-    """(epoch, index) -> (image, label, index of the requested image if it is unreadable, else -1).
+    """(epoch, index) -> (image, label, index of the requested image if it is unreadable, else -1, *outputs).
 
     In training the next readable image takes the place of an unreadable one; in evaluation nothing does: the image
     is blank and the label -1, to be left out.
@@ -212,16 +229,18 @@ class IndexedImageDataset(Dataset):
         seed: Seed of the augmentation.
         mode: 'RGB' or 'L'.
         substitute: Whether another image takes the place of an unreadable one.
+        outputs: Stored outputs of a teacher; `epoch` is the number of a view then, and the outputs for it follow.
     """
 
     def __init__(self, dataset: Dataset, transform: Callable, seed: int = 0, mode: str = 'RGB',
-                 substitute: bool = False):
+                 substitute: bool = False, outputs: StoredOutputs | None = None):
         self.dataset, self.transform, self.seed, self.mode, self.substitute = dataset, transform, seed, mode, substitute
+        self.outputs = outputs
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, index = key
         for step in range(len(self) if self.substitute else 1):
             try:
@@ -233,7 +252,7 @@ class IndexedImageDataset(Dataset):
         else:
             image, label, bad = Image.new(self.mode, (1, 1)), -1, index
         random_seed(derive_seed(self.seed, epoch, index))
-        return self.transform(image), label, bad
+        return self.transform(image), label, bad, *(self.outputs.row(epoch, index) if self.outputs else ())
 
 
 class StreamingImageDataset(IterableDataset):

@@ -4,9 +4,13 @@ For many epochs on images no larger than the model takes, where a GPU would wait
 that a crop would show is lost, and of wide ones the shape, as all are kept as squares. From these, crops and colours
 are drawn as by RandomResizedCrop and ColorJitter, but every crop is bilinear and the colours change in one order.
 Evaluation sees the images that it always sees.
+
+What is drawn for an image follows from (seed, epoch, index), whatever batch, process or device it is in: it is a row of
+a table of random numbers. The crop is the same at every size.
 """
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from timm.data.random_erasing import RandomErasing
@@ -15,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.transforms.functional import normalize
 
-from coatnet_train.data.dataset import IndexedImageDataset, check_labels, derive_seed
+from coatnet_train.data.dataset import IndexedImageDataset, StoredOutputs, check_labels, derive_seed
 from coatnet_train.data.loader import EpochSampler, create_loader
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.runtime.progress import progress_bar
@@ -26,33 +30,38 @@ __all__ = [
 
 ASPECT = (3 / 4, 4 / 3)  # of a crop, width over height, as in RandomResizedCrop
 READ_BATCH = 256  # images that are read together while decoding
+DRAWS_OF_CROP = 22  # ten areas, ten aspects, left and top
+TABLE = 2**32  # in place of an index, in the seed of the numbers of all images
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision's colour operations
 
 
 class Normalize:
     """uint8 images (B, C, H, W) -> (x / 255 - mean) / std in float32, on a CPU to the bit as after ToTensor."""
 
+    draws = 0
+
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         self.mean, self.std = mean, std
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
         return normalize(images.float().div_(255), self.mean, self.std)
 
 
-def draw_crops(count: int, scale: tuple[float, float], device: torch.device | str = 'cpu') -> torch.Tensor:
-    """(left, top, width, height) of a crop for each of `count` square images, as fractions of its side: (count, 4).
+def draw_crops(draws: torch.Tensor, scale: tuple[float, float]) -> torch.Tensor:
+    """Random numbers (B, 22) in [0, 1) -> (left, top, width, height) of a crop as fractions of a square's side: (B, 4).
 
     The first of ten draws that fits inside, else the whole image, as in RandomResizedCrop: the area is uniform in
     `scale`, the logarithm of width over height uniform from 3/4 to 4/3.
     """
-    area = torch.empty(count, 10, device=device).uniform_(*scale)
-    aspect = torch.empty(count, 10, device=device).uniform_(*map(math.log, ASPECT)).exp()
+    area, aspect, place = draws.split((10, 10, 2), 1)
+    area = torch.lerp(*(torch.full_like(area, end) for end in scale), area)
+    aspect = torch.lerp(*(torch.full_like(aspect, math.log(end)) for end in ASPECT), aspect).exp()
     width, height = (area * aspect).sqrt(), (area / aspect).sqrt()
     fits = (width <= 1) & (height <= 1)
     first = fits.int().argmax(1, keepdim=True)  # 0 where none fits
     found = fits.any(1)
     width, height = (torch.where(found, side.gather(1, first).squeeze(1), 1) for side in (width, height))
-    left, top = torch.rand(2, count, device=device)
+    left, top = place.unbind(1)
     return torch.stack((left * (1 - width), top * (1 - height), width, height), 1)
 
 
@@ -86,6 +95,8 @@ def adjust_colors(images: torch.Tensor, brightness: torch.Tensor, contrast: torc
 class Augmentation:
     """uint8 images (B, C, S, S) -> what a model trains on, (B, C, size, size) float32 on their device.
 
+    All that is random follows from `draws` (B, 28), numbers in [0, 1); what is erased, from the size too.
+
     Args:
         size: In pixels.
         mean, std: Of each channel, for images in 0 to 1.
@@ -95,39 +106,48 @@ class Augmentation:
         reprob: Probability of random erasing, by timm's RandomErasing.
     """
 
+    draws = DRAWS_OF_CROP + 6  # a flip, three colours, erasing and its seed
+
     def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...], scale: tuple[float, float],
                  hflip: float, color_jitter: float, reprob: float):
         self.size, self.mean, self.std, self.scale = size, mean, std, scale
         self.hflip, self.color_jitter, self.reprob = hflip, color_jitter, reprob
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        count, device = len(images), images.device
-        flipped = torch.rand(count, device=device) < self.hflip
-        images = crop_and_flip(images.float().div_(255), draw_crops(count, self.scale, device), flipped, self.size)
+    def __call__(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        crops, flips, colors, erasing = draws.to(images.device).split((DRAWS_OF_CROP, 1, 3, 2), 1)
+        flipped = flips.squeeze(1) < self.hflip
+        images = crop_and_flip(images.float().div_(255), draw_crops(crops, self.scale), flipped, self.size)
         if self.color_jitter:
-            images = adjust_colors(images, *torch.empty(3, count, device=device).uniform_(
-                max(0, 1 - self.color_jitter), 1 + self.color_jitter))
+            low, high = max(0, 1 - self.color_jitter), 1 + self.color_jitter
+            images = adjust_colors(images, *(low + (high - low) * colors).unbind(1))
         images = normalize(images, self.mean, self.std)
-        return RandomErasing(self.reprob, mode='pixel', device=device)(images) if self.reprob else images
+        if self.reprob:
+            erase = RandomErasing(1, mode='pixel', device=images.device)
+            for image, (drawn, seed) in zip(images, erasing.tolist(), strict=True):
+                if drawn < self.reprob:
+                    random_seed(int(seed * 2**24))  # all bits that a float32 below 1 has
+                    erase(image)
+        return images
 
 
 class DeviceImageCache(Dataset):
-    """A list of (epoch, index) -> (images (B, C, H, W), labels (B,), bad (B,)), all on the device, after `load`.
-
-    What is random follows from (seed, epoch, first index), whatever was drawn before.
+    """A list of (epoch, index) -> (images (B, C, H, W), labels (B,), bad (B,), *outputs), on the device, after `load`.
 
     Args:
         source: Read once, in the order of the indices; its transform gives uint8 (C, S, S).
-        transform: uint8 (B, C, S, S) -> float32 (B, C, H, W).
+        transform: uint8 (B, C, S, S) and random numbers (B, transform.draws) in [0, 1) -> float32 (B, C, H, W).
         device: Where the images stay.
         workers: Number of processes that read.
         quiet: Whether to leave the progress bar out.
+        outputs: Stored outputs of a teacher; `epoch` is the number of a view then, and the outputs for it follow.
     """
 
-    def __init__(self, source: IndexedImageDataset, transform: Callable[[torch.Tensor], torch.Tensor],
-                 device: torch.device, workers: int = 0, quiet: bool = False):
+    def __init__(self, source: IndexedImageDataset, transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+                 device: torch.device, workers: int = 0, quiet: bool = False, outputs: StoredOutputs | None = None):
         self.source, self.dataset, self.seed = source, source.dataset, source.seed
         self.transform, self.device, self.workers, self.quiet = transform, device, workers, quiet
+        self.outputs = outputs
+        self.draw_table = lru_cache(outputs.views if outputs else 1)(self._draw_table)  # views share a batch
 
     def load(self) -> None:
         """Decode all images; raises ConfigError where the device has no room, or labels are no whole numbers."""
@@ -147,14 +167,25 @@ class DeviceImageCache(Dataset):
                 found.append((labels, bad))
                 bar.update(len(images))
         self.labels, self.bad = (torch.cat(column).to(self.device) for column in zip(*found, strict=True))
+        if self.outputs:
+            self.outputs.load(self.device)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        indices = torch.tensor([index for _, index in keys], device=self.device)
-        random_seed(derive_seed(self.seed, *keys[0]))
-        return self.transform(self.images[indices]), self.labels[indices], self.bad[indices]
+    def _draw_table(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, TABLE))
+        return torch.rand(len(self), self.transform.draws, generator=generator)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+        epochs, rows = torch.tensor(keys).unbind(1)
+        draws = torch.empty(len(keys), self.transform.draws)
+        for epoch in epochs.unique().tolist() if self.transform.draws else ():
+            members = epochs == epoch
+            draws[members] = self.draw_table(epoch)[rows[members]]
+        indices = rows.to(self.device)
+        outputs = self.outputs.rows(epochs.to(self.device), indices) if self.outputs else ()
+        return self.transform(self.images[indices], draws), self.labels[indices], self.bad[indices], *outputs
 
 
 def create_cached_loader(dataset: DeviceImageCache, sampler: EpochSampler, batch_size: int,

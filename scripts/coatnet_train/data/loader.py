@@ -14,7 +14,7 @@ from coatnet_train.data.dataset import (
 )
 from coatnet_train.runtime.cli import ConfigError
 
-__all__ = ['EpochSampler', 'UnreadableImages', 'create_loader']
+__all__ = ['EpochSampler', 'UnreadableImages', 'create_loader', 'ignore_sigterm']
 
 
 class EpochSampler(Sampler):
@@ -25,10 +25,17 @@ class EpochSampler(Sampler):
         seed: Seed of the order.
         shuffle: Whether the order is random.
         targets: Labels; if given, classes are drawn equally often, with replacement.
+        views: If above 0, (view, index) takes the place of (epoch, index): the views of an image in turn, one an
+            epoch, from the first that follows from (seed, index).
     """
 
-    def __init__(self, length: int, seed: int = 0, shuffle: bool = False, targets: Sequence[int] | None = None):
+    def __init__(self, length: int, seed: int = 0, shuffle: bool = False, targets: Sequence[int] | None = None,
+                 views: int = 0):
         self.length, self.seed, self.shuffle, self.epoch, self.start = length, seed, shuffle, 0, 0
+        self.views = views
+        if views:
+            generator = torch.Generator().manual_seed(derive_seed(seed))
+            self.first_views = torch.randint(views, (length,), generator=generator).tolist()
         self.weights = None
         if targets is not None:
             labels = torch.as_tensor(targets)
@@ -45,12 +52,14 @@ class EpochSampler(Sampler):
             order = torch.randperm(self.length, generator=generator).tolist()
         else:
             order = range(self.length)
+        if self.views:
+            return (((self.first_views[index] + self.epoch) % self.views, index) for index in order[self.start:])
         return ((self.epoch, index) for index in order[self.start:])
 
 
 def create_loader(dataset: IndexedImageDataset | StreamingImageDataset, sampler: EpochSampler | None, batch_size: int,
                   workers: int, drop_last: bool = False, pin_memory: bool = False) -> DataLoader:
-    """A loader of (images (B, C, H, W), labels (B,), bad (B,)); streams come in an order of their own."""
+    """A loader of (images (B, C, H, W), labels (B,), bad (B,), *outputs); streams come in an order of their own."""
     shared = dict(num_workers=workers, pin_memory=pin_memory, worker_init_fn=ignore_sigterm)
     if isinstance(dataset, StreamingImageDataset):
         dataset.dataset.set_loader_cfg(num_workers=workers)

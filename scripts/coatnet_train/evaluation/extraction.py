@@ -1,5 +1,4 @@
 """Feature extraction: settings -> splits -> extractor -> shards, then k-NN and linear probe on them."""
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from coatnet_train.evaluation.extraction_config import Settings, check_values
 from coatnet_train.evaluation.feature_shards import read_column, write_shard
 from coatnet_train.evaluation.features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
 from coatnet_train.models.open_model import image_mode, means_weights, open_model
+from coatnet_train.models.weights_file import weights_digest
 from coatnet_train.runtime.accelerator import create_accelerator
 from coatnet_train.runtime.cli import ConfigError, check_output, one_line
 from coatnet_train.runtime.console import check_utf8, printable
@@ -82,15 +82,6 @@ def check_classes(settings: Settings, train: Split, val: Split) -> None:
 
 
 # Model
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the state dict: names, dtypes, shapes and bytes in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def open_extractor(settings: Settings) -> tuple[nn.Module, dict, str, dict[str, list[int]]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from coatnet_train.runtime.cli import ConfigError, flag
 
-__all__ = ['ModelSettings', 'check_model_settings']
+__all__ = ['INTERPOLATIONS', 'ModelSettings', 'check_model_settings']
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')

@@ -1,23 +1,21 @@
 """Names of the released weights, read without coatnet_zoo, whose import takes the seconds of torch and timm."""
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 from coatnet_train.runtime.cli import ConfigError, one_line
 
-__all__ = ['best_release', 'released_models']
+__all__ = ['best_release', 'cached_kecam', 'released_models']
 
 
 def released_models() -> tuple[str, ...]:
-    """NAME.TAG of everything released, best first.
+    """NAME.TAG of everything released, best first, and of kecam's weights that are in the cache.
 
-    What ships with the package comes before what is downloaded, more classes before fewer (accuracies compare on the
-    same classes alone), and then the higher recorded top-1.
+    What ships with the package comes before what was downloaded and converted, this before what is downloaded; more
+    classes before fewer (accuracies compare on the same classes alone), and then the higher recorded top-1.
     """
-    package = find_spec('coatnet_zoo')
-    if package is None:
-        raise ModuleNotFoundError("No module named 'coatnet_zoo'", name='coatnet_zoo')
-    path = Path(package.origin).with_name('weights') / 'releases.json'
+    path = weights_folder() / 'releases.json'
     try:
         releases = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
 
@@ -26,10 +24,26 @@ def released_models() -> tuple[str, ...]:
             top1 = entry['release']['metrics']['top1']
             return bool(entry['packaged']), entry['pretrained_cfg']['num_classes'], -1 if top1 is None else top1
 
-        return tuple(sorted(releases, key=score, reverse=True))
+        names = sorted(releases, key=score, reverse=True)
+        packaged = [name for name in names if releases[name]['packaged']]
+        return tuple(dict.fromkeys((*packaged, *cached_kecam(), *names)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f'{path} is damaged ({type(error).__name__}: {one_line(error)}); reinstall coatnet_zoo, or '
                           f'take back what was changed in it.') from error
+
+
+def cached_kecam() -> tuple[str, ...]:
+    """NAME.TAG of kecam's weights that `coatnet_zoo.kecam` has converted and cached, the most accurate first."""
+    path = weights_folder() / 'kecam.json'
+    published = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    cache = os.environ.get('XDG_CACHE_HOME', '~/.cache')  # as torch.hub.get_dir() finds its folder
+    folder = Path(os.environ.get('TORCH_HOME', Path(cache, 'torch')), 'hub/checkpoints').expanduser()
+
+    def is_cached(name: str) -> bool:
+        file = folder / f'{name.replace(".", "-")}-{published[name]["md5"][:8]}.safetensors'
+        return file.is_file() and file.with_name(f'{file.name}.sha256').is_file()
+
+    return tuple(sorted(filter(is_cached, published), key=lambda name: published[name]['top1'], reverse=True))
 
 
 def best_release() -> str:
@@ -37,3 +51,11 @@ def best_release() -> str:
     if not (names := released_models()):
         raise ConfigError('--model must be given where no weights are released; name one.')
     return names[0]
+
+
+def weights_folder() -> Path:
+    """The folder `weights` of the package, which is not imported."""
+    package = find_spec('coatnet_zoo')
+    if package is None:
+        raise ModuleNotFoundError("No module named 'coatnet_zoo'", name='coatnet_zoo')
+    return Path(package.origin).with_name('weights')

@@ -1,4 +1,5 @@
 """Weights from a file into any model of timm or the zoo: unwrapped, converted by the architecture's filter, checked."""
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -8,10 +9,11 @@ from timm.models import clean_state_dict, load_checkpoint, load_state_dict, mode
 from torch import nn
 
 from coatnet_train.runtime.cli import ConfigError, one_line
+from coatnet_zoo import kecam
 from coatnet_zoo.models.backbone import Backbone
 from coatnet_zoo.models.checkpoint import convert_state_dict, explain_misfit
 
-__all__ = ['load_weights', 'read_weights', 'to_flags']
+__all__ = ['load_weights', 'read_weights', 'to_flags', 'weights_digest']
 
 # Keys under which training scripts keep a state dict, the likely one first; timm knows state_dict and model itself.
 WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'net', 'network', 'weights', 'params', 'backbone')
@@ -30,8 +32,8 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
     Args:
         model: Model to load into.
         name: As --model names it, for messages.
-        file: State dict, alone or in a checkpoint of training, in the format of torch or safetensors; .npz where timm
-            reads that for this model.
+        file: State dict, alone or in a checkpoint of training, in the format of torch or safetensors; .h5 of
+            keras_cv_attention_models for coatnet_0_kecam; .npz where timm reads that for this model.
         option: The option that named the file, for messages.
         use_ema: Take averaged weights where the file has some.
 
@@ -46,6 +48,8 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
         return
     state, model_state = read_weights(file, option, use_ema), model.state_dict()
     try:
+        if Path(file).suffix == '.h5' and isinstance(model, Backbone):
+            kecam.check_choices(model.cfg, set())
         state = convert(strip_prefix(state, model_state), model)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f'{option} {file} does not fit --model {name}: {to_flags(one_line(error))}') from error
@@ -59,6 +63,11 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
 
 def read_weights(file: str, option: str = '--checkpoint', use_ema: bool = True) -> dict[str, torch.Tensor]:
     """The state dict in a file, without what it is wrapped in."""
+    if Path(file).suffix == '.h5':
+        try:
+            return kecam.read_h5(Path(file))
+        except RuntimeError as error:
+            raise ConfigError(f'{option}: {one_line(error)}') from error
     try:
         try:
             found = load_state_dict(file, use_ema=use_ema)
@@ -87,6 +96,15 @@ def read_weights(file: str, option: str = '--checkpoint', use_ema: bool = True) 
     state = dicts[known[0] if known else next(iter(dicts))]
     state.pop('n_averaged', None)  # a counter of torch.optim.swa_utils.AveragedModel
     return {INSIDE.sub('', key): value for key, value in state.items()}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the state dict: names, dtypes, shapes and bytes in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def find_state_dicts(found: dict, depth: int = 2) -> dict[str, dict[str, torch.Tensor]]:

@@ -43,7 +43,7 @@ def read_checkpoint(path: Path) -> dict:
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(f'--resume: {path} cannot be read: {one_line(error)}; start another --experiment.') from error
     signature = checkpoint.pop('facts', None) or checkpoint['resume_signature']
-    return checkpoint | {'resume_signature': upgrade_fields(signature)}
+    return checkpoint | {'resume_signature': {'teacher_outputs': ''} | upgrade_fields(signature)}
 
 
 def resume_signature(settings: Settings, train_set: Dataset, val_set: Dataset, class_names: list[str],
@@ -55,6 +55,7 @@ def resume_signature(settings: Settings, train_set: Dataset, val_set: Dataset, c
     signature |= {f'digest_of_{name}_images': data_digest(dataset, class_names, accelerator)
                   for name, dataset in (('train', train_set), ('val', val_set))}
     signature |= {'classes': class_names, 'train_images': len(train_set), 'val_images': len(val_set),
+                  'teacher_outputs': '',  # the digest of those that are used
                   'processes': accelerator.num_processes, 'sharded': accelerator.is_fsdp2}
     return json.loads(json.dumps(signature))  # tuples become lists, as in the file
 

@@ -10,8 +10,9 @@ from coatnet_train.models.config import ModelSettings, check_model_settings
 from coatnet_train.runtime.cli import ConfigError, check_range, flag, parse_flags, tyro
 from coatnet_train.training.recipes import RECIPES, recipe_settings
 
-__all__ = ['RESUME_IGNORED_FIELDS', 'Settings', 'check_values', 'read_settings',
-    'upgrade_fields']
+__all__ = [
+    'RESUME_IGNORED_FIELDS', 'ImageAugmentationSettings', 'Settings', 'check_augmentation', 'check_values',
+    'read_settings', 'upgrade_fields']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class TrainingSettings:
     smoothing: float = 0.1  # Label smoothing.
     teacher: str = ''  # Distil from this model, as --model names them: with weights, and with the data's classes.
     teacher_img_size: int | None = None  # Height and width of the teacher's images (the student's if not given).
+    teacher_outputs: str = ''  # Distil from what teach.py stored in this folder, in place of --teacher.
     kd_loss_weight: float = 0.5  # Weight of the teacher in the loss.
     kd_temperature: float = 1.0  # Divides the logits of both before they are compared.
     model_ema: bool = False  # Evaluate and release an exponential moving average of the weights.
@@ -65,15 +67,21 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentationSettings:
-    """Augmentation of the training images."""
+class ImageAugmentationSettings:
+    """Augmentation of each image by itself: with a seed, what a view of it follows from."""
 
-    train_img_sizes: tuple[int, ...] = ()  # Progressive sizes in pixels, each for an equal part of the epochs.
     scale: tuple[float, float] = (0.08, 1.0)  # Area of the random crop, as a fraction of the image.
     hflip: float = 0.5  # Probability of a horizontal flip.
     color_jitter: float = 0.4  # Strength of random brightness, contrast and saturation.
     aa: str | None = None  # AutoAugment policy, such as rand-m9-mstd0.5-inc1.
     reprob: float = 0.0  # Probability of random erasing.
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationSettings(ImageAugmentationSettings):
+    """Augmentation of the training images."""
+
+    train_img_sizes: tuple[int, ...] = ()  # Progressive sizes in pixels, each for an equal part of the epochs.
     mixup: float = 0.0  # Alpha of mixup; 0 leaves it out.
     cutmix: float = 0.0  # Alpha of cutmix; 0 leaves it out.
     mixup_prob: float = 1.0  # Probability of mixing a batch.
@@ -110,10 +118,10 @@ class Settings(RunSettings, AugmentationSettings, TrainingSettings, ModelSetting
 
 
 # Fields that may differ when a run is resumed: they change where it runs, not what it computes. The images of
-# --data-dir and --class-map are compared by a digest instead.
+# --data-dir and --class-map are compared by a digest instead, as is what is in --teacher-outputs.
 RESUME_IGNORED_FIELDS = (
-    'recipe', 'amp_if_native', 'last_epoch', 'data_dir', 'dataset_download', 'class_map', 'output', 'experiment',
-    'resume', 'device', 'recovery_interval', 'tracker', 'max_bad_images')
+    'recipe', 'amp_if_native', 'last_epoch', 'teacher_outputs', 'data_dir', 'dataset_download', 'class_map', 'output',
+    'experiment', 'resume', 'device', 'recovery_interval', 'tracker', 'max_bad_images')
 
 # Fields by the names that earlier run folders have them under.
 RENAMED_FIELDS = {'decode_once': 'cache_images'}
@@ -122,6 +130,17 @@ RENAMED_FIELDS = {'decode_once': 'cache_images'}
 def upgrade_fields(fields: dict[str, object]) -> dict[str, object]:
     """Return the settings of an earlier run under the names of today."""
     return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
+
+
+def check_augmentation(settings: ImageAugmentationSettings, cache_images: bool) -> None:
+    """Raise ConfigError for an augmentation of single images that cannot work."""
+    for name, maximum in (('hflip', 1), ('reprob', 1), ('color_jitter', 10)):
+        check_range(settings, name, 0, maximum)
+    if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
+        raise ConfigError(f'--scale must be two rising fractions of the image from 0 to 1, got {settings.scale}.')
+    if cache_images and settings.aa:
+        raise ConfigError(f'--aa works on images that PIL decodes each time, which --cache-images does not, got '
+                          f'{settings.aa}; leave it out, or give --no-cache-images.')
 
 
 def check_values(settings: Settings) -> None:
@@ -141,13 +160,12 @@ def check_values(settings: Settings) -> None:
         if not getattr(settings, name) >= 0:
             raise ConfigError(f'{flag(name)} must be at least 0, got {getattr(settings, name)}.')
     for name, minimum, maximum in (
-            ('smoothing', 0, 0.999), ('hflip', 0, 1), ('reprob', 0, 1), ('color_jitter', 0, 10),
-            ('momentum', 0, 1), ('model_ema_decay', 0, 1), ('layer_decay', 1e-6, 1), ('seed', 0, 2**32 - 1),
+            ('smoothing', 0, 0.999), ('momentum', 0, 1), ('model_ema_decay', 0, 1), ('layer_decay', 1e-6, 1),
+            ('seed', 0, 2**32 - 1),
             ('warmup_epochs', 0, epochs), ('last_epoch', 1, epochs), ('min_lr', 0, settings.lr), ('bn_momentum', 0, 1),
             ('max_bad_images', 0, 1), ('mixup_prob', 0, 1), ('mixup_switch_prob', 0, 1), ('kd_loss_weight', 0, 1)):
         check_range(settings, name, minimum, maximum)
-    if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
-        raise ConfigError(f'--scale must be two rising fractions of the image from 0 to 1, got {settings.scale}.')
+    check_augmentation(settings, settings.cache_images)
     if (settings.mixup or settings.cutmix) and (settings.batch_size or 0) % 2:
         raise ConfigError(f'--batch-size must be even with --mixup or --cutmix, got {settings.batch_size}.')
     if any(size <= 0 for size in settings.train_img_sizes) or len(settings.train_img_sizes) > epochs:
@@ -155,9 +173,12 @@ def check_values(settings: Settings) -> None:
                           f'got {settings.train_img_sizes}.')
     if settings.freeze_trunk and settings.layer_decay is not None:
         raise ConfigError('--layer-decay has no layers to act on with --freeze-trunk; leave one of them out.')
-    if settings.cache_images and settings.aa:
-        raise ConfigError(f'--aa works on images that PIL decodes each time, which --cache-images does not, got '
-                          f'{settings.aa}; leave it out, or give --no-cache-images.')
+    if settings.teacher and settings.teacher_outputs:
+        raise ConfigError(f'--teacher {settings.teacher} and --teacher-outputs {settings.teacher_outputs} are two '
+                          f'teachers; give one of them.')
+    if settings.teacher_outputs and is_stream(settings):
+        raise ConfigError(f'--teacher-outputs needs images with an index, which the stream --dataset '
+                          f'{settings.dataset} does not have; give --teacher.')
     if settings.cache_images and is_stream(settings):
         raise ConfigError(f'--cache-images needs images with an index, which the stream --dataset '
                           f'{settings.dataset} does not have; give --no-cache-images.')

@@ -1,14 +1,17 @@
-"""Distillation: the teacher, checked against the data of the student."""
+"""Distillation: the teacher, checked against the data of the student, and the loss of its stored outputs."""
+from collections.abc import Sequence
+
 import torch
+from timm.data import Mixup
+from timm.task import ClassificationTask
 from torch import nn
 from torch.nn import functional as F
 
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.runtime.cli import ConfigError, one_line
-from coatnet_train.training.config import Settings
 
-__all__ = ['create_teacher']
+__all__ = ['BatchMixup', 'ResizedInput', 'StoredLogitDistillationTask', 'create_teacher', 'stored_kl_div']
 
 
 class ResizedInput(nn.Module):
@@ -28,32 +31,104 @@ class ResizedInput(nn.Module):
         return self.model(images)
 
 
-def create_teacher(settings: Settings, class_names: list[str], data_config: dict) -> nn.Module:
-    """The model of --teacher, once it is clear that it knows the classes and takes the images."""
+def create_teacher(
+        name: str, class_names: list[str], input_size: tuple[int, int, int] | None = None, *,
+        try_sizes: tuple[int, ...] = (), img_size: int | None = None, in_chans: int | None = None, student: str = '',
+) -> tuple[nn.Module, dict]:
+    """The model of --teacher and its data settings, once it is clear that it knows the classes and takes the images.
+
+    Args:
+        name: As --teacher names it.
+        class_names: Of the data, in label order.
+        input_size: (C, H, W) of the images that it gets; its own if None.
+        try_sizes: Other sizes in pixels that they will have.
+        img_size: Size in pixels that they are resized to for it (--teacher-img-size).
+        in_chans: As --in-chans.
+        student: As --model names it, for messages.
+    """
     try:
-        teacher, own = open_model(ModelSettings(
-            model=settings.teacher, pretrained=True, in_chans=settings.in_chans, img_size=settings.teacher_img_size))
-        if settings.teacher_img_size:
-            teacher = ResizedInput(teacher, settings.teacher_img_size)
-        channels = data_config['input_size'][0]
+        teacher, own = open_model(ModelSettings(model=name, pretrained=True, in_chans=in_chans, img_size=img_size))
+        if img_size:
+            teacher = ResizedInput(teacher, img_size)
+        input_size = input_size or own['input_size']
+        channels = input_size[0]
         if own['input_size'][0] != channels:
-            raise ConfigError(f'it takes {own["input_size"][0]} channels, --model {settings.model} takes {channels}; '
+            raise ConfigError(f'it takes {own["input_size"][0]} channels, --model {student} takes {channels}; '
                               f'--in-chans gives both the same')
         with torch.no_grad():
-            teacher(torch.zeros(1, *data_config['input_size']))
-            for size in settings.train_img_sizes:
+            teacher(torch.zeros(1, *input_size))
+            for size in try_sizes:
                 teacher(torch.zeros(1, channels, size, size))
     except (ConfigError, RuntimeError, AssertionError) as error:
-        sizes = f'{data_config["input_size"]} {settings.train_img_sizes or ""}'.strip()
-        raise ConfigError(f'--teacher {settings.teacher} cannot look at images of {sizes}: '
-                          f'{one_line(error)}') from error
+        sizes = f'{input_size or img_size} {try_sizes or ""}'.strip()
+        raise ConfigError(f'--teacher {name} cannot look at images of {sizes}: {one_line(error)}') from error
     # timm's task normalises with these, and they must have a value for each channel that the teacher has now
     teacher.pretrained_cfg = {**teacher.pretrained_cfg, 'mean': own['mean'], 'std': own['std']}
     if teacher.num_classes != len(class_names):
-        raise ConfigError(f'--teacher {settings.teacher} has {teacher.num_classes} classes, the data have '
+        raise ConfigError(f'--teacher {name} has {teacher.num_classes} classes, the data have '
                           f'{len(class_names)}; fine-tune it on them first.')
     names = teacher.pretrained_cfg.get('label_names')
     if names and list(names) != class_names:
-        raise ConfigError(f'--teacher {settings.teacher} must have the classes of the data in their order '
+        raise ConfigError(f'--teacher {name} must have the classes of the data in their order '
                           f'({", ".join(class_names[:3])}, ...), but has {", ".join(names[:3])}, ...; fine-tune it.')
-    return teacher
+    return teacher, own
+
+
+class BatchMixup(Mixup):
+    """timm's mixup and cutmix of whole batches; `lam` is the fraction that the last images kept of their own."""
+
+    def _mix_batch(self, images: torch.Tensor) -> float:
+        self.lam = super()._mix_batch(images)
+        return self.lam
+
+
+def stored_kl_div(logits: torch.Tensor, stored: Sequence[torch.Tensor], temperature: float) -> torch.Tensor:
+    """T^2 KL(p || q), p of the teacher and q = softmax(logits / T) of the student, the mean over a batch: a scalar.
+
+    Args:
+        logits: Of the student, (B, C).
+        stored: Logits of the teacher for all classes (B, C); or for the k largest (B, k), their classes (B, k), and
+            the logsumexp of the others divided by T (B,). Then all others together are one class, in p and q alike.
+        temperature: T.
+    """
+    student, teacher = F.log_softmax(logits.float() / temperature, 1), stored[0].float() / temperature
+    if len(stored) > 1:
+        _, classes, rest = stored
+        classes = classes.long()
+        others = student.scatter(1, classes, -torch.inf).logsumexp(1, keepdim=True)
+        student = torch.cat((student.gather(1, classes), others), 1)
+        teacher = torch.cat((teacher, rest.float().unsqueeze(1)), 1)
+    teacher = F.log_softmax(teacher, 1)
+    return F.kl_div(student, teacher, reduction='batchmean', log_target=True) * temperature**2
+
+
+class StoredLogitDistillationTask(ClassificationTask):
+    """timm's LogitDistillationTask, with stored logits in place of a teacher.
+
+    A mixed image is taught by both of its images: lam KL(p1 || q) + (1 - lam) KL(p2 || q), with lambda and permutation
+    of its labels. That has the gradients of KL(lam p1 + (1 - lam) p2 || q), from which it differs by what no weight
+    changes, and it also holds where p1 and p2 name different classes.
+
+    Args:
+        model: The student.
+        criterion_kwargs: Of timm's `create_classification_loss`.
+        kd_loss_weight: Weight of the teacher; the labels have the rest.
+        temperature: Divides the logits of both.
+        device: Of the loss.
+    """
+
+    def __init__(self, model: nn.Module, criterion_kwargs: dict, kd_loss_weight: float, temperature: float,
+                 device: torch.device):
+        super().__init__(model, criterion_kwargs=criterion_kwargs, device=device, verbose=False)
+        self.kd_loss_weight, self.temperature = kd_loss_weight, temperature
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor, stored: Sequence[torch.Tensor],
+                lam: float = 1.) -> dict[str, torch.Tensor]:
+        """Loss of images (B, C, H, W), already mixed, and of what is stored for them unmixed (`stored_kl_div`)."""
+        result = super().forward(images, targets)
+        kd_loss = stored_kl_div(result['output'], stored, self.temperature)
+        if lam != 1:
+            flipped = [column.flip(0) for column in stored]
+            kd_loss = lam * kd_loss + (1 - lam) * stored_kl_div(result['output'], flipped, self.temperature)
+        loss = (1 - self.kd_loss_weight) * result['loss'] + self.kd_loss_weight * kd_loss
+        return {'loss': loss, 'output': result['output'], 'task_loss': result['loss'], 'kd_loss': kd_loss}

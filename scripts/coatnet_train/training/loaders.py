@@ -13,8 +13,10 @@ from coatnet_train.data.loader import EpochSampler, create_loader
 from coatnet_train.models.open_model import image_mode
 from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.training.config import Settings
+from coatnet_train.training.teach_config import Settings as TeachSettings
+from coatnet_train.training.teacher_outputs import TeacherOutputs
 
-__all__ = ['create_datasets', 'create_loaders', 'training_transform']
+__all__ = ['create_datasets', 'create_loaders', 'create_train_images', 'training_transform']
 
 
 def create_datasets(settings: Settings) -> tuple[Dataset, Dataset, list[str]]:
@@ -40,7 +42,7 @@ def create_datasets(settings: Settings) -> tuple[Dataset, Dataset, list[str]]:
     return train_set, val_set, class_names
 
 
-def training_transform(settings: Settings, data_config: dict, size: int | None = None) -> Callable:
+def training_transform(settings: Settings | TeachSettings, data_config: dict, size: int | None = None) -> Callable:
     """timm's augmentation, or that of cached images, at the model's size or at a size in pixels."""
     if settings.cache_images:
         return Augmentation(
@@ -54,11 +56,12 @@ def training_transform(settings: Settings, data_config: dict, size: int | None =
 
 
 def create_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, data_config: dict,
-                   accelerator: Accelerator) -> tuple[DataLoader, DataLoader, EpochSampler | None]:
+                   accelerator: Accelerator, outputs: TeacherOutputs | None = None,
+                   ) -> tuple[DataLoader, DataLoader, EpochSampler | None]:
     """Create loaders over both splits, whose batches the processes share, and the sampler of the training order.
 
     The sampler is None for streams. With --cache-images the datasets of the loaders have a load(), to be called once
-    everything else is known to work.
+    everything else is known to work. With stored outputs of a teacher training sees the views that they are of.
     """
     try:
         transforms = training_transform(settings, data_config), create_transform(**data_config)
@@ -69,10 +72,13 @@ def create_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, dat
         sampler = None
     else:
         targets = read_targets(train_set) if settings.class_balanced else None
-        sampler = EpochSampler(len(train_set), settings.seed, shuffle=True, targets=targets)
+        sampler = EpochSampler(
+            len(train_set), settings.seed, shuffle=True, targets=targets, views=outputs.views if outputs else 0)
+        train_images = create_train_images(
+            settings, train_set, data_config, accelerator, sizes=settings.train_img_sizes, outputs=outputs)
         create = cached_loaders if settings.cache_images else indexed_loaders
         train, val = accelerator.prepare(*create(
-            settings, train_set, val_set, transforms, data_config, sampler, accelerator))
+            settings, train_images, val_set, transforms[1], data_config, sampler, accelerator))
     if settings.grad_accum_steps > len(train):
         raise ConfigError(f'--grad-accum-steps {settings.grad_accum_steps} must be at most the {len(train)} batches '
                           f'of an epoch; give fewer, or a smaller --batch-size.')
@@ -103,35 +109,54 @@ def total_batch_sizes(settings: Settings, images: int, processes: int) -> tuple[
     return batch_size, (settings.validation_batch_size or settings.batch_size) * processes, images > batch_size
 
 
-def indexed_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, transforms: tuple[Callable, Callable],
+def create_train_images(
+        settings: Settings | TeachSettings, dataset: Dataset, data_config: dict, accelerator: Accelerator,
+        sizes: tuple[int, ...] = (), outputs: TeacherOutputs | None = None,
+) -> IndexedImageDataset | DeviceImageCache:
+    """Augmented training images by (epoch, index), or by (view, index) of stored outputs.
+
+    Args:
+        settings: Augmentation, --cache-images, --workers and --seed.
+        dataset: What `create_dataset` returned.
+        data_config: Input size, normalisation and interpolation.
+        accelerator: Whose device keeps cached images.
+        sizes: Other sizes in pixels that training will use.
+        outputs: Stored outputs of a teacher.
+    """
+    seed, mode = outputs.seed if outputs else settings.seed, image_mode(data_config)
+    transform = training_transform(settings, data_config)
+    if not settings.cache_images:
+        return IndexedImageDataset(dataset, transform, seed, mode, substitute=True, outputs=outputs)
+    channels, height, width = data_config['input_size']
+    if height != width:
+        raise ConfigError(f'--cache-images keeps squares, and the model takes images of {height} x {width}; give '
+                          f'--no-cache-images, or an --img-size.')
+    # training crops on the device, so the whole image is cached at the largest size that training will use
+    size = max((height, *sizes))
+    whole_image = data_config | dict(input_size=(channels, size, size), crop_pct=1.0, crop_mode='squash')
+    source = IndexedImageDataset(
+        dataset, create_transform(**whole_image, normalize=False), seed, mode, substitute=True)
+    return DeviceImageCache(source, transform, accelerator.device, settings.workers,
+                            quiet=not accelerator.is_main_process, outputs=outputs)
+
+
+def indexed_loaders(settings: Settings, train: IndexedImageDataset, val_set: Dataset, transform: Callable,
                     data_config: dict, sampler: EpochSampler, accelerator: Accelerator) -> list[DataLoader]:
     """Loaders that decode and augment each image in a worker."""
-    train_batch, val_batch, drop_last = total_batch_sizes(settings, len(train_set), accelerator.num_processes)
-    mode, pin_memory = image_mode(data_config), accelerator.device.type == 'cuda'
-    train = IndexedImageDataset(train_set, transforms[0], settings.seed, mode, substitute=True)
-    val = IndexedImageDataset(val_set, transforms[1], settings.seed, mode)
+    train_batch, val_batch, drop_last = total_batch_sizes(settings, len(train), accelerator.num_processes)
+    pin_memory = accelerator.device.type == 'cuda'
+    val = IndexedImageDataset(val_set, transform, settings.seed, image_mode(data_config))
     return [create_loader(train, sampler, train_batch, settings.workers, drop_last, pin_memory),
             create_loader(val, EpochSampler(len(val_set)), val_batch, settings.workers, pin_memory=pin_memory)]
 
 
-def cached_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, transforms: tuple[Callable, Callable],
+def cached_loaders(settings: Settings, train: DeviceImageCache, val_set: Dataset, _: Callable,
                    data_config: dict, sampler: EpochSampler, accelerator: Accelerator) -> list[DataLoader]:
     """Loaders over images that are decoded once and stay on the device."""
-    train_batch, val_batch, drop_last = total_batch_sizes(settings, len(train_set), accelerator.num_processes)
-    channels, height, width = data_config['input_size']
-    if height != width:
-        raise ConfigError(f'--cache-images keeps squares, and --model {settings.model} takes images of {height} x '
-                          f'{width}; give --no-cache-images, or an --img-size.')
-    # training crops on the device, so the whole image is cached at the largest size that training will use
-    size = max((height, *settings.train_img_sizes))
-    whole_image = data_config | dict(input_size=(channels, size, size), crop_pct=1.0, crop_mode='squash')
-    mode = image_mode(data_config)
-    train = IndexedImageDataset(
-        train_set, create_transform(**whole_image, normalize=False), settings.seed, mode, substitute=True)
-    val = IndexedImageDataset(val_set, create_transform(**data_config, normalize=False), settings.seed, mode)
-    train, val = (
-        DeviceImageCache(source, transform, accelerator.device, settings.workers,
-                         quiet=not accelerator.is_main_process)
-        for source, transform in ((train, transforms[0]), (val, Normalize(data_config['mean'], data_config['std']))))
+    train_batch, val_batch, drop_last = total_batch_sizes(settings, len(train), accelerator.num_processes)
+    whole = IndexedImageDataset(
+        val_set, create_transform(**data_config, normalize=False), settings.seed, image_mode(data_config))
+    val = DeviceImageCache(whole, Normalize(data_config['mean'], data_config['std']), accelerator.device,
+                           settings.workers, quiet=not accelerator.is_main_process)
     return [create_cached_loader(train, sampler, train_batch, drop_last),
             create_cached_loader(val, EpochSampler(len(val_set)), val_batch)]

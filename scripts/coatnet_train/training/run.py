@@ -26,6 +26,7 @@ from coatnet_train.training.optimizer import build_optimizer
 from coatnet_train.training.run_dir import find_run, loading_line, write_config, write_predictions
 from coatnet_train.training.schedule import with_schedule
 from coatnet_train.training.task import build_task, check_training, freeze_trunk, set_bn_momentum
+from coatnet_train.training.teacher_outputs import open_outputs
 from coatnet_train.training.trainer import Trainer
 
 __all__ = ['finetune']
@@ -51,10 +52,12 @@ def finetune(settings: Settings) -> dict:
     if settings.tracker:
         accelerator.init_trackers('coatnet_zoo', {name: str(value) for name, value in asdict(settings).items()})
     best, predictions = trainer.run(summary_line)
+    outputs = getattr(trainer.train_loader.dataset, 'outputs', None)  # streams have none
     summary = {
         'model': settings.model, 'num_classes': len(class_names), 'best_epoch': best['epoch'],
         'epochs': trainer.progress.epoch - 1, 'top1': best['eval_top1'], 'top5': best['eval_top5'],
         'loss': best['eval_loss'], 'seed': settings.seed, 'train_seconds': trainer.progress.train_seconds,
+        'teacher': settings.teacher or getattr(outputs, 'teacher', None),
         'unreadable': [*trainer.unreadable_train.names(), *trainer.unreadable_val.names()],
         'processes': accelerator.num_processes, 'precision': settings.amp_dtype if settings.amp else 'float32',
         **provenance(accelerator.device.type)}
@@ -99,8 +102,12 @@ def create_trainer(settings: Settings, accelerator: Accelerator, run_dir: Path,
         settings, settings.initial_checkpoint, '--initial-checkpoint', use_train_size=True,
         try_sizes=settings.train_img_sizes, num_classes=len(class_names), drop_rate=settings.drop,
         drop_path_rate=settings.drop_path, dropconnect=settings.dropconnect)
-    loaders = create_loaders(settings, train_set, val_set, data_config, accelerator)
     signature = resume_signature(settings, train_set, val_set, class_names, accelerator)
+    outputs = None
+    if settings.teacher_outputs:
+        outputs = open_outputs(settings, data_config, class_names, signature['digest_of_train_images'], accelerator)
+        signature['teacher_outputs'] = outputs.digest
+    loaders = create_loaders(settings, train_set, val_set, data_config, accelerator, outputs)
     if checkpoint:
         check_resume_signature(checkpoint, run_dir, signature)
     if settings.bn_momentum is not None:
@@ -110,7 +117,11 @@ def create_trainer(settings: Settings, accelerator: Accelerator, run_dir: Path,
     check_training(settings, model, data_config)
     model.to(accelerator.device)
     optimizer = build_optimizer(settings, model, settings.batch_size * accelerator.num_processes)
-    teacher = create_teacher(settings, class_names, data_config) if settings.teacher else None
+    teacher = None
+    if settings.teacher:
+        teacher, _ = create_teacher(
+            settings.teacher, class_names, data_config['input_size'], try_sizes=settings.train_img_sizes,
+            img_size=settings.teacher_img_size, in_chans=settings.in_chans, student=settings.model)
     if accelerator.is_main_process:
         try:
             (run_dir / 'last').mkdir(parents=True, exist_ok=True)

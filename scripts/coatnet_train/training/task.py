@@ -8,6 +8,7 @@ from torch import nn
 
 from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.training.config import Settings
+from coatnet_train.training.distillation import StoredLogitDistillationTask
 
 __all__ = ['build_task', 'check_training', 'classifier_of', 'freeze_trunk', 'set_bn_momentum', 'set_trunk_to_eval']
 
@@ -56,6 +57,8 @@ def build_task(settings: Settings, model: nn.Module, teacher: nn.Module | None, 
                device: torch.device) -> TrainingTask:
     """Cross-entropy, on soft targets where images are mixed, plus the distillation loss where there is a teacher."""
     loss = dict(soft_targets=True) if settings.mixup or settings.cutmix else dict(smoothing=settings.smoothing)
+    if settings.teacher_outputs:
+        return StoredLogitDistillationTask(model, loss, settings.kd_loss_weight, settings.kd_temperature, device)
     if teacher is None:
         return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
     # the task reads there what it takes the student's normalisation back with

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast
 from safetensors.torch import load_file
-from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
 from timm.task.task import TrainingTask
 from timm.utils import random_seed, unwrap_model
@@ -29,6 +28,7 @@ from coatnet_train.runtime.files import write_file
 from coatnet_train.runtime.progress import progress_bar
 from coatnet_train.training.checkpoint import Progress, write_state
 from coatnet_train.training.config import Settings
+from coatnet_train.training.distillation import BatchMixup
 from coatnet_train.training.fsdp import gather_training_state, gather_weights, restore_training_state
 from coatnet_train.training.loaders import training_transform
 from coatnet_train.training.run_dir import score_key, write_curves, write_metrics, write_weights
@@ -86,7 +86,7 @@ class Trainer:
             updates_per_epoch=self.steps_per_epoch // settings.grad_accum_steps)
         self.num_classes, self.mixup = num_classes, None
         if settings.mixup or settings.cutmix:
-            self.mixup = Mixup(
+            self.mixup = BatchMixup(
                 settings.mixup, settings.cutmix, prob=settings.mixup_prob, switch_prob=settings.mixup_switch_prob,
                 label_smoothing=settings.smoothing, num_classes=num_classes)
 
@@ -198,9 +198,9 @@ class Trainer:
         if settings.freeze_trunk:
             set_trunk_to_eval(unwrap_model(self.task.trainable_module))
         begun = time.perf_counter()
-        for images, targets, bad in self.remaining_batches():
+        for images, targets, bad, *stored in self.remaining_batches():
             self.unreadable_train.add(self.accelerator.gather(bad.to(self.device)))
-            self.train_step(images, targets)
+            self.train_step(images, targets, *stored)
             if not self.accelerator.sync_gradients:
                 continue
             progress.updates += 1
@@ -225,8 +225,14 @@ class Trainer:
         self.train_loader.dataset.dataset.set_epoch(self.progress.epoch)
         return islice(self.train_loader, self.progress.batch, self.steps_per_epoch)
 
-    def train_step(self, images: torch.Tensor, targets: torch.Tensor) -> None:
-        """Compute loss and gradient of a batch, and update the weights after every --grad-accum-steps batches."""
+    def train_step(self, images: torch.Tensor, targets: torch.Tensor, *stored: torch.Tensor) -> None:
+        """Compute loss and gradient of a batch, and update the weights after every --grad-accum-steps batches.
+
+        Args:
+            images: (B, C, H, W).
+            targets: Labels (B,).
+            stored: What --teacher-outputs holds for these images.
+        """
         progress, accelerator = self.progress, self.accelerator
         check_labels(targets, self.num_classes, min_label=0)
         images = images.to(self.device, memory_format=self.memory_format, non_blocking=True)
@@ -235,9 +241,13 @@ class Trainer:
         random_seed(derive_seed(self.settings.seed, progress.epoch, progress.batch), accelerator.process_index)
         if self.mixup:
             images, targets = self.mixup(images, targets)
+        taught = ()
+        if stored:
+            stored = [column.to(self.device, non_blocking=True) for column in stored]
+            taught = stored, (self.mixup.lam if self.mixup else 1.)
         with accelerator.accumulate(self.task.trainable_module):
             with accelerator.autocast():
-                loss = self.task(images, targets)['loss']
+                loss = self.task(images, targets, *taught)['loss']
             loss_value = accelerator.reduce(loss.detach().clone(), 'mean').item()
             self.check_finite(loss_value, 'training loss', progress.batch + 1)
             accelerator.backward(loss)

@@ -1,5 +1,5 @@
-"""The definition against the paper's formula written out by hand and against its band matrix; eager against the
-definition."""
+"""The reference implementation against the paper's formula written out by hand and against its band matrix; eager
+against the reference."""
 import functools
 import importlib
 import math
@@ -122,11 +122,12 @@ def agree(op, tensors: list[torch.Tensor]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(operands())
-def test_eager_lightconv_is_the_definition(a):
+def test_eager_lightconv_matches_the_reference(a):
     x = laid_out(rand(a['B'], a['C'], a['H'], a['W']), a['strides'])
     weight = rand(a['G'], *a['kernel'], grad=True)
     bias = rand(a['C'], grad=True) if a['bias'] else None
-    agree(lambda backend: lightconv2d(x, weight, bias, a['dropconnect'], True, backend, a['normalize']),
+    agree(lambda backend: lightconv2d(
+        x, weight, bias, normalize=a['normalize'], dropconnect=a['dropconnect'], training=True, backend=backend),
           [x, weight] + ([bias] if a['bias'] else []))
 
 
@@ -156,12 +157,13 @@ def test_small_maps_take_the_band_matrix(H, W, kernel, form, monkeypatch):
 
 @settings(max_examples=60, deadline=None)
 @given(operands())
-def test_eager_dynamicconv_is_the_definition(a):
+def test_eager_dynamicconv_matches_the_reference(a):
     x = laid_out(rand(a['B'], a['C'], a['H'], a['W']), a['strides'])
     logits = laid_out(rand(a['B'], a['G'] * a['kernel'][0] * a['kernel'][1], a['H'], a['W']), a['strides'])
     bias = rand(a['C'], grad=True) if a['bias'] else None
     agree(lambda backend: dynamicconv2d(
-        x, logits, a['kernel'], bias, a['normalize'], a['dropconnect'], True, backend),
+        x, logits, a['kernel'], bias, normalize=a['normalize'], dropconnect=a['dropconnect'], training=True,
+        backend=backend),
         [x, logits] + ([bias] if a['bias'] else []))
 
 

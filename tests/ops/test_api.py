@@ -1,10 +1,10 @@
-"""What the operators refuse, where they run, and what they do inside torch's machinery."""
+"""The public functions: argument errors, choice of the backend, DropConnect, autograd, compile, export and autocast."""
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from coatnet_zoo.ops import contract, dynamicconv2d, lightconv2d
+from coatnet_zoo.ops import dispatch, dynamicconv2d, lightconv2d
 from coatnet_zoo.ops.dropconnect import draw_seed, dropconnect_scale
 
 X = torch.randn(2, 6, 5, 4)
@@ -76,14 +76,14 @@ def test_dynamicconv_refuses_with_numbers(changes, error, message):
     (dict(weight=torch.randn(3, 33, 1)), 'kernels up to 31 x 31, got .* 33 x 1'),
 ], ids=str)
 def test_kernels_refuse_what_they_do_not_cover(changes, message, monkeypatch):
-    monkeypatch.setattr(contract, 'INTERPRETED', True)
-    monkeypatch.setattr(contract, 'TRITON', True)
+    monkeypatch.setattr(dispatch, 'INTERPRETED', True)
+    monkeypatch.setattr(dispatch, 'TRITON', True)
     with pytest.raises(ValueError, match=message):
         light(backend='triton', **changes)
 
 
 def test_a_machine_without_triton_says_so(monkeypatch):
-    monkeypatch.setattr(contract, 'TRITON', False)
+    monkeypatch.setattr(dispatch, 'TRITON', False)
     with pytest.raises(RuntimeError, match="needs the triton package; install it or use backend='eager'"):
         light(backend='triton')
     torch.testing.assert_close(light(), light(backend='eager'), rtol=0, atol=0)
@@ -102,13 +102,13 @@ class OnCuda:
     (torch.bfloat16, (7, 7), 'triton'), (torch.float32, (13, 1), 'triton'), (torch.float64, (7, 7), 'eager'),
     (torch.float16, (15, 1), 'eager')])
 def test_the_tensors_of_a_call_choose(dtype, kernel, expected, monkeypatch):
-    monkeypatch.setattr(contract, 'TRITON', True)
-    chosen = contract.choose_backend(None, OnCuda(dtype), OnCuda(), kernel, 13, 'op')
+    monkeypatch.setattr(dispatch, 'TRITON', True)
+    chosen = dispatch.choose_backend(None, OnCuda(dtype), OnCuda(), kernel, 13, 'op')
     assert chosen == expected
-    assert contract.choose_backend(None, X, WEIGHT, kernel, 13, 'op') == 'eager'
-    assert contract.choose_backend('naive', OnCuda(), OnCuda(), kernel, 13, 'op') == 'naive'
+    assert dispatch.choose_backend(None, X, WEIGHT, kernel, 13, 'op') == 'eager'
+    assert dispatch.choose_backend('naive', OnCuda(), OnCuda(), kernel, 13, 'op') == 'naive'
     monkeypatch.setattr(torch.compiler, 'is_exporting', lambda: True)
-    assert contract.choose_backend(None, OnCuda(), OnCuda(), (3, 3), 13, 'op') == 'eager'
+    assert dispatch.choose_backend(None, OnCuda(), OnCuda(), (3, 3), 13, 'op') == 'eager'
 
 
 # DropConnect

@@ -1,0 +1,197 @@
+"""Stored outputs of a teacher: shards of float16 logits for views of every training image, and what they belong to.
+
+A folder holds manifest.json and shards NNNNN-of-NNNNN.safetensors, each of some images in the order of the data, with
+all V views of them. Without --top-k a shard has
+
+    logits   (n, V, C) float16   minus the largest of each view, which no softmax shows
+
+and with it, where p is the softmax at temperature T,
+
+    logits   (n, V, k) float16   the k largest, minus the largest
+    classes  (n, V, k) int16     whose they are (int32 above 32,767 classes)
+    rest     (n, V, T) float16   logsumexp of the others' logits (less the largest) / temperature, for each one stored
+
+The manifest says by `signature` which images, views and teacher these are, and has the SHA-256 of every shard.
+"""
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+
+from coatnet_train.runtime.cli import ConfigError, one_line
+from coatnet_train.training.config import Settings
+from coatnet_train.training.teach_config import Settings as TeachSettings
+
+__all__ = [
+    'TeacherOutputs', 'compress', 'differences', 'file_digest', 'open_outputs', 'read_manifest', 'shard_members',
+    'view_signature']
+
+COLUMNS = ('logits', 'classes', 'rest')
+
+
+def view_signature(settings: Settings | TeachSettings, data_config: dict, device: torch.device) -> dict[str, object]:
+    """What view v of an image follows from, beside the image, the seed and v.
+
+    The size is no part of it, as the crop is the same at every size, except where random erasing draws pixels; nor is
+    the normalisation, which the teacher takes back, except where it colours what is drawn.
+    """
+    names = 'cache_images', 'scale', 'hflip', 'color_jitter', 'aa', 'reprob'
+    signature = {name: getattr(settings, name) for name in names} | {
+        'interpolation': data_config['interpolation'], 'in_chans': data_config['input_size'][0]}
+    if settings.aa or settings.reprob:
+        signature |= {name: data_config[name] for name in ('mean', 'std')}
+    if settings.reprob:
+        signature['img_size'] = data_config['input_size'][-1]
+        if settings.cache_images:
+            signature['device'] = device.type  # which draws the noise
+    return json.loads(json.dumps(signature))  # tuples become lists, as in the file
+
+
+def differences(stored: dict[str, object], expected: dict[str, object]) -> str:
+    """'NAME is A there and B here' for all that differs, '' if nothing does; digests by their first characters."""
+    def short(value: object) -> object:
+        return f'{value[:12]}...' if isinstance(value, str) and len(value) == 64 else value
+
+    return '; '.join(
+        f'{name} is {short(stored.get(name, "unknown"))} there and {short(value)} here'
+        for name, value in expected.items() if name not in stored or stored[name] != value)
+
+
+def compress(logits: torch.Tensor, top_k: int | None, temperatures: tuple[float, ...]) -> dict[str, torch.Tensor]:
+    """Logits (B, C) -> the columns of a shard for one view: (B, C), or (B, k), (B, k) and (B, T)."""
+    logits = logits.float() - logits.float().amax(1, keepdim=True)
+    if top_k is None:
+        return {'logits': logits.half()}
+    top, classes = logits.topk(top_k)
+    others = logits.scatter(1, classes, -torch.inf)
+    rest = torch.stack([(others / temperature).logsumexp(1) for temperature in temperatures], 1)
+    return {'logits': top.half(), 'classes': classes.to(torch.int16 if logits.shape[1] < 2**15 else torch.int32),
+            'rest': rest.half()}
+
+
+def shard_members(images: int, shard_size: int) -> dict[str, range]:
+    """The name of each shard and the images that belong to it."""
+    starts = range(0, images, shard_size)
+    return {f'{number:05}-of-{len(starts):05}.safetensors': range(start, min(start + shard_size, images))
+            for number, start in enumerate(starts)}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path, option: str) -> dict:
+    """The manifest in a folder; raises ConfigError where there is none that can be read."""
+    try:
+        manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
+        if not isinstance(manifest, dict) or not manifest.keys() >= {'signature', 'shards', 'complete', 'teacher'}:
+            raise ValueError('it is no manifest of teach.py')
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'{option} {folder} must be a folder that teach.py wrote: {one_line(error)}; give '
+                          f'another.') from error
+    return manifest
+
+
+class TeacherOutputs:
+    """Outputs of a teacher for view v of image i, read from shards that stay on disk until they are needed.
+
+    Args:
+        folder: With the shards.
+        manifest: Of them, complete.
+        temperature: At which the classes outside the top k are one.
+
+    Attributes:
+        views: Number V of views.
+        seed: Of the views: view v of image i is what the key (v, i) gives in a dataset with this seed.
+        teacher: Its name.
+        digest: SHA-256 that stands for all of it.
+    """
+
+    def __init__(self, folder: Path, manifest: dict, temperature: float):
+        signature = manifest['signature']
+        self.views, self.seed, self.shard_size = signature['views'], signature['seed'], signature['shard_size']
+        self.teacher = manifest['teacher']
+        parts = [signature, manifest['shards']]
+        self.digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        names = COLUMNS if signature['top_k'] else COLUMNS[:1]
+        self.shards: list[tuple[torch.Tensor, ...]] = []
+        for name in shard_members(signature['images'], self.shard_size):
+            with safe_open(folder / name, 'pt') as shard:
+                columns = {column: shard.get_tensor(column) for column in names}
+            if 'rest' in columns:
+                columns['rest'] = columns['rest'][..., signature['temperatures'].index(temperature)]
+            self.shards.append(tuple(columns.values()))
+
+    def row(self, view: int, index: int) -> tuple[torch.Tensor, ...]:
+        """Columns of one view of one image: (C,), or (k,), (k,) and ()."""
+        shard, place = divmod(index, self.shard_size)
+        return tuple(column[place, view] for column in self.shards[shard])
+
+    def load(self, device: torch.device) -> None:
+        """Put all on a device, for `rows`; raises ConfigError where it has no room."""
+        try:
+            self.columns = [torch.cat(parts).to(device) for parts in zip(*self.shards, strict=True)]
+        except RuntimeError as error:
+            size = sum(column.nbytes for columns in self.shards for column in columns) / 1e9
+            raise ConfigError(f'--teacher-outputs of {size:.3g} GB are more than {device} has left; store fewer by '
+                              f'--top-k, or give --no-cache-images.') from error
+
+    def rows(self, views: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Columns of a batch, after `load`: (B, C), or (B, k), (B, k) and (B,)."""
+        return tuple(column[indices, views] for column in self.columns)
+
+
+def open_outputs(settings: Settings, data_config: dict, class_names: list[str], data: str,
+                 accelerator: Accelerator) -> TeacherOutputs:
+    """Open --teacher-outputs, once it is clear that they are whole and of these images and views.
+
+    Args:
+        settings: Settings of finetune.py.
+        data_config: Data settings of the student.
+        class_names: In label order.
+        data: Digest of the training images.
+        accelerator: Of the run.
+    """
+    folder = Path(settings.teacher_outputs)
+    manifest = read_manifest(folder, '--teacher-outputs')
+    stored, where = manifest['signature'], f'--teacher-outputs {folder}'
+    members = shard_members(stored['images'], stored['shard_size'])
+    if not manifest['complete']:
+        raise ConfigError(f'{where} has {len(manifest["shards"])} of {len(members)} shards; run teach.py again, which '
+                          f'goes on, or give another.')
+    expected = {'training_images': data, 'classes': len(class_names)}
+    if settings.teacher_img_size:  # which may be left out
+        expected['teacher_img_size'] = settings.teacher_img_size
+    expected |= view_signature(settings, data_config, accelerator.device)
+    if changed := differences(stored, expected):
+        raise ConfigError(f'{where} is of other images or views: {changed}; give the data, recipe and flags that '
+                          f'teach.py had, or run it again.')
+    if settings.reprob and {*settings.train_img_sizes} - {stored['img_size']}:
+        raise ConfigError(f'--reprob erases other pixels at other sizes, and {where} is of {stored["img_size"]} '
+                          f'pixels, not of --train-img-sizes {settings.train_img_sizes}; leave one of them out.')
+    if stored['top_k'] and settings.kd_temperature not in stored['temperatures']:
+        raise ConfigError(f'--kd-temperature must be one of those that {where} has for its --top-k, '
+                          f'{", ".join(map(str, stored["temperatures"]))}, got {settings.kd_temperature}.')
+    wrong = [find_damaged(folder, manifest['shards']) if accelerator.is_main_process else None]
+    if wrong := broadcast_object_list(wrong)[0]:
+        raise ConfigError(f'{where}: {", ".join(wrong[:3])} is missing or not as it was written (SHA-256); run '
+                          f'teach.py again, which writes it anew.')
+    try:
+        return TeacherOutputs(folder, manifest, settings.kd_temperature)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f'{where} cannot be read: {one_line(error)}.') from error
+
+
+def find_damaged(folder: Path, shards: dict[str, str]) -> list[str]:
+    """Names of shards that are missing, or whose SHA-256 is another."""
+    return [name for name, digest in shards.items()
+            if not (folder / name).is_file() or file_digest(folder / name) != digest]
