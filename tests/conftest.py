@@ -19,11 +19,13 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # the same for processes that tes
 
 
 def plain_text(value: object) -> str | None:
-    """A short text of settings, alike in every process; None for what has no such text, such as a tensor."""
+    """A short text of settings, alike in every process; None for what has no such text, such as a function."""
     if isinstance(value, bytes):
         return f'{len(value)} bytes'
     if isinstance(value, torch.dtype):
         return str(value).removeprefix('torch.')
+    if isinstance(value, torch.Tensor):  # its values may be random, and xdist wants the same names in all workers
+        return f'{plain_text(value.dtype)}{list(value.shape)}'
     if value is None or isinstance(value, (bool, int, float, str)):
         return str(value)
     if isinstance(value, dict):
@@ -37,7 +39,7 @@ def plain_text(value: object) -> str | None:
 
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Name parametrised tests by their settings, where pytest would number them."""
-    if isinstance(val, (dict, tuple, list, bytes, torch.dtype)) and (text := plain_text(val)) is not None:
+    if isinstance(val, (dict, tuple, list, bytes, torch.dtype, torch.Tensor)) and (text := plain_text(val)) is not None:
         return text[:80] or 'none'
     return None
 

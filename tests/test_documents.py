@@ -145,3 +145,13 @@ def test_hub_entrypoints_build_models():
     model = torch.hub.load(str(ROOT), 'coatnet_pico_64', source='local', num_classes=3)
     assert model.num_classes == 3 and len((ROOT / 'hubconf.py').read_text().splitlines()) < 10
     sys.modules.pop('hubconf', None)
+
+
+def test_architecture_names_every_module_of_coatnet_train():
+    text = (ROOT / 'docs' / 'architecture.md').read_text()
+    for folder in sorted((ROOT / 'scripts' / 'coatnet_train').glob('*/__init__.py')):
+        row, = re.findall(rf'^\| `{folder.parent.name}` \|(.*)$', text, re.MULTILINE)
+        modules = {file.stem for file in folder.parent.glob('*.py')} - {'__init__'}
+        if 'and their settings' in row:
+            modules = {module for module in modules if not module.endswith('_config')}
+        assert modules <= set(re.findall(r'`(\w+)`', row)), folder.parent.name

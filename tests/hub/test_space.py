@@ -290,6 +290,7 @@ def frame_of(image) -> tuple[float, float]:
     return (rows.min() + rows.max()) / 2 / filled.shape[0], (columns.min() + columns.max()) / 2 / width
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize(
     ('width', 'height', 'scheme'), [(390, 844, 'dark'), (1280, 900, 'light')], ids=['phone', 'desk'])

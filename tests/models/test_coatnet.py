@@ -73,7 +73,7 @@ def test_small_image_model_keeps_resolution():
     assert model.pretrained_cfg['input_size'] == (3, 64, 64)
 
 
-@pytest.mark.parametrize('index', range(5))
+@pytest.mark.parametrize('index', [0, 1, 2, *(pytest.param(index, marks=pytest.mark.slow) for index in (3, 4))])
 @pytest.mark.parametrize('official', [False, True], ids=['timms-choices', 'official-choices'])
 @torch.no_grad()
 def test_logits_equal_timms(index, official, randomize, skip_init):

@@ -74,14 +74,14 @@ BAND_CASES = [
     band(1, 32, 1, (7, 7), (7, 7), bf16),
     band(1, 16, 1, (14, 14), (7, 7), f16, dropconnect=.3),
     band(1, 32, 1, (15, 15), (5, 5), f16, normalize='none', dropconnect=.1),
-    band(1, 96, 3, (9, 17), (3, 3), f16, bias=False),
-    band(2, 64, 1, (8, 9), (7, 7), bf16),
-    band(1, 32, 2, (1, 5), (1, 7), f16),
-    band(1, 32, 1, (5, 1), (7, 1), bf16, dropconnect=.5),
-    band(1, 32, 1, (14, 15), (3, 5), bf16, normalize='none'),
+    band(1, 32, 1, (9, 17), (3, 3), f16, bias=False),
+    band(2, 64, 1, (3, 9), (7, 7), bf16),
+    band(1, 96, 3, (1, 5), (7, 7), f16),
+    band(1, 32, 2, (5, 1), (7, 1), bf16, dropconnect=.5),
+    band(1, 32, 1, (7, 10), (3, 5), bf16, normalize='none'),
     band(1, 32, 1, (6, 10), (1, 1), f16),
-    band(1, 64, 2, (7, 7), (7, 7), bf16, scale=1e4),
-    band(1, 32, 1, (17, 7), (7, 3), f16, layout='expanded'),
+    band(1, 32, 2, (7, 7), (7, 7), bf16, scale=1e4),
+    band(1, 32, 1, (7, 7), (7, 3), f16, layout='expanded'),
 ]
 
 

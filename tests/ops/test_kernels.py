@@ -1,5 +1,6 @@
 """The Triton kernels: in Triton's interpreter, as operators of torch, and on a GPU."""
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -13,6 +14,8 @@ pytest.importorskip('triton', reason='needs the triton package')
 import interpreted
 from interpreted import Case
 
+from coatnet_zoo.ops.band_ops import takes_band
+from coatnet_zoo.ops.dynamicconv2d import band
 from coatnet_zoo.ops.dynamicconv2d.kernels import dynamicconv2d_triton
 from coatnet_zoo.ops.lightconv2d.kernels import lightconv2d_triton
 
@@ -38,6 +41,38 @@ def test_tolerance_catches_one_shifted_tap():
     assert in_interpreter('tests/ops/interpreted.py', '--shifted').splitlines() == [
         *['light out x weight'] * 2, *['dynamic out x weight'] * 2, 'band light out x weight',
         'band dynamic out x weight']
+
+
+def channels_last(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device='meta').contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('x,logits,kernel,reason', [
+    (channels_last(2, 64, 8, 8), channels_last(2, 98, 8, 8), (7, 7), ''),
+    (channels_last(2, 64, 1, 1), channels_last(2, 9, 1, 1), (3, 3), ''),
+    (channels_last(2, 64, 8, 8), channels_last(2, 98, 8, 8, dtype=torch.float32), (7, 7), 'one dtype'),
+    (channels_last(2, 64, 8, 8, dtype=torch.float32), channels_last(2, 98, 8, 8, dtype=torch.float32), (7, 7),
+     'float16 or bfloat16, got torch.float32'),
+    (channels_last(2, 64, 8, 8), channels_last(2, 162, 8, 8), (9, 9), 'up to 7 x 7, got 9 x 9'),
+    (channels_last(2, 64, 8, 8), channels_last(2, 72, 8, 8), (3, 3), 'heads of 16, 32, 64 channels, got 8'),
+    (channels_last(2, 64, 8, 8).contiguous(), channels_last(2, 98, 8, 8), (7, 7), 'x must be dense in channels_last'),
+    (channels_last(2, 64, 8, 8), channels_last(2, 98, 8, 8).contiguous(), (7, 7), 'logits must be dense'),
+    (channels_last(1, 64, 8192, 8192), channels_last(1, 18, 8192, 8192), (3, 3), 'below 2.31 elements'),
+], ids=str)
+def test_band_kernels_say_why_they_cannot_run(x, logits, kernel, reason):
+    found = band.why_not(x, logits, kernel)
+    assert re.search(reason, found) if reason else found == ''
+    assert takes_band('op', 'auto', found) == (not reason) and not takes_band('op', 'direct', found)
+    if reason:
+        with pytest.raises(ValueError, match=f"op: the band kernels cannot run: .*{reason}.*use kernels='auto'"):
+            takes_band('op', 'band', found)
+
+
+def test_kernels_refuse_an_unknown_name_and_plain_cpus():
+    with pytest.raises(ValueError, match="kernels must be 'auto', 'band' or 'direct', got 'dense'"):
+        takes_band('op', 'dense', '')
+    with pytest.raises(RuntimeError, match=r'lightconv2d runs on CUDA tensors, .* got x on cpu; call .*eager'):
+        lightconv2d_triton(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1), None, 'none', 0., None)
 
 
 def test_kernels_are_operators_of_torch():

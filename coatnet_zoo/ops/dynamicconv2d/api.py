@@ -1,4 +1,6 @@
 """`dynamicconv2d`: public function, argument checks and choice of the backend."""
+from collections.abc import Callable
+
 import torch
 
 from ..dispatch import autocast_off, cast_for_autocast, choose_backend, validate_backend
@@ -77,8 +79,10 @@ def dynamicconv2d(
     x = cast_for_autocast(x)
     seed = draw_seed(x.device) if training and dropconnect > 0 else None
     backend = choose_backend(backend, x, logits, kernel, MAX_KERNEL_SIZE, op)
+    run: Callable[..., torch.Tensor]
     if backend == 'triton':
-        from .kernels import dynamicconv2d_triton as run
+        from .kernels import dynamicconv2d_triton
+        run = dynamicconv2d_triton
     else:
         run = dynamicconv2d_naive if backend == 'naive' else dynamicconv2d_eager
     with autocast_off(x):

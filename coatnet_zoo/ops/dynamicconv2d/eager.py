@@ -40,7 +40,7 @@ def dynamicconv2d_eager(
     if x.is_cpu and H * W <= max(64, 3 * taps):  # beyond, the matrix outgrows what it saves
         out = band_product(heads, kernels, kernel_size)
     elif torch.jit.is_scripting() or torch.jit.is_tracing():  # their graphs cannot hold a backward written in Python
-        out = shifted_sum(heads, kernels.unbind(0), kernel_size)
+        out = shifted_sum(heads, list(kernels.unbind(0)), kernel_size)
     else:
         out = ShiftedSum.apply(heads, kernels, kernel_size)
     if normalize == 'softmax':
@@ -117,7 +117,7 @@ class ShiftedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, kernels: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tensor:
-        return shifted_sum(x, kernels.unbind(0), kernel_size)
+        return shifted_sum(x, list(kernels.unbind(0)), kernel_size)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -40,7 +40,7 @@ def _dynamicconv2d_backward_op(
         grad_x = implementation.launch_bwd_input(grad, logits, (Kh, Kw), stats, seed, dropconnect, softmax)
     if needed[1]:
         grad_logits = implementation.launch_bwd_logits(grad, x, logits, (Kh, Kw), stats, seed, dropconnect, softmax)
-    if needed[2]:
+    if needed[2] and bias is not None:
         grad_bias = grad.sum((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).to(bias.dtype)
     return grad_x, grad_logits, grad_bias
 

@@ -1,4 +1,6 @@
 """`lightconv2d`: public function, argument checks and choice of the backend."""
+from collections.abc import Callable
+
 import torch
 
 from ..dispatch import autocast_off, cast_for_autocast, choose_backend, validate_backend
@@ -66,8 +68,10 @@ def lightconv2d(
     x = cast_for_autocast(x)
     seed = draw_seed(x.device) if training and dropconnect > 0 else None
     backend = choose_backend(backend, x, weight, kernel, MAX_KERNEL_SIZE, op)
+    run: Callable[..., torch.Tensor]
     if backend == 'triton':
-        from .kernels import lightconv2d_triton as run
+        from .kernels import lightconv2d_triton
+        run = lightconv2d_triton
     else:
         # torch convolves nothing empty
         run = lightconv2d_naive if backend == 'naive' or 0 in x.shape[1:] else lightconv2d_eager

@@ -39,7 +39,7 @@ def _lightconv2d_backward_op(
         grad_x = implementation.launch_fwd(grad, weight, None, seed, dropconnect, softmax, transposed=True)
     if needed[1]:
         grad_weight = implementation.launch_bwd_weight(grad, x, weight, seed, dropconnect, softmax)
-    if needed[2]:
+    if needed[2] and bias is not None:
         grad_bias = grad.sum((0, 2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).to(bias.dtype)
     return grad_x, grad_weight, grad_bias
 
