@@ -41,7 +41,7 @@ def dynamic(**changes) -> torch.Tensor:
     (dict(normalize='sigmoid'), ValueError, "normalize must be 'softmax' or 'none', got 'sigmoid'"),
     (dict(backend='cuda'), ValueError, "backend must be None or one of 'naive', 'eager', 'triton', got 'cuda'"),
     (dict(backend='triton'), ValueError, r"needs CUDA tensors, got x on cpu; .*backend='eager'.*TRITON_INTERPRET=1"),
-], ids=str)
+])
 def test_lightconv_refuses_with_numbers(changes, error, message):
     with pytest.raises(error, match=message):
         light(**changes)
@@ -65,7 +65,7 @@ def test_lightconv_refuses_with_numbers(changes, error, message):
     (dict(x=X.long()), TypeError, 'dynamicconv2d: x must be float16'),
     (dict(normalize=None), ValueError, "normalize must be 'softmax' or 'none', got None"),
     (dict(backend='triton'), ValueError, 'needs CUDA tensors, got x on cpu'),
-], ids=str)
+])
 def test_dynamicconv_refuses_with_numbers(changes, error, message):
     with pytest.raises(error, match=message):
         dynamic(**changes)
@@ -74,7 +74,7 @@ def test_dynamicconv_refuses_with_numbers(changes, error, message):
 @pytest.mark.parametrize('changes,message', [
     (dict(x=X.double()), 'takes float16, bfloat16 or float32 .* got torch.float64'),
     (dict(weight=torch.randn(3, 33, 1)), 'kernels up to 31 x 31, got .* 33 x 1'),
-], ids=str)
+])
 def test_kernels_refuse_what_they_do_not_cover(changes, message, monkeypatch):
     monkeypatch.setattr(dispatch, 'INTERPRETED', True)
     monkeypatch.setattr(dispatch, 'TRITON', True)
