@@ -38,6 +38,12 @@ def tap_column(s, px):
 
 
 @jit
+def slot_column(v, px):
+    """Slot column in which position column px has tap v."""
+    return (v + px) & 7
+
+
+@jit
 def taps_of_slots(position, slot, Kh: tl.constexpr, Kw: tl.constexpr):
     """(u * Kw, v, whether there is such a tap) of positions and slots, broadcast; where there is none, another one."""
     u = slot // 8 - position // 8

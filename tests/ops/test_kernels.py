@@ -127,13 +127,14 @@ def test_an_image_above_2_31_elements(op):
     if op == 'light':
         weight = torch.randn(1, K, K, device='cuda', generator=generator)
         small = weight
-        run = partial(lightconv2d_triton, bias=None, dropconnect=0., seed=None, normalize='softmax')
+        run = partial(lightconv2d_triton, bias=None, normalize='softmax', dropconnect=0., seed=None, kernels='direct')
     else:
         weight = torch.empty(1, side, side, K * K, dtype=bf16, device='cuda').permute(0, 3, 1, 2)
         weight.normal_(generator=generator)
         small = weight[crop]
         run = partial(
-            dynamicconv2d_triton, kernel_size=(K, K), bias=None, normalize='softmax', dropconnect=0., seed=None)
+            dynamicconv2d_triton, kernel_size=(K, K), bias=None, normalize='softmax', dropconnect=0., seed=None,
+            kernels='direct')
     inputs = [x.requires_grad_(), weight.requires_grad_(op == 'dynamic')]
     small = [x[crop].detach().requires_grad_(), small.detach().requires_grad_(op == 'dynamic')]
     out, expected = run(*inputs), run(*small)

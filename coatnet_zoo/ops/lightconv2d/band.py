@@ -20,6 +20,7 @@ from ..band_ops import (
     operand,
     positions_of_tile,
     product,
+    slot_column,
     slots_of_span,
     strip_of_columns,
     taps_of_slots,
@@ -143,10 +144,10 @@ def _lightconv2d_band_bwd_weight_kernel(
         from_left = product(grad, tl.trans(x_left), from_left)
         from_right = product(grad, tl.trans(x_right), from_right)
     band = tl.where(slot % 8 >= i % 8, from_left, from_right)
-    # slots to taps: position px sees tap (u, v) in slot row u + py and slot column (v + px) % 8
+    # from slots to taps
     tap = tl.arange(0, TAPS)[None, :]
-    place = tl.minimum(tap // Kw + i // 8, SLOTS // 8 - 1) * 8 + (tap % Kw + i % 8) % 8
-    taps = tl.sum(tl.gather(band, place, 1), 0)
+    slot = tl.minimum(tap // Kw + i // 8, SLOTS // 8 - 1) * 8 + slot_column(tap % Kw, i % 8)
+    taps = tl.sum(tl.gather(band, slot, 1), 0)
     tap = tl.arange(0, TAPS)
     tl.store(partial_ptr + (program * G + head) * (Kh * Kw) + tap, taps, mask=tap < Kh * Kw)
 
