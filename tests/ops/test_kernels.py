@@ -20,7 +20,12 @@ from coatnet_zoo.ops.dynamicconv2d.kernels import dynamicconv2d_triton
 from coatnet_zoo.ops.lightconv2d.kernels import lightconv2d_triton
 
 ROOT = Path(__file__).parents[2]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')(test))
+
+
 bf16 = torch.bfloat16
 
 
@@ -33,8 +38,9 @@ def in_interpreter(*arguments: str) -> str:
     return done.stdout
 
 
-def test_kernels_match_the_reference():
-    assert in_interpreter('tests/ops/interpreted.py') == 'ok\n'
+@pytest.mark.parametrize('part', ['direct', 'band', 'rest', pytest.param('large', marks=pytest.mark.slow)])
+def test_kernels_match_the_reference(part):
+    assert in_interpreter('tests/ops/interpreted.py', part) == 'ok\n'
 
 
 def test_tolerance_catches_one_shifted_tap():
