@@ -6,7 +6,7 @@ Refuses anything off the list of files (links and hidden files too), tensors who
 of the registered model or that are not finite, a config or a card that leaves out the tag or the licence or disagree,
 and pickled data in model.pt2. Then a fresh process loads the folder as users will, through timm's local-dir: (and
 through transformers, onnxruntime and torch.export where they apply), and compares logits on the golden inputs: the
-difference must be at most 1e-5 of the largest golden logit. Exit code 2 with a sentence if anything is amiss.
+difference must be at most 1e-5 of the largest golden logit. Exit code 2 and one message if anything is wrong.
 """
 from dataclasses import dataclass
 from pathlib import Path

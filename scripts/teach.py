@@ -2,7 +2,7 @@
 
     python scripts/teach.py --teacher local-dir:output/tin200_teacher --recipe tin200_dist --data-dir tin200 \\
         --views 4 --output teacher_outputs
-    python scripts/finetune.py --recipe tin200_dist --model coatnet_pico_64 --data-dir tin200 \\
+    python scripts/finetune.py --recipe tin200_dist --model coatnet_pico_64.untrained --data-dir tin200 \\
         --teacher-outputs teacher_outputs
     python scripts/teach.py --teacher local-dir:output/tin200_teacher --recipe tin200_dist --data-dir tin200 \\
         --top-k 16 --temperatures 1 2 --output teacher_outputs_top16

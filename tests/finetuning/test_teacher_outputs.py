@@ -306,6 +306,12 @@ def test_teaching_goes_on_with_the_same_settings_data_and_teacher_alone(teaching
     assert contents(folder) == before
 
 
+def test_folders_of_others_are_refused(teaching, teacher):
+    run_dir = teacher.removeprefix('local-dir:')
+    with pytest.raises(ConfigError, match=r'^--output \S+ must be new, empty, or outputs that teach\.py began'):
+        store(teaching, output=run_dir)
+
+
 @pytest.mark.parametrize('cached', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_teaching_killed_at_any_write_goes_on_to_the_same_shards(teaching, monkeypatch, cached):
     teaching = change(teaching, cache_images=cached, top_k=2)

@@ -1,8 +1,8 @@
 """Every kernel of `lightconv2d` and `dynamicconv2d` against the reference implementation, on any device.
 
 As a script with the name of a part, under TRITON_INTERPRET=1, on a CPU; `test_kernels.py` starts it so and runs the
-same cases on a GPU. With `--shifted` one tap of each kernel looks one position too far, and what is then further off than
-allowed is printed.
+same cases on a GPU. With `--shifted` one tap of each kernel looks one position too far, and what is then further off
+than allowed is printed.
 """
 import sys
 from functools import partial

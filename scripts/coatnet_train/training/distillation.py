@@ -48,8 +48,12 @@ def create_teacher(
     """
     try:
         teacher, own = open_model(ModelSettings(model=name, pretrained=True, in_chans=in_chans, img_size=img_size))
-        if img_size:
-            teacher = ResizedInput(teacher, img_size)
+    except ConfigError as error:
+        reason = str(error).replace(f'--model {name}', 'it').replace('--img-size', '--teacher-img-size')
+        raise ConfigError(f'--teacher {name} cannot be opened with weights: {reason}') from error
+    if img_size:
+        teacher = ResizedInput(teacher, img_size)
+    try:
         input_size = input_size or own['input_size']
         channels = input_size[0]
         if own['input_size'][0] != channels:

@@ -66,6 +66,10 @@ def teach(settings: Settings) -> dict:
     check_utf8(settings.output, '--output')
     folder = Path(settings.output)
     check_output(folder)
+    if folder.is_dir() and not (folder / 'manifest.json').is_file() and any(
+            path.name != '.manifest.json.tmp' for path in folder.iterdir()):  # which a kill may leave
+        raise ConfigError(f'--output {folder} must be new, empty, or outputs that teach.py began, but holds other '
+                          f'files; name another folder.')
     accelerator = create_accelerator(settings.device, settings.amp, settings.amp_dtype)
     with accelerator.main_process_first():  # a download is done once
         dataset, class_names = create_dataset(settings, settings.train_split)
