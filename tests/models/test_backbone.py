@@ -169,7 +169,7 @@ def test_official_initialisation():
 
 def test_narrow_models_start_from_another_scheme_than_the_papers_widths():
     """results/weight_init_*.json: N(0, 0.02) leaves coatnet_pico_64 behind after two epochs at both learning rates."""
-    schemes = {name: cfg.weight_init for name, cfg in coatnet.model_cfgs.items()}
+    schemes = {name: cfg.weight_init for name, cfg in coatnet.model_cfgs.items() if name != 'coatnet_0_kecam'}
     narrow = {'coatnet_pico', 'coatnet_nano', 'coatnet_pico_64', 'coatnet_pico_ccdd_64'}
     assert {name for name, scheme in schemes.items() if scheme == 'vit_eff'} == narrow
     assert set(schemes.values()) == {'normal', 'vit_eff'}
