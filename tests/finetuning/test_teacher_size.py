@@ -49,7 +49,7 @@ def test_sizes_that_the_teacher_cannot_take_are_refused(settings):
     teacher = f'local-dir:{run(settings, model="test_vit", img_size=48, experiment="teacher", epochs=1)}'
     with pytest.raises(ConfigError, match=r'--teacher local-dir:.* cannot look at images of \(3, 40, 40\): '):
         run(settings, teacher=teacher, img_size=40)
-    with pytest.raises(ConfigError, match='--teacher .* cannot be opened .* --teacher-img-size 50 cannot be built'):
+    with pytest.raises(ConfigError, match=r'--teacher .* cannot be opened .* --teacher-img-size 50 cannot be built'):
         run(settings, teacher=teacher, teacher_img_size=50)
     with pytest.raises(ConfigError, match='--teacher-img-size must be greater than 0, got 0'):
         run(settings, teacher=teacher, teacher_img_size=0)

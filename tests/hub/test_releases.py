@@ -248,8 +248,8 @@ print(json.dumps(seen))
 
 def test_registered_names_load_from_the_package_and_from_the_hub(hub, client, released, weights, environment, tmp_path):
     """The whole way, in a package whose releases.json has one of each kind."""
-    package = shutil.copytree(
-        ROOT / 'coatnet_zoo', tmp_path / 'site/coatnet_zoo', ignore=shutil.ignore_patterns('__pycache__', '*.safetensors'))
+    package = shutil.copytree(ROOT / 'coatnet_zoo', tmp_path / 'site/coatnet_zoo',
+                              ignore=shutil.ignore_patterns('__pycache__', '*.safetensors'))
     shutil.copy(weights, package / 'weights/small.safetensors')
     (package / 'weights/releases.json').write_text(json.dumps({
         NAME: entry_for(weights, packaged='small.safetensors'), 'coatnet_pico_64.hub': released}))
