@@ -159,7 +159,7 @@ def read_h5(path: Path) -> dict[str, torch.Tensor]:
             root = file.get('model_weights', file)
             names = [(group, name.decode() if isinstance(name, bytes) else str(name))
                      for group in root.values() for name in group.attrs.get('weight_names', ())]
-            weights = {name.removesuffix(':0'): torch.from_numpy(group[name][()]) for group, name in names}
+            weights = {name.removesuffix(':0'): torch.as_tensor(group[name][()]) for group, name in names}
     except Exception as error:  # h5py raises about six kinds of error on damaged files
         raise RuntimeError(
             f'{path} could not be read as a Keras .h5 file: it is truncated or something else '
@@ -169,7 +169,7 @@ def read_h5(path: Path) -> dict[str, torch.Tensor]:
     try:
         state_dict = convert_weights(weights)
         _check_widths(state_dict)
-    except ValueError as error:
+    except (ValueError, IndexError, TypeError) as error:  # the latter two for tensors of too few dimensions
         raise RuntimeError(f'{path} is no CoAtNet of kecam that can be converted: {error}') from error
     return state_dict
 

@@ -58,7 +58,12 @@ def check_replaceable(output: Path) -> None:
 
 def read_run(settings: Settings) -> dict:
     """The run's config.json, once the run is complete and of the architecture that --name names."""
-    wanted = ('config.json', 'model.safetensors') if read_origin(settings.run_dir) else RUN_FILES
+    origin = read_origin(settings.run_dir)
+    wanted = ('config.json', 'model.safetensors') if origin else RUN_FILES
+    published = kecam.WEIGHTS.get(settings.name)
+    if published and (origin or {}).get('md5') != published.md5:
+        raise ConfigError(f'--name {settings.name} is that of published weights, of MD5 {published.md5}, which RUN_DIR '
+                          f'{settings.run_dir} does not come from; give another tag.')
     if missing := [name for name in wanted if not (settings.run_dir / name).is_file()]:
         raise ConfigError(f'RUN_DIR {settings.run_dir} must be a finished run of finetune.py or made by '
                           f'convert.py, but lacks {", ".join(missing)}; give one, or finish it with --resume auto.')

@@ -235,6 +235,8 @@ def test_chelsea_goes_into_the_model_as_kecam_shows_it():
 def test_export_and_verify_take_it_and_the_card_says_where_it_comes_from(
         tmp_path, small_kecam, monkeypatch):
     run = convert.main(tiny(tmp_path, model_kwargs=()))
+    with pytest.raises(ConfigError, match=r'^--name coatnet_0_kecam\.in1k is that of published weights, of MD5'):
+        export.main(export.Settings(run_dir=run, name=NAME, output=tmp_path / 'release'))
     folder = export.main(export.Settings(run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release'))
     assert {path.name for path in folder.iterdir()} == {
         'README.md', 'config.json', 'model.safetensors', 'golden.safetensors'}

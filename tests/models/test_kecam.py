@@ -155,6 +155,13 @@ def test_widths_by_kecams_own_rules_are_refused(tmp_path):
             'stack_2_block_1_shortcut_conv__kernel:0': np.zeros((1, 1, 64, 64), np.float32)}))
 
 
+@pytest.mark.parametrize('shape', [(), (64,)], ids=str)
+def test_tensors_of_too_few_dimensions_are_refused(tmp_path, shape):
+    with pytest.raises(RuntimeError, match=r'shortcut\.h5 is no CoAtNet of kecam that can be converted: '):
+        kecam.read_h5(changed(tmp_path / 'shortcut.h5', **{
+            'stack_2_block_1_shortcut_conv__kernel:0': np.zeros(shape, np.float32)}))
+
+
 @pytest.mark.parametrize('options', [{}, dict(flavor='timm')], ids=str)
 def test_a_model_that_would_compute_something_else_is_refused(options):
     overlay = dict(file=str(FILES / 'coatnet_tiny_weights.h5'))
