@@ -47,9 +47,9 @@ def write_images(folder, count: int = 24) -> None:
 
 
 def test_loader_is_timed_beside_training(tmp_path):
-    write_images(tmp_path / 'pictures')
+    write_images(tmp_path / 'images')
     report = benchmark_loader.main(LoaderSettings(
-        data_dir=str(tmp_path / 'pictures'), workers=(0, 1), batch_size=4, rounds=2, window=0.05,
+        data_dir=str(tmp_path / 'images'), workers=(0, 1), batch_size=4, rounds=2, window=0.05,
         results_file=str(tmp_path / 'loader.json')))
     assert set(report['images_per_second']) == {'0 workers', '1 workers', 'training'}
     assert min(report['images_per_second'].values()) > 0 and (tmp_path / 'loader.json').is_file()

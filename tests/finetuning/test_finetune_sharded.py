@@ -24,13 +24,13 @@ from support.images import write_images
 
 LIGHT = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
-    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm sees one process's pictures
+    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm sees one process's images
 COAT = '--model', 'coatnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)'
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp('pictures') / 'pictures', train=8, val=5)
+    return write_images(tmp_path_factory.mktemp('images') / 'images', train=8, val=5)
 
 
 def sharded(*arguments: object, blocks: str = 'MBConv,TransformerBlock', script: str = 'finetune.py') -> list[str]:

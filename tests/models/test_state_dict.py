@@ -4,7 +4,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from coatnet_zoo.models.checkpoint import checkpoint_filter_fn
+from coatnet_zoo.models.state_dict import checkpoint_filter_fn
 from support.closeness import assert_same_up_to_rounding
 
 IMAGES = torch.randn(2, 3, 64, 64)
