@@ -178,6 +178,7 @@ def test_labels_that_no_class_stands_for_are_refused(labels, message):
 # The command line, and several processes
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(settings, tmp_path):
     data = write_images(tmp_path / 'data', SYNSETS[:7], each=3)  # 21 images: the last batch is padded
     (data / SYNSETS[6] / '2.png').write_bytes(b'')

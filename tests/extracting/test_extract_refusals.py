@@ -109,6 +109,7 @@ def test_help_explains_each_setting(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(settings, tmp_path):
     data = write_images(tmp_path / 'data')
     (data / 'train' / 'red' / '8.png').write_text('no image')  # in the second process's part

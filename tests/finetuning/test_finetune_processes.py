@@ -75,7 +75,8 @@ def test_decoded_images_are_shared_out(tmp_path):
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
 
 
-@pytest.mark.parametrize('cached', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('cached', [True, False])
 def test_stored_outputs_are_written_and_read_by_both(tmp_path, cached):
     data, output, cache = write_images(tmp_path / 'images', train=8, val=5), tmp_path / 'both', ['--cache-images']
     finetune.main(finetune.FinetuneSettings(

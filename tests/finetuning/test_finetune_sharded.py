@@ -106,7 +106,7 @@ def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(t
 
 @pytest.mark.parametrize(('flags', 'options', 'said'), [
     pytest.param(('--model-ema',), {}, '--model-ema averages full weights', id='ema', marks=pytest.mark.slow),
-    pytest.param((), {'blocks': 'NoSuchBlock'}, 'NoSuchBlock', id='blocks'),
+    pytest.param((), {'blocks': 'NoSuchBlock'}, 'NoSuchBlock', id='blocks', marks=pytest.mark.slow),
     pytest.param((), {'script': 'eval_imagenet.py'}, 'FSDP is for finetune.py', id='script', marks=pytest.mark.slow),
 ])
 def test_what_shards_cannot_do_is_a_sentence(tmp_path, data, flags, options, said):

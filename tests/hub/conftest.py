@@ -61,6 +61,11 @@ def hub():
         yield server
 
 
+def forget_sessions() -> None:
+    """Sessions of huggingface_hub before 1.0 stay offline once they were; later versions ask at each request."""
+    getattr(huggingface_hub.utils, 'reset_sessions', lambda: None)()
+
+
 @pytest.fixture
 def client(hub, monkeypatch, tmp_path) -> huggingface_hub.HfApi:
     """huggingface_hub as if started with HF_ENDPOINT, HF_HOME and HF_TOKEN for the loopback Hub and its owner."""
@@ -79,14 +84,13 @@ def client(hub, monkeypatch, tmp_path) -> huggingface_hub.HfApi:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('HF_TOKEN', OWNER_TOKEN)
     monkeypatch.setenv('NO_PROXY', '127.0.0.1,localhost')
+    forget_sessions()
     return huggingface_hub.HfApi()
 
 
 @pytest.fixture
 def offline(client, monkeypatch) -> Callable[[bool], None]:
     """Go offline as HF_HUB_OFFLINE=1 does, and back."""
-    forget_sessions = getattr(huggingface_hub.utils, 'reset_sessions', lambda: None)  # before 1.0 they know it first
-
     def go(away: bool = True) -> None:
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', away)
         forget_sessions()
@@ -99,5 +103,5 @@ def offline(client, monkeypatch) -> Callable[[bool], None]:
 def environment(hub, tmp_path) -> dict[str, str]:
     """The same for a process of its own."""
     return {'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path / 'hf_home'), 'HF_TOKEN': OWNER_TOKEN,
-            'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
-            'NO_PROXY': '127.0.0.1,localhost', 'OMP_NUM_THREADS': '1'}
+            'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
+            'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'NO_PROXY': '127.0.0.1,localhost', 'OMP_NUM_THREADS': '1'}

@@ -229,6 +229,7 @@ def test_a_name_with_a_tag_means_its_weights(image_path, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_share_the_images(settings, image_path, tmp_path, randomize, capsys):
     name = write_run(tmp_path / 'run', randomize(zoo()), NAMES)
     paths = [write_image(image_path.parent / f'{i}.png', seed=i) for i in range(3)] + [tmp_path / 'missing.png']
