@@ -7,8 +7,8 @@ from typing import Any, Literal
 from coatnet_train.runtime.cli import ConfigError, flag
 
 __all__ = [
-    'FORCED', 'Backend', 'DistillationSettings', 'InferenceFormSettings', 'LoaderSettings', 'ModelPairSettings', 'OpsSettings',
-    'Pass', 'ScalingSettings', 'check_benchmark', 'check_distillation', 'check_inference_form', 'check_ops',
+    'FORCED', 'Backend', 'DistillationSettings', 'InferenceFormSettings', 'LoaderSettings', 'ModelPairSettings',
+    'OpsSettings', 'Pass', 'ScalingSettings', 'check_benchmark', 'check_distillation', 'check_inference_form', 'check_ops',
     'check_scaling']
 
 HEAD_DIM = 32  # channels that share a kernel

@@ -38,9 +38,6 @@ from coatnet_train.runtime.provenance import provenance
 from coatnet_zoo.ops import dynamicconv2d, lightconv2d
 from coatnet_zoo.ops.dispatch import INTERPRETED
 
-# what a cell measures: cells that agree in these columns measure the same
-KEY = ('hardware', 'op', 'side', 'channels', 'kernel', 'passes', 'batch_size', 'dtype', 'backend', 'timer')
-
 
 class Row(NamedTuple):
     """One comparison."""
@@ -157,7 +154,8 @@ def prepare(row: Row, backend: Backend, settings: OpsSettings, ceilings: Ceiling
     try:
         function = function_of(row, backend)
         calls = [build(row, backend, settings, function, number) for number in range(sets)]
-        calls[0]()  # compiles
+        if settings.device != 'cpu':
+            calls[0]()  # compiles, which is no part of the peak
         peak = peak_memory(calls[0], settings.device)
         return Timed(replay(calls, settings.device), sets, NOT_MEASURED if peak is None else rounded(peak))
     except (RuntimeError, ValueError) as error:  # out of memory, or kernels that do not take such a call

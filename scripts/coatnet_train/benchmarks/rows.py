@@ -7,9 +7,14 @@ from pathlib import Path
 
 from coatnet_train.runtime.files import write_file
 
-__all__ = ['NOT_MEASURED', 'card_slug', 'merge_rows', 'read_rows', 'write_rows']
+__all__ = ['KEYS', 'NOT_MEASURED', 'card_slug', 'merge_rows', 'read_rows', 'write_rows']
 
 NOT_MEASURED = 'not measured'
+KEYS = {  # by kind of file, KIND_<card>.csv: columns that say what a row measures, and the column of its figure
+    'ops': (('hardware', 'op', 'side', 'channels', 'kernel', 'passes', 'batch_size', 'dtype', 'backend', 'timer'),
+            'ms'),
+    'models': (('hardware', 'model', 'mode', 'form', 'precision', 'batch_size', 'img_size'), 'images_per_second'),
+    'checks': (('hardware', 'step', 'check'), 'result')}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

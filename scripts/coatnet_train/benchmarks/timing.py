@@ -62,8 +62,9 @@ def default_input_sets(nbytes: int, device: str) -> int:
 
 
 def peak_memory(call: Callable[[], object], device: str) -> float | None:
-    """MiB that a call allocates at its peak on top of what is there, on a GPU; None on a CPU."""
+    """Make a call; MiB that it allocates at its peak on top of what is there, on a GPU, and None on a CPU."""
     if device == 'cpu':
+        call()
         return None
     synchronize(device)
     torch.cuda.reset_peak_memory_stats()
