@@ -55,7 +55,8 @@ def test_every_cell_of_ops_is_written_and_stands_alone(tmp_path, capsys):
                 float(cell['ms']) / float(yardstick['ms']), rel=1e-3)
             assert float(cell['bandwidth_gb_per_s']) > 0 and 'measured' in cell['peak_source']
     printed = capsys.readouterr().out
-    assert 'dynamic 3x3, 5x5x32, forward + backward' in printed and 'G multiply-adds/s (measured: a product of 2048' in printed
+    assert 'dynamic 3x3, 5x5x32, forward + backward' in printed
+    assert 'G multiply-adds/s (measured: a product of 2048' in printed
     assert 'over that of F.conv2d' not in printed
 
 
@@ -153,7 +154,7 @@ def test_kernels_are_forced_by_name_and_what_cannot_run_is_named(monkeypatch, ca
     assert seen == [('lightconv2d', 'band'), ('dynamicconv2d', 'band')]
     measured = {cell['backend']: cell['ms'] != 'not measured' for cell in cells}
     assert measured == {'direct': True, 'band': False, 'conv2d': True}
-    assert 'dynamic 3x3, 5x5x32, forward: band is not measured: they take float16 or bfloat16' in capsys.readouterr().out
+    assert 'dynamic 3x3, 5x5x32, forward: band is not measured: they take float16' in capsys.readouterr().out
 
 
 def test_several_input_sets_are_one_measurement(known_ceilings):

@@ -8,8 +8,8 @@ from coatnet_train.runtime.cli import ConfigError, flag
 
 __all__ = [
     'FORCED', 'Backend', 'DistillationSettings', 'InferenceFormSettings', 'LoaderSettings', 'ModelPairSettings',
-    'OpsSettings', 'Pass', 'ScalingSettings', 'check_benchmark', 'check_distillation', 'check_inference_form', 'check_ops',
-    'check_scaling']
+    'OpsSettings', 'Pass', 'ScalingSettings', 'check_benchmark', 'check_distillation', 'check_inference_form',
+    'check_ops', 'check_scaling']
 
 HEAD_DIM = 32  # channels that share a kernel
 MAX_DYNAMIC_KERNEL = 7  # side of the largest kernel that is predicted at every position

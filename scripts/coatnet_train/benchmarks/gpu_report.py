@@ -28,8 +28,9 @@ def start_step(step: Step, settings: GpuReportSettings, log: Path, limit: float)
     words = ['step', step.name, '--device', settings.device, '--output', settings.output,
              *['--tiny'] * settings.tiny]
     with log.open('ab') as file:
-        process = subprocess.Popen([sys.executable, os.path.relpath(SCRIPT), *words], stdout=file, stderr=subprocess.STDOUT,
-                                   env={**os.environ, 'PYTHONUNBUFFERED': '1'}, preexec_fn=os.setpgrp)
+        process = subprocess.Popen(
+            [sys.executable, os.path.relpath(SCRIPT), *words], stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, 'PYTHONUNBUFFERED': '1'}, preexec_fn=os.setpgrp)
     try:
         code = process.wait(limit)
         return 'done' if code == 0 else f'ended with exit code {code}'
@@ -41,7 +42,10 @@ def start_step(step: Step, settings: GpuReportSettings, log: Path, limit: float)
         process.wait()
 
 
-def main(settings: GpuReportSettings, start: Callable[[Step, GpuReportSettings, Path, float], str] = start_step) -> int:
+Start = Callable[[Step, GpuReportSettings, Path, float], str]
+
+
+def main(settings: GpuReportSettings, start: Start = start_step) -> int:
     """Run all steps of the plan; returns how many did not end well.
 
     Args:
@@ -68,7 +72,8 @@ def main(settings: GpuReportSettings, start: Callable[[Step, GpuReportSettings, 
         print(f'{step.name:28s} {ended}, {seconds:.0f} of {60 * minutes:.0f} s')
         if ended != 'done':
             bad += 1
-            print(*(f'    {line}' for line in text[-SHOWN_OF_FAILURE:]), sep='\n')
+            for line in text[-SHOWN_OF_FAILURE:]:
+                print(f'    {line}')
         if step.name == 'versions':
             if ended != 'done':
                 raise ConfigError(f'the first step, which looks at the card, {ended}; see above and {log}.')
