@@ -96,8 +96,7 @@ class Steps:
         several = several if self.device == 'cuda' else []  # on a CPU all are skipped, which one process does sooner
         command = [sys.executable, '-m', 'pytest', 'tests/ops', '-m', 'gpu', '-k', 'not above_2_31', '-v', '--tb',
                    'short', '-p', 'no:cacheprovider', *several]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         counts, failed, last = dict.fromkeys(('PASSED', 'FAILED', 'ERROR', 'SKIPPED'), 0), [], 0.
 
         def result(finished: bool) -> Check:
