@@ -1,14 +1,14 @@
-"""Pack what a machine without network needs into one folder: code, tests, wheels, and data if they are named.
+"""Pack what a machine without network needs into one folder: code, tests, wheels, and data files.
 
     python scripts/bundle.py
     python scripts/bundle.py --data tiny-imagenet-train-0.zip tiny-imagenet-train-1.zip --weights
-    sh output/bundle/run.sh                                             # there: gpu_report.py --budget 8
+    sh output/bundle/run.sh                                  # there: gpu_report.py --budget 8
     sh output/bundle/run.sh gpu_report.py --budget 25 --output out
     sh output/bundle/run.sh finetune.py --recipe tin200 --data-dir ...
 
 The folder runs on any machine with the --python named, torch, triton and what --wheels does not name: run.sh installs
-the wheels into the folder itself, and nothing else changes there. Results name the commit in its file COMMIT. Wheels are
-of the versions that are installed here.
+the wheels into the folder itself, and nothing else changes there. Results name the commit in its file COMMIT. Wheels
+are of the versions that are installed here.
 """
 import shutil
 import subprocess
@@ -28,8 +28,8 @@ RUN = '''#!/bin/sh
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
 if [ ! -d "$here/.site" ] && ls "$here"/wheels/*.whl >/dev/null 2>&1; then
-    python3 -m pip install -q --no-index --no-deps --no-compile --target "$here/.site.tmp" --upgrade "$here"/wheels/*.whl
-    mv "$here/.site.tmp" "$here/.site"
+    python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$here/.new" "$here"/wheels/*.whl
+    mv "$here/.new" "$here/.site"
 fi
 export PYTHONPATH="$here:$here/.site${PYTHONPATH:+:$PYTHONPATH}"
 [ $# -gt 0 ] || set -- gpu_report.py --budget 8

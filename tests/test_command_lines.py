@@ -28,6 +28,8 @@ COMMANDS = {
     'benchmark.py loader': ('--data-dir x --window 0', '--window must be greater than 0'),
     'benchmark.py distillation': ('--top-k 200', '--top-k must be below --classes 200'),
     'benchmark.py inference_form': ('--rounds 1', '--rounds must be at least 2'),
+    'bundle.py': ('--data no.zip', '--data no.zip must be a file'),
+    'gpu_report.py': ('--steps x', '--steps must be among versions'),
     'ablation.py': ('--data-dir x --speed', '--speed needs a --results-file'),
     'transfer.py': ('--data-dir x --model x --fractions 2', '--fractions must be above 0'),
     'compare_recipes.py': ('--sets digits --seeds 0 --threads 0', '--threads must be from 1'),
