@@ -1,4 +1,4 @@
-"""The training runs that wait for a GPU, in the order in which they are made; neither torch nor timm is imported here.
+"""The training runs that wait for a GPU, in the order in which they are made; nothing here imports torch or timm.
 
 Minutes are estimates for one NVIDIA H100 or H200. Every student of a table trains for as many epochs as the others.
 """
@@ -22,7 +22,7 @@ PEERS = ('resnet18', 'convnextv2_femto', 'mobilenetv3_small_100')  # at twice th
 
 
 class Run(NamedTuple):
-    """One run: its name, minutes, script, flags ({data}, {runs} and {weights} are filled in), and what comes before."""
+    """One run: its name, minutes, script, flags ({data}, {runs} and {weights} are filled in), and which come before."""
 
     name: str
     minutes: float
@@ -105,6 +105,7 @@ TINY = {
 
 def flags_of(run: Run, settings: VisitSettings) -> list[str]:
     """Command line of a run, after its script."""
-    flags = run.flags.format(data=settings.data, runs=settings.output, weights=settings.weights).split()
-    return [*flags, *(TINY[run.script].split() if settings.tiny else ()),
+    places = {'data': settings.data, 'runs': settings.output, 'weights': settings.weights}
+    return [*(word.format(**places) for word in run.flags.split()),
+            *(TINY[run.script].split() if settings.tiny else ()),
             *(['--resume', 'auto'] if run.script == 'finetune.py' else ())]

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -84,8 +85,8 @@ def print_list(settings: VisitSettings) -> None:
     for run in RUNS:
         now = state(run, Path(settings.output))
         total += 0 if now.startswith(FINISHED) else run.minutes
-        print(f'{run.name:42s}{run.minutes:5.0f} min  {now}')
-        print(f'    python scripts/{run.script} {" ".join(flags_of(run, settings))}')
+        print(f'{run.name:46s}{run.minutes:5.0f} min  {now}')
+        print(f'    python scripts/{run.script} {shlex.join(flags_of(run, settings))}')
     print(f'{total:.0f} minutes to go')
 
 

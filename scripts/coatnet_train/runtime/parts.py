@@ -1,4 +1,4 @@
-"""Files packed into parts of a limited size, with checksums, and joined again: for transfers that take no large file."""
+"""Files packed into parts of a limited size, with checksums, and joined again, where no large file can be sent."""
 import hashlib
 import json
 import tarfile
