@@ -98,10 +98,12 @@ def test_agreement_needs_operators_that_did_run_with_the_backend(monkeypatch):
     with pytest.raises(RuntimeError, match=r"was to run with the backend 'eager', but its operators ran with set\(\)"):
         gpu_checks.losses('dynamicconvnet_pico_64', replace(TINY, step_kwargs=TINY.step_kwargs | {'layout': 'TTTT'}),
                           'cpu', 'float32', 'eager')
-    losses = iter([[2., 1.], [2., 1.0011], [2., 1.], [2., float('nan')]])
+    losses = iter([[2., 1.], [2., 1.00011], [2., 1.], [2., float('nan')], [2., 1.], [2., 1.003], [2., 1.], [2., 1.003]])
     monkeypatch.setattr(gpu_checks, 'losses', lambda *arguments: next(losses))
-    found = [(check.result, check.value) for check in gpu_checks.check_training(TINY, 'cpu')]
-    assert found[0] == ('failed', pytest.approx(1.1e-3)) and found[1][0] == 'failed'
+    two = replace(TINY, step_models=('a', 'b'))
+    found = [(check.result, check.value) for check in gpu_checks.check_training(two, 'cpu')]
+    assert found[0] == ('passed', pytest.approx(5.5e-5)) and found[1][0] == 'failed'
+    assert found[2:] == [('failed', pytest.approx(1.5e-3)), ('passed', pytest.approx(1.5e-3))]
 
 
 def test_errors_are_judged_by_the_tensor_that_is_furthest_off():

@@ -24,7 +24,8 @@ __all__ = ['Check', 'check_large_image', 'check_operators', 'check_training']
 
 FUNCTIONS = {'light': (lightconv2d_naive, lightconv2d_eager, lightconv2d_triton),
              'dynamic': (dynamicconv2d_naive, dynamicconv2d_eager, dynamicconv2d_triton)}
-LOSS_TOLERANCE = {'float32': 1e-3, 'bfloat16': 2e-2}  # largest relative difference of a loss between two backends
+# largest difference of a loss between two backends, as a fraction of the first loss
+LOSS_TOLERANCE = {'float32': 1e-4, 'bfloat16': 2e-2}
 
 
 class Check(NamedTuple):
@@ -67,22 +68,32 @@ def judge(check: str, ours: dict[str, float], eager: dict[str, float], dtype: to
                  f'{worst}; {detail}')
 
 
+def float32_is_float32() -> None:
+    """Let no convolution or product of float32 on a GPU take TF32, in which eager would be no yardstick."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def check_operators(sizes: Sizes, device: str) -> Iterator[Check]:
     """Output and gradients of every kernel choice against naive in float64, on inputs that no run had before."""
+    float32_is_float32()
     seed = int.from_bytes(os.urandom(4), 'little')
     for op in ('dynamic', 'light'):
         naive, eager, triton = FUNCTIONS[op]
         for number, (B, C, G, side, K) in enumerate(sizes.compared):
             for name in sizes.compared_dtypes:
                 torch.manual_seed(seed + number)
-                dtype = getattr(torch, name)
+                dtype, case = getattr(torch, name), f'{op} {K}x{K}, {B}x{side}x{side}x{C}, {name}'
                 like = dict(dtype=dtype, device=device)
                 x, grad = (normal(B, C, side, side, **like) for _ in range(2))
                 operand = torch.randn(G, K, K, **like) if op == 'light' else normal(B, G * K * K, side, side, **like)
-                exact = evaluate(op, naive, x.double(), operand.double(), grad.double(), K)
+                try:
+                    exact = evaluate(op, naive, x.double(), operand.double(), grad.double(), K)
+                except torch.OutOfMemoryError:
+                    yield Check(case, 'skipped', detail='naive in float64 is out of memory')
+                    continue
                 rival = distances(evaluate(op, eager, x, operand, grad, K), exact)
                 for kernels in ('auto', *FORCED):
-                    check = f'{op} {K}x{K}, {B}x{side}x{side}x{C}, {name}, {kernels}'
+                    check = f'{case}, {kernels}'
                     try:
                         ours = evaluate(op, triton, x, operand, grad, K, kernels=kernels)
                     except ValueError as error:  # what a forced set of kernels does not take
@@ -112,7 +123,11 @@ def check_large_image(side: int, device: str) -> Iterator[Check]:
         else:
             operand = torch.empty(1, side, side, K * K, **like).normal_().permute(0, 3, 1, 2)
             small = operand[corner]
-        ours = evaluate(op, triton, x, operand, grad, K)
+        try:
+            ours = evaluate(op, triton, x, operand, grad, K)
+        except torch.OutOfMemoryError:
+            yield Check(f'{op} {K}x{K}, image of {elements} elements', 'skipped', detail='out of memory')
+            continue
 
         def cut(found: dict[str, torch.Tensor], op: str = op) -> dict[str, torch.Tensor]:
             """What follows from the crop alone."""
@@ -148,11 +163,14 @@ def forced_backend(backend: str) -> Iterator[list[str]]:
 
 
 def losses(name: str, sizes: Sizes, device: str, dtype: str, backend: str) -> list[float]:
-    """Losses of the first training steps of AdamW on a fixed set of random batches, with this backend of L and D."""
+    """Losses of the first training steps on eight random batches in turn, with this backend of L and D.
+
+    By SGD: AdamW would blow rounding up where a gradient is nearly zero.
+    """
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, img_size=sizes.step_size, **sizes.step_kwargs)
     model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     batches = [(normal(sizes.step_batch, 3, sizes.step_size, sizes.step_size, dtype=torch.float32, device=device),
                 torch.randint(10, (sizes.step_batch,), device=device)) for _ in range(8)]
     found = []
@@ -171,12 +189,13 @@ def losses(name: str, sizes: Sizes, device: str, dtype: str, backend: str) -> li
 
 
 def check_training(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Losses of the same steps in eager and in Triton: the largest relative difference, within LOSS_TOLERANCE."""
+    """Losses of the same steps in eager and in Triton: the largest difference, within LOSS_TOLERANCE."""
+    float32_is_float32()
     for name in sizes.step_models:
         for dtype, limit in LOSS_TOLERANCE.items():
             eager, triton = (losses(name, sizes, device, dtype, backend) for backend in ('eager', 'triton'))
-            value = max(abs(ours - theirs) / abs(theirs) for ours, theirs in zip(triton, eager, strict=True))
+            value = max(abs(ours - theirs) for ours, theirs in zip(triton, eager, strict=True)) / eager[0]
             passed = value <= limit and all(loss == loss for loss in triton)
             yield Check(f'{name}, {sizes.steps} training steps, {dtype}', 'passed' if passed else 'failed',
                         float(f'{value:.3g}'), limit, f'loss {eager[0]:.4f} to {eager[-1]:.4f} eager, {triton[-1]:.4f} '
-                                                      f'triton; largest relative difference')
+                                                      f'triton; largest difference over the first loss')
