@@ -39,7 +39,7 @@ def test_every_budget_holds_its_steps():
         assert all(step.minutes[column] == minutes > 0 for step, minutes in chosen)
     assert {step.name for step, _ in chosen} == {step.name for step in STEPS}
     few = plan(GpuReportSettings(steps=('light-31', 'agreement'), budget=8))
-    assert [(step.name, minutes) for step, minutes in few] == [('versions', .5), ('agreement', 1.5), ('light-31', 2.)]
+    assert [(step.name, minutes) for step, minutes in few] == [('versions', 1.), ('agreement', 1.5), ('light-31', 2.)]
 
 
 @pytest.mark.parametrize('changes,message', [
@@ -150,8 +150,9 @@ if sys.argv[2] == 'light-7':
     start = time.monotonic()
     assert gpu_report.main(settings(tmp_path / 'out')) == 2 and time.monotonic() - start < 10
     rows = {row['step']: row for row in results(tmp_path / 'out', 'checks')}
-    assert {name: row['result'] for name, row in rows.items()} == {
-        'versions': 'done', 'compare': 'stopped at its limit of 1 s', 'light-7': 'ended with exit code -11',
+    # a step has what those before it left: one or two seconds
+    assert {name: re.sub('[12] s$', 'N s', row['result']) for name, row in rows.items()} == {
+        'versions': 'done', 'compare': 'stopped at its limit of N s', 'light-7': 'ended with exit code -11',
         'agreement': 'done'}
     assert rows['compare']['hardware'] == 'NVIDIA X1' and (tmp_path / 'out' / 'checks_x1.csv').exists()
     log = (tmp_path / 'out' / 'gpu_report.log').read_text()

@@ -61,15 +61,17 @@ def main(settings: GpuReportSettings, start: Start = start_step) -> int:
     if settings.collect:
         return collect(Path(settings.collect), output)
     signal.signal(signal.SIGTERM, stop)
-    log, begun, bad = output / 'gpu_report.log', time.monotonic(), 0
+    log, begun, bad, planned = output / 'gpu_report.log', time.monotonic(), 0, 0.
     steps, origin, card = plan(settings), {'hardware': 'unknown'}, 'unknown'
     print(f'{len(steps)} steps, at most {sum(minutes for _, minutes in steps):.1f} minutes; all output: {log}')
     for step, minutes in steps:
         started, before = time.monotonic(), log.stat().st_size if log.exists() else 0
-        ended = start(step, settings, log, 60 * minutes)
+        planned += 60 * minutes
+        limit = planned - (started - begun)  # its own, and what the steps before have left
+        ended = start(step, settings, log, limit)
         seconds = time.monotonic() - started
         text = log.read_bytes()[before:].decode(errors='replace').rstrip().splitlines() if log.exists() else []
-        print(f'{step.name:28s} {ended}, {seconds:.0f} of {60 * minutes:.0f} s')
+        print(f'{step.name:28s} {ended}, {seconds:.0f} of {limit:.0f} s', flush=True)
         if ended != 'done':
             bad += 1
             for line in text[-SHOWN_OF_FAILURE:]:
@@ -79,7 +81,7 @@ def main(settings: GpuReportSettings, start: Start = start_step) -> int:
                 raise ConfigError(f'the first step, which looks at the card, {ended}; see above and {log}.')
             origin = json.loads(text[-1])
             card = card_slug(origin['hardware'])
-        row = dict(step=step.name, check='step', result=ended, value='', limit=f'{60 * minutes:.0f} s', detail='',
+        row = dict(step=step.name, check='step', result=ended, value='', limit=f'{limit:.0f} s', detail='',
                    seconds=round(seconds, 1), **origin)
         merge_rows(output / f'checks_{card}.csv', [row], *KEYS['checks'])
     failed = [row for row in read_rows(output / f'checks_{card}.csv')
