@@ -10,6 +10,8 @@ EXTRAS ?= test,space,transformers
 # the folder that is pushed as a Space, and a run folder of one's own to show there beside the released weights
 SPACE ?= output/space
 RUN ?=
+# minutes of `make gpu`
+BUDGET ?= 25
 # Worker processes of pytest: one a core. A file stays in one process, for its fixtures; files go out in their order,
 # so that the small ones at the end fill the gaps.
 WORKERS ?= logical
@@ -19,7 +21,7 @@ COMPUTING = $(addprefix tests/,test_closeness.py models blocks hub/test_export.p
     evaluating/test_eval_numbers.py extracting/test_extract_values.py predicting/test_explain.py \
     finetuning/test_finetune_run.py) $(filter-out tests/ops/test_kernel%,$(wildcard tests/ops/test_*.py))
 
-.PHONY: help demo test test-all test-plain-cpu conformance test-lowest lint space space-folder clean
+.PHONY: help demo test test-all test-plain-cpu conformance test-lowest lint gpu bundle space space-folder clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -52,6 +54,14 @@ test-lowest:  ## the tests on the lowest versions of the dependencies
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# any CUDA card; ARGS='--steps dynamic-7' picks steps, scripts/gpu_report.py --list shows them
+gpu: $(VENV)/.test  ## check and time everything on a GPU in BUDGET=8, 25 or 60 minutes
+	$(BIN)/python scripts/gpu_report.py --budget $(BUDGET) $(ARGS)
+
+# for a machine without network; WEIGHTS=1 packs the weights, DATA='a.zip b.zip' these files
+bundle: $(VENV)/.test  ## pack code, tests and wheels into output/bundle, with a run line
+	$(BIN)/python scripts/bundle.py $(if $(WEIGHTS),--weights) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 # the page at localhost, from the very folder that is pushed
 space: $(VENV)/.space space-folder  ## the demo app at localhost; RUN=FOLDER adds a model of your own

@@ -1,6 +1,8 @@
 """scripts/benchmark.py ops and scaling: what they measure, write and refuse, and the formulas behind the figures."""
 import csv
 import json
+import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import benchmark
 from coatnet_train.benchmarks import models as benchmark_models
 from coatnet_train.benchmarks import ops as benchmark_ops
 from coatnet_train.benchmarks import scaling as benchmark_scaling
+from coatnet_train.benchmarks import timing
 from coatnet_train.benchmarks.config import ModelPairSettings, OpsSettings, ScalingSettings
 from coatnet_train.benchmarks.ops import Ceilings, Row
 from coatnet_train.runtime.cli import ConfigError
@@ -52,7 +55,8 @@ def test_every_cell_of_ops_is_written_and_stands_alone(tmp_path, capsys):
                 float(cell['ms']) / float(yardstick['ms']), rel=1e-3)
             assert float(cell['bandwidth_gb_per_s']) > 0 and 'measured' in cell['peak_source']
     printed = capsys.readouterr().out
-    assert 'dynamic 3x3, 5x5x32, forward + backward' in printed and 'G multiply-adds/s in float32 (measured' in printed
+    assert 'dynamic 3x3, 5x5x32, forward + backward' in printed
+    assert 'G multiply-adds/s (measured: a product of 2048' in printed
     assert 'over that of F.conv2d' not in printed
 
 
@@ -89,21 +93,73 @@ def test_rows_and_cells_that_are_not_measured():
     rows = benchmark_ops.rows_of(OpsSettings(batch_size=2))
     assert len(rows) == 4 * 2 * (4 + 2)  # shapes, passes, kernels of LightConv and of DynamicConv
     assert {row.kernel for row in rows if row.op == 'dynamic'} == {3, 7}
-    large = Row('light', 56, 96, 31, 'forward')
-    assert benchmark_ops.can_run(large, 'conv2d', ops_settings(dtype='bfloat16'))
-    assert not benchmark_ops.can_run(large, 'triton', ops_settings())
+    assert benchmark_ops.can_run('conv2d', ops_settings(dtype='bfloat16'))
+    assert not benchmark_ops.can_run('triton', ops_settings())
 
 
-def test_peak_rate_of_a_gpu_is_the_datasheets(monkeypatch):
-    """With the figures of an H100, and the CPU in its place for the copy."""
-    chip = SimpleNamespace(major=9, minor=0, multi_processor_count=132, clock_rate=1_980_000)
-    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda: chip)
-    monkeypatch.setattr(torch, 'ones', lambda *shape, device: torch.empty(shape, device='meta'))
+def test_ceilings_of_a_gpu_are_measured_in_the_dtype_of_the_rows(monkeypatch):
+    """With the CPU in the GPU's place: a copy of 1 GiB and a product of bfloat16 matrices, on random numbers."""
+    made = []
+
+    def draw(*shape, device, dtype=torch.float32):
+        made.append((shape, device, dtype))
+        return torch.empty(shape, dtype=dtype, device='meta')
+
+    monkeypatch.setattr(torch, 'rand', draw)
+    monkeypatch.setattr(torch, 'randn', draw)
     monkeypatch.setattr(benchmark_ops, 'fastest', lambda call, settings: 1e-3)
-    ceilings = benchmark_ops.measure_ceilings(ops_settings(device='cuda'))
-    assert ceilings.bandwidth == 2 * 2**30 / 1e-3
-    assert 2 * ceilings.multiply_adds == pytest.approx(66.9e12, rel=1e-3)  # FLOP/s in float32
-    assert ceilings.source == 'datasheet figure: 132 SMs x 128 lanes x 1.98 GHz'
+    ceilings = benchmark_ops.measure_ceilings(ops_settings(device='cuda', dtype='bfloat16'))
+    assert made == [((2**28,), 'cuda', torch.float32), ((8192, 8192), 'cuda', torch.bfloat16)]
+    assert ceilings.bandwidth == 2 * 2**30 / 1e-3 and ceilings.multiply_adds == 8192**3 / 1e-3
+    assert ceilings.source == 'measured: a product of 8192 x 8192 matrices in bfloat16'
+
+
+def test_calls_of_a_gpu_take_enough_inputs_in_turn_to_pass_its_cache(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda: SimpleNamespace(L2_cache_size=60 * 2**20))
+    assert [timing.default_input_sets(nbytes, 'cuda') for nbytes in (400 * 2**20, 50 * 2**20, 1)] == [3, 5, 16]
+    assert timing.default_input_sets(1, 'cpu') == 1
+
+
+def test_a_gpu_replays_captured_calls_whose_outputs_live_side_by_side(monkeypatch):
+    """torch.cuda by stand-ins: the graph is what ran while it was captured."""
+    log, current = [], SimpleNamespace(wait_stream=lambda stream: None)
+    graph = SimpleNamespace(replay=lambda: log.append('replayed'))
+    for name, value in dict(
+            Stream=lambda: current, current_stream=lambda: current, stream=lambda stream: nullcontext(),
+            CUDAGraph=lambda: graph, graph=lambda captured: nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    alive = weakref.WeakSet()
+
+    def call() -> torch.Tensor:
+        out = torch.empty(1)
+        alive.add(out)
+        log.append(len(alive))
+        return out
+
+    timing.replay([call, call, call], 'cuda')()
+    assert log == [1, 1, 1, 1, 2, 3, 'replayed'] and len(alive) == 0
+
+
+def test_kernels_are_forced_by_name_and_what_cannot_run_is_named(monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise ValueError('they take float16 or bfloat16')
+
+    monkeypatch.setattr(benchmark_ops, 'can_run', lambda backend, settings: True)
+    seen = []
+    for op in ('lightconv2d', 'dynamicconv2d'):
+        module = pytest.importorskip(f'coatnet_zoo.ops.{op}.kernels')
+        monkeypatch.setattr(module, f'{op}_triton', lambda *args, kernels, op=op, **kwargs: (
+            seen.append((op, kernels)), refuse())[0] if kernels == 'band' else torch.zeros(1))
+    cells = benchmark_ops.main(ops_settings(backends=('direct', 'band', 'conv2d'), passes=('forward',), rounds=1))
+    assert seen == [('lightconv2d', 'band'), ('dynamicconv2d', 'band')]
+    measured = {cell['backend']: cell['ms'] != 'not measured' for cell in cells}
+    assert measured == {'direct': True, 'band': False, 'conv2d': True}
+    assert 'dynamic 3x3, 5x5x32, forward: band is not measured: they take float16' in capsys.readouterr().out
+
+
+def test_several_input_sets_are_one_measurement(known_ceilings):
+    cells = benchmark_ops.main(ops_settings(op='light', passes=('forward',), backends=('eager', 'naive'), input_sets=3))
+    assert [(cell['input_sets'], cell['timer']) for cell in cells] == [(3, 'wall clock'), (1, 'wall clock')]
 
 
 @pytest.mark.parametrize('changes,message', [

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import timm
 
-from coatnet_train.report import accuracy, models, speed, weights
+from coatnet_train.benchmarks.rows import write_rows
+from coatnet_train.report import accuracy, gpu, models, speed, weights
 from coatnet_train.report.documents import render
 from coatnet_train.report.tables import table
 
@@ -162,15 +163,68 @@ def test_weight_init_has_a_column_for_each_learning_rate(tmp_path):
 
 def test_operators_have_a_table_for_each_gpu(tmp_path):
     (tmp_path / 'results').mkdir()
-    assert 'not measured' in speed.ops_gpu(tmp_path) and 'not measured' in speed.ops(tmp_path)
-    header = 'op,side,channels,kernel,passes,batch_size,dtype,device,threads,backend,ms,ratio_to_conv2d,hardware,torch'
+    assert 'not measured' in gpu.ops_gpu(tmp_path) and 'not measured' in speed.ops(tmp_path)
+    header = ('op,side,channels,kernel,passes,batch_size,dtype,device,threads,backend,ms,ratio_to_conv2d,'
+              'percent_of_floor,hardware,torch')
     for card in ('a', 'b'):
         (tmp_path / 'results' / f'ops_{card}.csv').write_text('\n'.join((header, *(
-            f'light,14,8,{kernel},forward,2,bfloat16,cuda,1,{backend},{ms},{ms},card {card},2.11'
+            f'light,14,8,{kernel},forward,2,bfloat16,cuda,1,{backend},{ms},{ms},7.4,card {card},2.11'
             for kernel in (3, 7) for backend, ms in (('conv2d', 1.0), ('triton', 1.504))))))
-    text = speed.ops_gpu(tmp_path)
-    assert text.count('| light | 14 x 14 x 8 | forward | 1.00 | 1.50 |') == 2
+    text = gpu.ops_gpu(tmp_path)
+    assert text.count('| light 7 x 7 | 14 x 14 x 8 | forward | 1.00 | 1.50 | 7 |') == 2
     assert 'card a, batch 2, bfloat16' in text and 'card b, batch 2, bfloat16' in text
+    assert text.count('wall clock, launches included') == 2
+
+
+def write_card(root: Path, hardware: str) -> None:
+    """Rows of a card on which everything but one target is met: forward at 14 x 14 x 384."""
+    (root / 'results').mkdir(exist_ok=True)
+    ops = []
+    for op, kernel, side, channels in (
+            ('dynamic', 7, 56, 96), ('dynamic', 7, 14, 384), *(('light', kernel, 56, 96) for kernel in (7, 13, 31))):
+        for passes in ('forward', 'forward_backward'):
+            image = 2 * 128 * channels * side**2 / 2**20
+            tensors = (5 * image) * (2 if passes == 'forward_backward' else 1)  # the operand is three images
+            for backend, ms in (('eager', 40), ('compiled', 30), ('triton', 10 if passes == 'forward_backward' else 2),
+                                ('conv2d', 20), ('band', 'not measured')):
+                ops.append(dict(
+                    op=op, side=side, channels=channels, kernel=kernel, passes=passes, batch_size=128, dtype='bfloat16',
+                    device='cuda', threads=1, backend=backend, timer='CUDA graph', ms=ms,
+                    ratio_to_conv2d=ms / 20 if isinstance(ms, int) else ms, percent_of_floor=70 if side == 56 else 44,
+                    bytes_ms=1.4 if passes == 'forward' else 4.4, multiply_adds_ms=.1,
+                    # on top of the inputs forward: the output; both: the output, two gradients and a tenth too much
+                    peak_mib=image * (1 if passes == 'forward' else 5.99), tensors_mib=tensors, hardware=hardware,
+                    torch='2.11'))
+    write_rows(root / 'results' / 'ops_x.csv', ops)
+    write_rows(root / 'results' / 'models_x.csv', [
+        dict(model=model, mode=mode, form='eager', precision='bfloat16 autocast', batch_size=128, img_size=224,
+             device='cuda', images_per_second=speed, peak_mib=5000.4, hardware=hardware, torch='2.11')
+        for mode in ('inference', 'training') for model, speed in (
+            ('coatnet_0', 1500), ('coatnet_0_224', 1000), ('lightconvnet_tiny', 1000), ('convnext_tiny', 1000))])
+    write_rows(root / 'results' / 'checks_x.csv', [
+        dict(step=step, check=check, result=result, value='0.1', limit='0.01', detail='why', hardware=hardware,
+             torch='2.11') for step, check, result in (
+            ('compare', 'a', 'passed'), ('compare', 'b', 'failed'), ('compare', 'step', 'done'),
+            ('light-31', 'step', 'stopped at its limit of 90 s'))])
+
+
+def test_targets_stand_beside_what_a_card_reaches(tmp_path):
+    (tmp_path / 'results').mkdir()
+    empty = gpu.gpu_targets(tmp_path)
+    assert empty.count('| not measured |') == len(gpu.TARGETS) == 13 and '| at most 1.1 |' in empty
+    assert gpu.models_gpu(tmp_path) == 'Models on a GPU: not measured.'
+    assert gpu.gpu_checks(tmp_path) == 'Steps of `make gpu`: not run.'
+    write_card(tmp_path, 'card x')
+    rows = [line.split(' | ')[1:] for line in gpu.gpu_targets(tmp_path).splitlines()[2:15]]
+    assert [value.removesuffix(' |') for _, value in rows] == [
+        '70.00, met', '44.00, missed', '37.50, met', '37.50, met', '3.00, met', *['2.00, met'] * 3, '1.10, met',
+        '1.50, met', '1.50, met', '1.00, met', '1.00, met']
+    assert '| `coatnet_0` | training | eager | 1500 | 5000 |' in gpu.models_gpu(tmp_path)
+    checks = gpu.gpu_checks(tmp_path)
+    assert '| `compare` | done | 1 | 1 | 0 |' in checks and '- `compare`: b: 0.1, at most 0.01; why' in checks
+    assert '| `light-31` | stopped at its limit of 90 s | 0 | 0 | 0 |' in checks
+    assert ('| dynamic 7 x 7 | 56 x 56 x 96 | forward | 20.00 | 2.00 | 1.50 | 0.10 | not measured | 70 |'
+            in gpu.ops_gpu(tmp_path))
 
 
 def test_columns_with_figures_are_aligned_to_the_right():

@@ -7,14 +7,16 @@ from typing import Any, Literal
 from coatnet_train.runtime.cli import ConfigError, flag
 
 __all__ = [
-    'Backend', 'DistillationSettings', 'InferenceFormSettings', 'LoaderSettings', 'ModelPairSettings', 'OpsSettings',
-    'Pass', 'ScalingSettings', 'check_benchmark', 'check_distillation', 'check_inference_form', 'check_ops',
-    'check_scaling']
+    'FORCED', 'Backend', 'DistillationSettings', 'InferenceFormSettings', 'LoaderSettings', 'ModelPairSettings',
+    'OpsSettings', 'Pass', 'ScalingSettings', 'check_benchmark', 'check_distillation', 'check_inference_form',
+    'check_ops', 'check_scaling']
 
 HEAD_DIM = 32  # channels that share a kernel
 MAX_DYNAMIC_KERNEL = 7  # side of the largest kernel that is predicted at every position
 
-Backend = Literal['naive', 'eager', 'compiled', 'triton', 'conv2d']
+# 'triton' takes the kernels that its own rule chooses, each of FORCED those by that name, where they can run
+FORCED = ('direct', 'band')
+Backend = Literal['naive', 'eager', 'compiled', 'triton', 'direct', 'band', 'conv2d']
 Pass = Literal['forward', 'forward_backward']
 
 
@@ -51,12 +53,14 @@ class OpsSettings:
 
     A row is an operator, a shape, a kernel and a pass. Its backends take turns, a window of at least --window
     seconds each, and the median window counts; only naive, the definition, has a single window. The yardstick is
-    `conv2d`: F.conv2d, depthwise, with a weight of its own for every channel, in channels_last.
+    `conv2d`: F.conv2d, depthwise, with a weight of its own for every channel, in channels_last. `triton` takes the
+    kernels that its own rule chooses; `direct` and `band` force one set of them.
 
     The floor is the longer of two times: every tensor read or written once at the speed of a large copy, and one
-    multiply-add for each tap inside the map (forward; three times as many with backward) at the peak rate in
-    float32. More than 100 % of it is possible where tensors stay in a cache. On a GPU the time of small calls is
-    that of launching them.
+    multiply-add for each tap inside the map (forward; three times as many with backward) at the rate of a large matrix
+    product, in float32 on a CPU and in --dtype on a GPU. Both are measured first. More than 100 % of it is possible
+    where tensors stay in a cache. On a GPU the calls are replayed as a CUDA graph, which leaves the time of launching
+    them out, over so many sets of inputs that no cache holds them.
     """
 
     op: Literal['light', 'dynamic', 'both'] = 'both'  # The operators to time.
@@ -71,6 +75,7 @@ class OpsSettings:
     rounds: int = 5  # Windows of each backend; the median counts.
     window: float = 0.5  # Least seconds a window lasts.
     seed: int = 0  # Of the tensors.
+    input_sets: int | None = None  # Sets of inputs that calls take in turn; None: 1 on a CPU, 3 or more on a GPU.
     results_file: str = ''  # CSV to write, with hardware and versions in every row.
 
 
@@ -202,7 +207,7 @@ def check_distillation(settings: DistillationSettings) -> None:
 
 def check_ops(settings: OpsSettings) -> None:
     """Raise ConfigError for operators, shapes or kernels that cannot be timed."""
-    check_benchmark(settings, ('batch_size', 'threads', 'rounds', 'window'))
+    check_benchmark(settings, ('batch_size', 'threads', 'rounds', 'window', 'input_sets'))
     for name in ('shapes', 'kernels', 'passes', 'backends'):
         if not getattr(settings, name):
             raise ConfigError(f'--{name} must name one or more, got none.')

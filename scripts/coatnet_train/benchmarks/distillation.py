@@ -14,7 +14,8 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from coatnet_train.benchmarks.config import DistillationSettings, check_distillation
-from coatnet_train.benchmarks.models import check_machine, synchronize
+from coatnet_train.benchmarks.models import check_machine
+from coatnet_train.benchmarks.timing import synchronize
 from coatnet_train.runtime.accelerator import create_accelerator
 from coatnet_train.runtime.files import write_json
 from coatnet_train.runtime.progress import progress_bar

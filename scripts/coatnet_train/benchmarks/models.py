@@ -1,7 +1,6 @@
 """Two models timed side by side; the functions that build and time one are those of every benchmark."""
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,9 @@ from timm.models import resolve_model_input_args
 from timm.utils import reparameterize_model
 
 import coatnet_zoo  # noqa: F401  registers the zoo's names with timm
+from coatnet_train.benchmarks import timing
 from coatnet_train.benchmarks.config import ModelPairSettings, check_benchmark
+from coatnet_train.benchmarks.timing import synchronize
 from coatnet_train.runtime.accelerator import warn_if_emulated
 from coatnet_train.runtime.cli import ConfigError, parse_argument
 from coatnet_train.runtime.files import write_json
@@ -49,19 +50,9 @@ def build(settings: ModelPairSettings, name: str, kwargs: tuple[str, ...], mode:
     return train if mode == 'training' else infer
 
 
-def synchronize(device: str) -> None:
-    if device != 'cpu':
-        torch.cuda.synchronize()
-
-
 def measure_window(step: Callable[[], None], settings: ModelPairSettings) -> float:
     """Images per second over a window."""
-    steps, start = 0, time.perf_counter()
-    while steps == 0 or time.perf_counter() - start < settings.window:
-        step()
-        synchronize(settings.device)
-        steps += 1
-    return steps * settings.batch_size / (time.perf_counter() - start)
+    return settings.batch_size / timing.measure_window(step, settings.window, settings.device)
 
 
 def status_field(name: str) -> float:

@@ -1,8 +1,5 @@
 """LightConv and DynamicConv timed over the shapes of the stages, beside the floor that the machine allows."""
-import csv
-import io
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,14 +13,30 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from coatnet_train.benchmarks.config import HEAD_DIM, MAX_DYNAMIC_KERNEL, Backend, OpsSettings, Pass, check_ops
-from coatnet_train.benchmarks.models import check_machine, synchronize
-from coatnet_train.runtime.files import write_file
+from coatnet_train.benchmarks.config import (
+    FORCED,
+    HEAD_DIM,
+    MAX_DYNAMIC_KERNEL,
+    Backend,
+    OpsSettings,
+    Pass,
+    check_ops,
+)
+from coatnet_train.benchmarks.models import check_machine
+from coatnet_train.benchmarks.rows import NOT_MEASURED, write_rows
+from coatnet_train.benchmarks.timing import (
+    GRAPH,
+    WALL_CLOCK,
+    default_input_sets,
+    measure_window,
+    peak_memory,
+    replay,
+)
+from coatnet_train.runtime.cli import one_line
 from coatnet_train.runtime.progress import progress_bar
 from coatnet_train.runtime.provenance import provenance
 from coatnet_zoo.ops import dynamicconv2d, lightconv2d
-
-NOT_MEASURED = 'not measured'
+from coatnet_zoo.ops.dispatch import INTERPRETED
 
 
 class Row(NamedTuple):
@@ -50,26 +63,22 @@ def rows_of(settings: OpsSettings) -> list[Row]:
 class Ceilings(NamedTuple):
     """What the machine can do at most."""
     bandwidth: float  # bytes read or written a second
-    multiply_adds: float  # a second, in float32
+    multiply_adds: float  # a second
     source: str  # where `multiply_adds` comes from
 
 
 def measure_ceilings(settings: OpsSettings) -> Ceilings:
-    """Both by the fastest of the windows: a busy moment must not lower a ceiling."""
-    megabytes = 256 if settings.device == 'cpu' else 1024  # far more than any cache holds
-    source = torch.ones(megabytes * 2**18, device=settings.device)
+    """Both on random numbers, by the fastest of the windows: a busy moment must not lower a ceiling."""
+    on_cpu = settings.device == 'cpu'
+    megabytes = 256 if on_cpu else 1024  # far more than any cache holds
+    source = torch.rand(megabytes * 2**18, device=settings.device)
     copy = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / fastest(lambda: copy.copy_(source), settings)
-    properties = torch.cuda.get_device_properties() if settings.device != 'cpu' else None
-    if clock := getattr(properties, 'clock_rate', 0):  # kHz
-        lanes = 128 if (properties.major, properties.minor) >= (8, 6) else 64
-        units = properties.multi_processor_count
-        return Ceilings(bandwidth, units * lanes * clock * 1e3,
-                        f'datasheet figure: {units} SMs x {lanes} lanes x {clock / 1e6:.2f} GHz')
-    n = 2048
-    matrix, product = (torch.ones(n, n, device=settings.device) for _ in range(2))
+    n, dtype = (2048, 'float32') if on_cpu else (8192, settings.dtype)
+    matrix = torch.randn(n, n, device=settings.device, dtype=getattr(torch, dtype))
+    product = torch.empty_like(matrix)
     seconds = fastest(lambda: torch.mm(matrix, matrix, out=product), settings)
-    return Ceilings(bandwidth, n**3 / seconds, f'measured: a product of {n} x {n} matrices')
+    return Ceilings(bandwidth, n**3 / seconds, f'measured: a product of {n} x {n} matrices in {dtype}')
 
 
 def fastest(call: Callable[[], object], settings: OpsSettings) -> float:
@@ -77,21 +86,9 @@ def fastest(call: Callable[[], object], settings: OpsSettings) -> float:
     return min(measure_window(call, settings.window, settings.device) for _ in range(settings.rounds))
 
 
-def measure_window(call: Callable[[], object], window: float, device: str) -> float:
-    """Seconds a call takes over a window of at least one."""
-    calls, batch, start = 0, 1, time.perf_counter()
-    while calls == 0 or time.perf_counter() - start < window:
-        for _ in range(batch):
-            call()
-        synchronize(device)
-        calls += batch
-        # a GPU is waited for only now and then, so that the next call is in its queue before one ends
-        batch = 1 if device == 'cpu' else min(2 * batch, 64)
-    return (time.perf_counter() - start) / calls
-
-
-def can_run(row: Row, backend: Backend, settings: OpsSettings) -> bool:
-    return backend != 'triton' or (settings.device != 'cpu' and find_spec('triton') is not None)
+def can_run(backend: Backend, settings: OpsSettings) -> bool:
+    return backend not in ('triton', *FORCED) or (
+        find_spec('triton') is not None and (settings.device != 'cpu' or INTERPRETED))
 
 
 def operand_shape(row: Row, backend: Backend, batch: int) -> tuple[int, ...]:
@@ -106,17 +103,28 @@ def function_of(row: Row, backend: Backend) -> Callable[[torch.Tensor, torch.Ten
     """(x, operand) -> out."""
     if backend == 'conv2d':
         return lambda x, weight: F.conv2d(x, weight, padding=row.kernel // 2, groups=row.channels)
+    kernel_size = row.kernel, row.kernel
+    if backend in FORCED:
+        rest = {'bias': None, 'normalize': 'softmax', 'dropconnect': 0., 'seed': None, 'kernels': backend}
+        if row.op == 'light':
+            from coatnet_zoo.ops.lightconv2d.kernels import lightconv2d_triton  # needs triton
+            return partial(lightconv2d_triton, **rest)
+        from coatnet_zoo.ops.dynamicconv2d.kernels import dynamicconv2d_triton
+        return partial(dynamicconv2d_triton, kernel_size=kernel_size, **rest)
     function = lightconv2d if row.op == 'light' else dynamicconv2d
-    fixed = {} if row.op == 'light' else {'kernel_size': (row.kernel, row.kernel)}
+    fixed = {} if row.op == 'light' else {'kernel_size': kernel_size}
     if backend == 'compiled':
         return partial(torch.compile(function, fullgraph=True), backend='eager', **fixed)
     return partial(function, backend=backend, **fixed)
 
 
-def build(row: Row, backend: Backend, settings: OpsSettings) -> Callable[[], object]:
-    """Return a function that makes one call."""
-    torch.manual_seed(settings.seed)
-    function, like = function_of(row, backend), dict(dtype=getattr(torch, settings.dtype), device=settings.device)
+Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def build(row: Row, backend: Backend, settings: OpsSettings, function: Function, number: int) -> Callable[[], object]:
+    """Return a function that makes one call with inputs of its own, those of this number."""
+    torch.manual_seed(settings.seed + number)
+    like = dict(dtype=getattr(torch, settings.dtype), device=settings.device)
     x = torch.randn(settings.batch_size, row.channels, row.side, row.side, **like).contiguous(
         memory_format=torch.channels_last)
     operand = torch.randn(operand_shape(row, backend, settings.batch_size), **like)
@@ -129,16 +137,30 @@ def build(row: Row, backend: Backend, settings: OpsSettings) -> Callable[[], obj
     return lambda: torch.autograd.grad(function(*inputs), inputs, grad_out)
 
 
-def peak_memory(call: Callable[[], object], device: str) -> float | str:
-    """MiB that a call allocates at its peak on top of its inputs, on a GPU."""
-    if device == 'cpu':
-        return NOT_MEASURED
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    synchronize(device)
-    return rounded((torch.cuda.max_memory_allocated() - before) / 2**20)
+class Timed(NamedTuple):
+    """One backend, ready to be timed: makes `sets` calls in turn, each of which allocates `peak_mib` at its peak."""
+    call: Callable[[], object]
+    sets: int
+    peak_mib: float | str
+
+
+def prepare(row: Row, backend: Backend, settings: OpsSettings, ceilings: Ceilings) -> Timed | None:
+    """Compile and capture the calls of a backend; None where it cannot run, and a line says why."""
+    if not can_run(backend, settings):
+        return None
+    nbytes = floor(row, backend, settings, ceilings)['bytes']
+    # naive takes one set: its intermediate tensors are far larger than its inputs
+    sets = 1 if backend == 'naive' else settings.input_sets or default_input_sets(nbytes, settings.device)
+    try:
+        function = function_of(row, backend)
+        calls = [build(row, backend, settings, function, number) for number in range(sets)]
+        if settings.device != 'cpu':
+            calls[0]()  # compiles, which is no part of the peak
+        peak = peak_memory(calls[0], settings.device)
+        return Timed(replay(calls, settings.device), sets, NOT_MEASURED if peak is None else rounded(peak))
+    except (RuntimeError, ValueError) as error:  # out of memory, or kernels that do not take such a call
+        tqdm.write(f'{row}: {backend} is not measured: {one_line(error)}')
+        return None
 
 
 def rounded(value: float) -> float:
@@ -169,16 +191,14 @@ def floor(row: Row, backend: Backend, settings: OpsSettings, ceilings: Ceilings)
 def measure(row: Row, settings: OpsSettings, ceilings: Ceilings, bar: tqdm) -> list[dict]:
     """The cells of a row, a dictionary for each backend."""
     torch._dynamo.reset()  # each shape compiles anew, and none counts towards the limit of recompilations
-    calls = {name: build(row, name, settings) for name in settings.backends if can_run(row, name, settings)}
-    memory = {}
-    for backend, call in calls.items():
-        call()  # compiles
-        memory[backend] = peak_memory(call, settings.device)
-    windows: dict[str, list[float]] = {backend: [] for backend in calls}
+    prepared = {name: prepare(row, name, settings, ceilings) for name in settings.backends}
+    found = {name: timed for name, timed in prepared.items() if timed is not None}
+    windows: dict[str, list[float]] = {backend: [] for backend in found}
     for index in range(settings.rounds):
-        for backend in sorted(calls, reverse=bool(index % 2)):  # none always comes after the same other
+        for backend in sorted(found, reverse=bool(index % 2)):  # none always comes after the same other
             if index == 0 or backend != 'naive':
-                windows[backend].append(measure_window(calls[backend], settings.window, settings.device))
+                seconds = measure_window(found[backend].call, settings.window, settings.device)
+                windows[backend].append(seconds / found[backend].sets)
         bar.update()
     times = {backend: statistics.median(seconds) * 1e3 for backend, seconds in windows.items()}
     cells = []
@@ -188,10 +208,12 @@ def measure(row: Row, settings: OpsSettings, ceilings: Ceilings, bar: tqdm) -> l
         cells.append(dict(
             **row._asdict(), heads=row.channels // HEAD_DIM, batch_size=settings.batch_size, dtype=settings.dtype,
             device=settings.device, threads=settings.threads, backend=backend,
+            timer=WALL_CLOCK if settings.device == 'cpu' else GRAPH,
+            input_sets=found[backend].sets if backend in found else NOT_MEASURED,
             ms=rounded(ms) if ms else NOT_MEASURED,
             ratio_to_conv2d=rounded(ms / yardstick) if ms and yardstick else NOT_MEASURED,
             percent_of_floor=rounded(100 * limits['floor_ms'] / ms) if ms else NOT_MEASURED,
-            peak_mib=memory.get(backend, NOT_MEASURED), **limits,
+            peak_mib=found[backend].peak_mib if backend in found else NOT_MEASURED, **limits,
             bandwidth_gb_per_s=rounded(ceilings.bandwidth / 1e9),
             peak_g_multiply_adds_per_s=rounded(ceilings.multiply_adds / 1e9), peak_source=ceilings.source))
     return cells
@@ -211,21 +233,17 @@ def render(row: Row, cells: list[dict]) -> str:
     return '\n'.join(lines)
 
 
-def write_table(path: Path, table: list[dict], origin: dict[str, str]) -> None:
-    """Write the CSV, in which every line says where it comes from."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*table[0], *origin], lineterminator='\n')
-    writer.writeheader()
-    writer.writerows({**cell, **origin} for cell in table)
-    write_file(path, lambda temporary: temporary.write_text(text.getvalue(), encoding='utf-8'))
-
-
 def triton_version() -> str:
     return import_module('triton').__version__ if find_spec('triton') else 'not installed'
 
 
-def main(settings: OpsSettings) -> list[dict]:
-    """Measure and print row by row, and return the table, a dictionary for each row and backend."""
+def main(settings: OpsSettings, store: Callable[[list[dict]], object] | None = None) -> list[dict]:
+    """Measure and print row by row, and return the table, a dictionary for each row and backend.
+
+    Args:
+        settings: Rows and backends to time.
+        store: Gets the cells of each row, with their origin, as soon as they are there, beside --results-file.
+    """
     check_ops(settings)
     check_machine(settings.device, amp=settings.dtype == 'bfloat16')
     if settings.batch_size is None:
@@ -236,15 +254,17 @@ def main(settings: OpsSettings) -> list[dict]:
     ceilings = measure_ceilings(settings)
     print(f'{origin["hardware"]}, batch {settings.batch_size}, {settings.dtype}')
     print(f'at most {ceilings.bandwidth / 1e9:.1f} GB/s (measured: a copy) and {ceilings.multiply_adds / 1e9:.1f} G '
-          f'multiply-adds/s in float32 ({ceilings.source})')
+          f'multiply-adds/s ({ceilings.source})')
     table: list[dict] = []
     with progress_bar(total=len(rows) * settings.rounds, unit='round', desc='benchmark ops') as bar:
         for row in rows:
             cells = measure(row, settings, ceilings, bar)
             tqdm.write(render(row, cells))
-            table += cells
+            table += [cell | origin for cell in cells]
+            if store is not None:
+                store(table[-len(cells):])
             if settings.results_file:  # after each row: a run that is stopped leaves what it has measured
-                write_table(Path(settings.results_file), table, origin)
+                write_rows(Path(settings.results_file), table)
     target = dict(op='dynamic', side=28, channels=192, kernel=7, backend='compiled')  # is to stay within 3.00
     ratios = {cell['passes']: cell['ratio_to_conv2d'] for cell in table if target.items() <= cell.items()}
     if ratios:

@@ -3,7 +3,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from coatnet_train.report import accuracy, models, speed, weights
+from coatnet_train.report import accuracy, gpu, models, speed, weights
 from coatnet_train.runtime.files import write_file
 
 __all__ = ['SECTIONS', 'documents', 'render', 'update']
@@ -15,8 +15,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
         models.choices, models.models,
         accuracy.transfer, accuracy.small_data, accuracy.robustness, accuracy.ablation, accuracy.weight_init,
         accuracy.training, accuracy.demo,
-        speed.speed, speed.inference_form, speed.scaling, speed.ops, speed.ops_gpu, speed.kernel_budgets, speed.loader,
-        speed.budget)}
+        speed.speed, speed.inference_form, speed.scaling, speed.ops, speed.kernel_budgets, speed.loader, speed.budget,
+        gpu.ops_gpu, gpu.models_gpu, gpu.gpu_targets, gpu.gpu_checks)}
 
 
 def documents(root: Path) -> list[Path]:

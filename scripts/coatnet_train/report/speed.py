@@ -3,7 +3,7 @@ from pathlib import Path
 
 from coatnet_train.report.tables import NOT_MEASURED, read_csv, read_json, table, threads_of
 
-__all__ = ['budget', 'inference_form', 'kernel_budgets', 'loader', 'ops', 'ops_gpu', 'scaling', 'speed']
+__all__ = ['budget', 'inference_form', 'kernel_budgets', 'loader', 'ops', 'scaling', 'speed']
 
 # epochs and images of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and of its 21k set
 PAPER_RUNS = {'ImageNet-1k, 300 epochs': (300, 1_281_167), 'ImageNet-21k, 90 epochs': (90, 14_197_122)}
@@ -67,12 +67,6 @@ def ops(root: Path) -> str:
     """The 7 x 7 operators on a CPU beside a depthwise convolution of the same shape."""
     file = root / 'results' / 'ops_cpu.csv'
     return _ops_table(file, ('eager', 'compiled')) if file.exists() else 'Speed of the operators: not measured.'
-
-
-def ops_gpu(root: Path) -> str:
-    """The same on every GPU that there is a file of."""
-    files = sorted(file for file in (root / 'results').glob('ops_*.csv') if file.stem != 'ops_cpu')
-    return '\n\n'.join(_ops_table(file, ('triton',)) for file in files) or 'The operators on a GPU: not measured.'
 
 
 def _ops_table(file: Path, backends: tuple[str, ...]) -> str:

@@ -34,6 +34,8 @@ def commit() -> str:
 
     if bundled := os.environ.get('COATNET_ZOO_COMMIT'):  # a copy of the code without its history
         return bundled
+    if (written := root / 'COMMIT').is_file():  # by bundle.py; git would answer for a checkout around the copy
+        return written.read_text(encoding='utf-8').strip()
     if shutil.which('git') is None:
         return 'not in a checkout'
     changed = git('status', '--porcelain', '--untracked-files=no', '--', 'coatnet_zoo', 'scripts')

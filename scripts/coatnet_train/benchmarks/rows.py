@@ -1,0 +1,60 @@
+"""Results files that grow row by row and over several runs: a new row replaces the one with its key, and no other."""
+import csv
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from coatnet_train.runtime.files import write_file
+
+__all__ = ['KEYS', 'NOT_MEASURED', 'card_slug', 'merge_rows', 'read_rows', 'write_rows']
+
+NOT_MEASURED = 'not measured'
+KEYS = {  # by kind of file, KIND_<card>.csv: columns that say what a row measures, and the column of its figure
+    'ops': (('hardware', 'op', 'side', 'channels', 'kernel', 'passes', 'batch_size', 'dtype', 'backend', 'timer'),
+            'ms'),
+    'models': (('hardware', 'model', 'mode', 'form', 'precision', 'batch_size', 'img_size'), 'images_per_second'),
+    'checks': (('hardware', 'step', 'check'), 'result')}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline='', encoding='utf-8') as lines:
+        return list(csv.DictReader(lines))
+
+
+def write_rows(path: Path, rows: Sequence[dict]) -> None:
+    """Write a CSV file with all columns that any row has."""
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, columns, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, lambda temporary: temporary.write_text(text.getvalue(), encoding='utf-8'))
+
+
+def merge_rows(path: Path, rows: Sequence[dict], key: Sequence[str], value: str) -> None:
+    """Add rows to a file, each in place of the one with the same `key`.
+
+    Args:
+        path: CSV file, made if there is none.
+        rows: New rows.
+        key: Columns that say what was measured; a column that an older row lacks counts as empty.
+        value: Column with the figure: "not measured" there never replaces one that was measured.
+    """
+    def key_of(row: dict) -> tuple[str, ...]:
+        return tuple(str(row.get(name) or '') for name in key)
+
+    merged: dict[tuple[str, ...], dict] = {key_of(row): row for row in read_rows(path)}
+    for row in rows:
+        earlier = merged.get(key_of(row))
+        if earlier is None or row[value] != NOT_MEASURED or earlier[value] == NOT_MEASURED:
+            merged[key_of(row)] = row
+    write_rows(path, list(merged.values()))
+
+
+def card_slug(hardware: str) -> str:
+    """Part of a file's name that stands for a card: 'NVIDIA H200' is h200."""
+    return re.sub('[^a-z0-9]+', '_', hardware.lower().replace('nvidia', '')).strip('_') or 'unknown'

@@ -1,0 +1,158 @@
+"""scripts/gpu_visit.py: the command of every run, visits that end in the middle of one, the transfer of their state."""
+import csv
+import json
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from coatnet_train.experiments import gpu_visit
+from coatnet_train.experiments.gpu_runs import PEERS, RUNS, SMALL, VisitSettings, check_visit, flags_of
+from coatnet_train.runtime.cli import ConfigError
+from coatnet_train.runtime.parts import join_parts, write_parts
+from coatnet_train.training import config, teach_config
+
+CHECKS = {'finetune.py': (config.read_settings, config.check_values),
+          'teach.py': (teach_config.read_settings, teach_config.check_values)}
+
+
+def settings(folder: Path, **changes) -> VisitSettings:
+    return VisitSettings(**{'data': str(folder / 'data'), 'output': str(folder / 'runs'), **changes})
+
+
+@pytest.mark.parametrize('tiny', [False, True])
+@pytest.mark.parametrize('run', RUNS, ids=lambda run: run.name)
+def test_every_command_line_is_one(tmp_path, run, tiny):
+    read, check = CHECKS[run.script]
+    found = read(flags_of(run, settings(tmp_path / 'a b', tiny=tiny)))
+    check(found)
+    if run.script == 'finetune.py':
+        assert Path(found.output) / found.experiment == tmp_path / 'a b' / 'runs' / run.name
+        assert found.resume == 'auto' and found.cache_images and found.torchcompile == (
+            not tiny and run.name != 'teacher')
+    assert Path(found.data_dir).parent == tmp_path / 'a b' / 'data'
+
+
+def test_rows_of_the_table_differ_in_model_teacher_and_size_alone(tmp_path):
+    assert len({run.name for run in RUNS}) == len(RUNS)
+    found = [config.read_settings(flags_of(run, settings(tmp_path))) for run in RUNS if run.name.startswith('tin200')]
+    assert [(row.model, bool(row.teacher_outputs)) for row in found] == [
+        (model, taught) for models in (SMALL, PEERS) for taught in (True, False) for model in models]
+    shared = {(row.epochs, row.lr, row.batch_size, row.mixup, row.cutmix, row.reprob, row.scale) for row in found}
+    assert len(shared) == 1 and next(iter(shared))[0] == 100
+    teacher = teach_config.read_settings(flags_of(RUNS[1], settings(tmp_path)))
+    for row in found:  # views are those of the students
+        assert all(getattr(row, name) == getattr(teacher, name) for name in (
+            'scale', 'hflip', 'color_jitter', 'aa', 'reprob', 'cache_images'))
+        assert not row.teacher_outputs or row.kd_temperature in teacher.temperatures
+
+
+@pytest.mark.parametrize('changes,message', [
+    (dict(runs=('teachr',)), "--runs must be among teacher, .*got 'teachr'; did you mean teacher"),
+    (dict(shards=('digits.zip',)), '--shards digits.zip must be a zip file whose name begins with tiny-imagenet or'),
+    (dict(unpack='no/where'), '--unpack no/where must be a folder'), (dict(minutes=0), '--minutes must be from 0.1'),
+], ids=str)
+def test_bad_settings_end_in_one_sentence(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_visit(settings(tmp_path, **changes))
+
+
+def write_shard(path: Path, classes: int = 3, images: int = 8) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, 'w') as archive:
+        for index in range(classes * images):
+            content = BytesIO()
+            Image.new('RGB', (64, 64), (9 * index, 70, 70)).save(content, 'WEBP')
+            archive.writestr(f'train/n{index % classes}/n{index % classes}_{index}.webp', content.getvalue())
+    return path
+
+
+STUB = '''
+import json, pathlib, signal, sys, time
+flags = dict(zip(sys.argv[1::1], sys.argv[2::1]))
+folder = pathlib.Path(flags['--output'], flags.get('--experiment', ''))
+(folder / 'last').mkdir(parents=True, exist_ok=True)
+if 'teach' in sys.argv[0]:
+    (folder / 'manifest.json').write_text(json.dumps({'complete': True, 'shards': {}}))
+    sys.exit()
+if 'lightconv' in flags['--model']:
+    sys.exit(2)
+def save(*_):
+    (folder / 'last' / 'checkpoint.pt').write_bytes(bytes(100_000))
+    (folder / 'metrics.csv').write_text('epoch,eval_top1\\n1,1.0\\n7,2.0\\n')
+    sys.exit(75)
+if 'dynamicconv' in flags['--model'] and not (folder / 'last' / 'checkpoint.pt').exists():
+    signal.signal(signal.SIGTERM, save)
+    time.sleep(30)
+(folder / 'summary.json').write_text(json.dumps({'top1': 61.5}))
+(folder / 'model.safetensors').write_bytes(b'weights')
+(folder / 'last' / 'checkpoint.pt').write_bytes(b'state')
+'''
+
+
+def test_a_visit_saves_what_is_not_through_and_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'scripts').mkdir()
+    for name in ('finetune.py', 'teach.py'):
+        (tmp_path / 'scripts' / name).write_text(STUB)
+    (tmp_path / 'scripts' / 'hold_out.py').symlink_to(gpu_visit.SCRIPTS / 'hold_out.py')
+    monkeypatch.setenv('PYTHONPATH', str(gpu_visit.SCRIPTS))
+    monkeypatch.setattr(gpu_visit, 'SCRIPTS', tmp_path / 'scripts')
+    monkeypatch.setattr(gpu_visit, 'SAVING_SECONDS', 1.)
+    wanted = [f'tin200_taught/{name}_pico_64-seed42' for name in ('coatnet', 'lightconvnet', 'dynamicconvnet')]
+    shard = write_shard(tmp_path / 'shards' / 'tiny-imagenet-train-0.zip')
+    first = settings(tmp_path, runs=('teacher_outputs', *wanted), minutes=.1, shards=(str(shard),))
+    gpu_visit.visit(first)
+    assert 'teacher_outputs: waits for teacher' in capsys.readouterr().out
+    first = settings(tmp_path, runs=('teacher', *first.runs), minutes=.1)
+    assert gpu_visit.visit(first) == 1  # lightconvnet's
+    printed = capsys.readouterr().out
+    assert 'teacher: finished, top-1 61.50 %' in printed and f'{wanted[0]}: finished, top-1 61.50 %' in printed
+    assert f'{wanted[1]}: not begun' in printed and 'ended with exit code 2' in printed
+    assert f'{wanted[2]}: epoch 7 evaluated' in printed
+    splits = {path.name: len(list(path.rglob('*.webp'))) for path in (tmp_path / 'data' / 'tin200').iterdir()}
+    assert splits == {'train': 12, 'validation': 12}
+
+    gpu_visit.visit(settings(tmp_path, pack=str(tmp_path / 'parts'), part_mib=.05))
+    assert max(path.stat().st_size for path in (tmp_path / 'parts').iterdir()) <= .05 * 2**20
+    there = tmp_path / 'next'
+    again = settings(there, unpack=str(tmp_path / 'parts'), runs=(wanted[0], wanted[2]), minutes=.1)
+    assert gpu_visit.visit(again) == 0
+    assert (there / 'runs' / wanted[2] / 'last' / 'checkpoint.pt').stat().st_size == len(b'state')  # it went on
+    assert not (there / 'runs' / wanted[0] / 'last').exists()  # finished, so that its checkpoint stayed behind
+    gpu_visit.visit(settings(there, list=True))
+    printed = capsys.readouterr().out
+    assert f'{wanted[2]:46s}   12 min  finished, top-1 61.50 %' in printed and '--resume auto' in printed
+
+
+def test_damaged_and_missing_parts_are_named(tmp_path):
+    (tmp_path / 'a').write_bytes(bytes(range(256)) * 300)
+    parts = write_parts({'run/a': tmp_path / 'a'}, tmp_path / 'parts', 30_000)
+    assert len(parts) == 3 and join_parts(tmp_path / 'parts', tmp_path / 'out') == ['run/a']
+    assert (tmp_path / 'out' / 'run' / 'a').read_bytes() == (tmp_path / 'a').read_bytes()
+    parts[1].write_bytes(parts[1].read_bytes()[::-1])
+    with pytest.raises(ConfigError, match=r'part-001 is missing or not as it was written'):
+        join_parts(tmp_path / 'parts', tmp_path / 'other')
+    assert not (tmp_path / 'other').exists()
+    with pytest.raises(ConfigError, match=r'must hold parts\.json'):
+        join_parts(tmp_path, tmp_path / 'other')
+
+
+@pytest.mark.slow
+def test_every_run_trains_at_a_hundredth_of_the_size(tmp_path, monkeypatch):
+    import timm
+    from safetensors.torch import save_file
+    save_file(timm.create_model('tf_efficientnet_lite2').state_dict(), tmp_path / 'lite2.safetensors')
+    shards = [write_shard(tmp_path / 'shards' / name) for name in ('tiny-imagenet-train-0.zip', 'imagenette-train.zip')]
+    visit = settings(tmp_path, tiny=True, minutes=60, weights=str(tmp_path / 'lite2.safetensors'),
+                     shards=tuple(map(str, shards)))
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    assert gpu_visit.visit(visit) == 0
+    for run in RUNS:
+        assert gpu_visit.state(run, tmp_path / 'runs').startswith('finished'), run.name
+        if run.script == 'finetune.py':
+            with (tmp_path / 'runs' / run.name / 'metrics.csv').open() as lines:
+                assert [row['epoch'] for row in csv.DictReader(lines)] == ['1', '2']
+            summary = json.loads((tmp_path / 'runs' / run.name / 'summary.json').read_text())
+            assert bool(summary['teacher']) == ('taught' in run.name)
