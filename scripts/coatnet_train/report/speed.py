@@ -142,3 +142,16 @@ def budget(root: Path) -> str:
         'images over images/s; times the price of an hour they are the cost. For another row:\n'
         '`python scripts/benchmark.py --model NAME --against OTHER --device cuda --amp --modes training\n'
         '--results-file results/benchmark_NAME_gpu.json`.')
+
+
+def make_times(root: Path) -> str:
+    """Time of each target of make that tests/time_targets.py was run for."""
+    file = root / 'results' / 'make_cpu.json'
+    if not file.exists():
+        return f'`make test`, `make demo`: {NOT_MEASURED}.'
+    report, rows = read_json(file), []
+    for target, row in report['targets'].items():
+        made = report['made'][target]
+        rows.append([f'`make {target}`', f'{row["seconds"] / 60:.1f}', str(row['passed'] or ''), str(row['cores']),
+                     made['hardware'], made['date']])
+    return table(['command', 'minutes', 'tests passed', 'cores', 'hardware', 'date'], rows)
