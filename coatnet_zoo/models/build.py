@@ -94,7 +94,7 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
             del model.pretrained_cfg['state_dict']
             if source_cfg.get('source'):
                 model.pretrained_cfg['source'] = source_cfg['source']
-        return checkpoint_filter_fn(state_dict, model, fresh_stages='layout' in options)
+        return checkpoint_filter_fn(state_dict, model, 'layout' in options, kwargs.get('features_only', False))
 
     default_cfg = next(iter(get_arch_pretrained_cfgs(variant).values()))
     if not default_cfg.fixed_input_size:  # timm fills it in for the others
