@@ -27,6 +27,7 @@ COMMANDS = {
     'benchmark.py scaling': ('--sizes 64', '--sizes must be two or more'),
     'benchmark.py loader': ('--data-dir x --window 0', '--window must be greater than 0'),
     'benchmark.py distillation': ('--top-k 200', '--top-k must be below --classes 200'),
+    'benchmark.py runtimes': ('--runtimes compiled', '--runtimes must have eager'),
     'benchmark.py inference_form': ('--rounds 1', '--rounds must be at least 2'),
     'ablation.py': ('--data-dir x --speed', '--speed needs a --results-file'),
     'transfer.py': ('--data-dir x --model x --fractions 2', '--fractions must be above 0'),

@@ -9,6 +9,8 @@ The K * K windows of a position are never gathered: x is padded once, and a tap 
 - `band_product`: on a CPU, a map hardly larger than its kernels takes the product with their band matrix, as fairseq's
   code does.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -119,10 +121,9 @@ def weighted_bags(x: torch.Tensor, kernels: torch.Tensor, kernel_size: tuple[int
     Kh, Kw = kernel_size
     wide = W + Kw - 1
     # offsets within the indices have their dtype
-    index = {'dtype': torch.int32 if H * W * G * Kh * Kw < 2**31 else torch.int64, 'device': x.device}
-    at = (torch.arange(H, **index)[:, None, None] * wide + torch.arange(W, **index)[:, None]) * G
-    at = at + torch.arange(G, **index)
-    taps = (torch.arange(Kh, **index)[:, None] * wide + torch.arange(Kw, **index)) * G
+    numbers = partial(torch.arange, dtype=torch.int32 if H * W * G * Kh * Kw < 2**31 else torch.int64, device=x.device)
+    at = (numbers(H)[:, None, None] * wide + numbers(W)[:, None]) * G + numbers(G)
+    taps = (numbers(Kh)[:, None] * wide + numbers(Kw)) * G
     rows = at.view(-1, 1) + taps.view(-1)
     x = F.pad(x, [0, 0, 0, 0, Kw // 2, Kw // 2, Kh // 2, Kh // 2]).view(B, (H + Kh - 1) * wide * G, c)
     kernels = kernels.reshape(B, H * W * G, Kh * Kw)

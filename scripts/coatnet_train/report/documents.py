@@ -15,8 +15,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
         models.choices, models.models,
         accuracy.transfer, accuracy.small_data, accuracy.robustness, accuracy.ablation, accuracy.weight_init,
         accuracy.training, accuracy.demo,
-        speed.speed, speed.inference_form, speed.scaling, speed.ops, speed.ops_gpu, speed.kernel_budgets, speed.loader,
-        speed.budget)}
+        speed.speed, speed.inference_form, speed.runtimes, speed.scaling, speed.ops, speed.ops_gpu,
+        speed.kernel_budgets, speed.loader, speed.budget)}
 
 
 def documents(root: Path) -> list[Path]:
