@@ -146,9 +146,10 @@ def test_the_forms_of_eager_dynamicconv_agree(H, W, kernel):
         torch.testing.assert_close(torch.autograd.grad(form, (x, kernels), weight), expected, **EXACT)
 
 
-@pytest.mark.parametrize(('H', 'W', 'kernel', 'form'), [
-    (12, 12, 7, 'band_product'), (13, 12, 7, 'weighted_bags'), (8, 8, 1, 'band_product'), (13, 5, 3, 'weighted_bags')])
-def test_small_maps_take_the_band_matrix(H, W, kernel, form, monkeypatch):
+@pytest.mark.parametrize(('H', 'W', 'kernel', 'learns', 'form'), [
+    (12, 12, 7, True, 'band_product'), (13, 12, 7, True, 'weighted_bags'), (12, 12, 7, False, 'weighted_bags'),
+    (8, 8, 1, False, 'band_product'), (13, 5, 3, False, 'weighted_bags')])
+def test_small_maps_take_the_band_matrix(H, W, kernel, learns, form, monkeypatch):
     taken = []
 
     def noting(name: str):
@@ -158,7 +159,7 @@ def test_small_maps_take_the_band_matrix(H, W, kernel, form, monkeypatch):
     for name in ('band_product', 'weighted_bags', 'shifted_sum'):
         monkeypatch.setattr(EAGER, name, noting(name))
     call = functools.partial(dynamicconv2d, kernel_size=(kernel, kernel), backend='eager')
-    x, logits = rand(1, 2, H, W), rand(1, kernel ** 2, H, W)
+    x, logits = rand(1, 2, H, W, grad=learns), rand(1, kernel ** 2, H, W)
     call(x, logits)
     assert taken == [form]
     if form == 'weighted_bags':  # graphs hold no bags

@@ -33,9 +33,9 @@ def dynamicconv2d_eager(
     dtype = torch.promote_types(torch.promote_types(x.dtype, logits.dtype), torch.float32)
 
     kernels = logits.permute(0, 2, 3, 1).reshape(B, H, W, G, taps).to(dtype)
+    learns = torch.is_grad_enabled() and (x.requires_grad or logits.requires_grad)
     total: torch.Tensor | None = None
     if normalize == 'softmax' and _is_compiling():
-        learns = torch.is_grad_enabled() and (x.requires_grad or logits.requires_grad)
         if learns:  # backward reads a tap at many positions, and is faster with the kernels taps first
             kernels = _stored(kernels.permute(4, 0, 1, 2, 3)).permute(1, 2, 3, 4, 0)
         kernels = (kernels - kernels.detach().amax(-1, keepdim=True)).exp()
@@ -47,7 +47,7 @@ def dynamicconv2d_eager(
         kernels = kernels * dropconnect_scale(seed, kernels.numel(), dropconnect, dtype).view(B, H, W, G, taps)
 
     heads = x.permute(0, 2, 3, 1).contiguous().reshape(B, H, W, G, C // G).to(dtype)
-    if x.is_cpu and H * W <= max(64, 3 * taps):  # beyond, the matrix outgrows what it saves
+    if x.is_cpu and H * W <= (max(64, 3 * taps) if learns else 64):  # beyond, the matrix outgrows what it saves
         out = band_product(heads, kernels, kernel_size)
     elif torch.jit.is_scripting() or torch.jit.is_tracing():  # their graphs cannot hold a backward written in Python
         out = shifted_sum(heads, by_tap(kernels), kernel_size)

@@ -21,6 +21,8 @@ def speed(root: Path) -> str:
             f'{settings["img_size"]}, torch {report["torch"]}, timm {report["timm"]}', None)
         for mode, row in report['results'].items():
             names = [f'`{" ".join((settings[side], *settings[f"{side}_kwargs"]))}`' for side in ('model', 'against')]
+            if settings['img_size'] != 224:
+                names[0] += f' at {settings["img_size"]} px'
             throughput, memory = row['images_per_second'], row['peak_memory_mib']
             rows.append([
                 f'{mode}{", compiled" * settings["compile"]}', *names, f'{row["ratio"]:.2f}',
