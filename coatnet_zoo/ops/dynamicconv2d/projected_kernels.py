@@ -35,7 +35,7 @@ def _projected_backward_op(
     if needed[0] or needed[1]:
         with autocast_off(x):
             rows = x.permute(0, 2, 3, 1).reshape(-1, C)
-            logits = (rows @ projection.T).view(B, H, W, -1).permute(0, 3, 1, 2)
+            logits = (rows @ projection.T).view(B, H, W, projection.shape[0]).permute(0, 3, 1, 2)
             G = projection.shape[0] // (Kh * Kw)
             stats = x.new_empty((B, H, W, G, 2) if softmax else (0,), dtype=torch.float32)
             grad_logits = band.launch_bwd_logits(
