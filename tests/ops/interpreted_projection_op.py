@@ -4,8 +4,10 @@ import torch
 
 from coatnet_zoo.ops import dynamicconv2d_projected
 from coatnet_zoo.ops.dispatch import INTERPRETED
+from coatnet_zoo.ops.dynamicconv2d import projected_kernels  # registers the operators
 
 assert INTERPRETED, 'set TRITON_INTERPRET=1'
+assert projected_kernels
 
 
 def arguments() -> list[torch.Tensor]:

@@ -125,7 +125,7 @@ def test_it_is_an_operator_of_torch():
 @pytest.mark.parametrize('changes,reason', [
     ({}, ''),
     (dict(dtype=torch.float32), 'float16 or bfloat16, got torch.float32'),
-    (dict(C=160), 'up to 128 channels, got 160'),
+    (dict(C=160, G=5), 'up to 128 channels, got 160'),
     (dict(kernel=(9, 9)), 'up to 7 x 7, got 9 x 9'),
     (dict(C=96, G=1), 'heads of 16, 32, 64 channels, got 96'),
     (dict(H=8192, W=8192), 'below 2.31 elements'),
