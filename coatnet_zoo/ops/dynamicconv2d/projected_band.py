@@ -166,7 +166,7 @@ def obstacle(x: torch.Tensor, projection: torch.Tensor, kernel: tuple[int, int],
         return f'it takes heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {head}'
     if C > MAX_CHANNELS:
         return f'it takes up to {MAX_CHANNELS} channels, got {C}'
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if not x.permute(0, 2, 3, 1).is_contiguous():  # vmap cannot ask for channels_last
         return f'x must be dense in channels_last, got strides {x.stride()}'
     if (H + 31) * (W + 31) * max(projection.shape) >= 2 ** 31:
         return f'an image and its logits must stay below 2^31 elements, got shape {tuple(x.shape)}'
