@@ -10,9 +10,10 @@ import torch
 from timm.models import register_notrace_module
 from torch import nn
 
-from ..ops import dynamicconv2d
+from ..ops import dynamicconv2d, dynamicconv2d_projected
 from ..ops.dropconnect import draw_seed
 from ..ops.dynamicconv2d.eager import dynamicconv2d_eager
+from ..ops.dynamicconv2d.projected import fuses_projection
 from ..ops.validation import validate_kernel_size, validate_options
 from .lightconv import LightConv2d, LightConvBlock, conv_heads
 
@@ -55,15 +56,30 @@ class DynamicConv2d(nn.Module):
         self.static = LightConv2d(dim, kernel_size, 1, dropconnect, 'none', **dd) if static_branch else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self.logits(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if torch.jit.is_scripting():
+            logits = self.logits(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             seed = draw_seed(x.device) if self.training and self.dropconnect > 0 else None
             out = dynamicconv2d_eager(x, logits, self.kernel_size, None, self.normalize, self.dropconnect, seed)
+        elif self.fuses_projection(x):
+            out = dynamicconv2d_projected(
+                x, self.logits.weight, self.kernel_size, normalize=self.normalize, dropconnect=self.dropconnect,
+                training=self.training, backend='triton')
         else:
+            logits = self.logits(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             out = dynamicconv2d(
                 x, logits, self.kernel_size, normalize=self.normalize, dropconnect=self.dropconnect,
                 training=self.training)
         return out if self.static is None else out + self.static(x)
+
+    def fuses_projection(self, x: torch.Tensor) -> bool:
+        """Whether `logits` and convolution are one kernel: it runs for x, and the layer is a plain one without hooks.
+
+        A tracer's x is no tensor; its graph keeps both steps.
+        """
+        layer = self.logits
+        plain = type(layer) is nn.Linear and layer.bias is None and 'forward' not in vars(layer) and not (
+            layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        return plain and isinstance(x, torch.Tensor) and fuses_projection(x, layer.weight, self.kernel_size)
 
     def extra_repr(self) -> str:
         return f'kernel_size={self.kernel_size}, dropconnect={self.dropconnect}, normalize={self.normalize!r}'

@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 __all__ = [
-    'BACKENDS', 'INTERPRETED', 'TRITON', 'autocast_off', 'cast_for_autocast', 'choose_backend', 'validate_backend']
+    'BACKENDS', 'INTERPRETED', 'TRITON', 'autocast_off', 'cast_for_autocast', 'choose_backend', 'dtype_for_autocast',
+    'validate_backend']
 
 BACKENDS = ('naive', 'eager', 'triton')
 TRITON = importlib.util.find_spec('triton') is not None  # looked up once, so that graphs take it as a constant
@@ -18,9 +19,14 @@ def _autocasts(x: torch.Tensor) -> bool:
     return x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
 
 
+def dtype_for_autocast(x: torch.Tensor) -> torch.dtype:
+    """dtype that autocast gives x as the input of a convolution."""
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else x.dtype
+
+
 def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that autocast gives a convolution's input; weights and logits keep theirs."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x) and x.dtype != torch.float64 else x
+    return x.to(dtype_for_autocast(x)) if _autocasts(x) else x
 
 
 def autocast_off(x: torch.Tensor) -> AbstractContextManager:

@@ -8,7 +8,7 @@ import inspect
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from coatnet_zoo.ops.band_ops import Launch
 from coatnet_zoo.ops.dynamicconv2d import band as dynamic_band
 from coatnet_zoo.ops.dynamicconv2d import direct as dynamic_direct
+from coatnet_zoo.ops.dynamicconv2d import projected_band
 from coatnet_zoo.ops.lightconv2d import band as light_band
 from coatnet_zoo.ops.lightconv2d import direct as light_direct
 
@@ -141,6 +142,15 @@ def launch_band(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: i
     dynamic_band.launch_bwd_logits(x, x, logits, (K, K), stats, seed, p, True, launch)
 
 
+def launch_projected(
+        size: int, C: int, K: int, dtype: torch.dtype, p: float, head: int = 32, tma: bool = False) -> None:
+    """The kernel that projects too, likewise."""
+    x = channels_last(size, C, dtype)
+    projection = torch.empty(C // head * K * K, C, dtype=dtype, device='meta')
+    seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
+    projected_band.launch_fwd(x, projection, (K, K), None, seed, p, True, Launch(tma=tma))
+
+
 class Build(NamedTuple):
     """One set of launches whose cost is kept."""
 
@@ -150,10 +160,11 @@ class Build(NamedTuple):
     K: int
     head: int
     dropconnect: float
+    launch: Callable[..., None] = launch_band
 
     def usages(self) -> list[Usage]:
         with compiling_for(self.arch) as seen:
-            launch_band(self.size, self.C, self.K, torch.bfloat16, self.dropconnect, self.head, tma=self.arch >= 90)
+            self.launch(self.size, self.C, self.K, torch.bfloat16, self.dropconnect, self.head, tma=self.arch >= 90)
         return [used for used in seen if '_band_' in used.kernel]
 
     def row(self, used: Usage) -> dict[str, str]:
@@ -168,7 +179,9 @@ class Build(NamedTuple):
 
 
 BUILDS = [Build(90, 56, 96, 7, 32, 0.), Build(90, 14, 384, 7, 32, .1), Build(90, 28, 192, 3, 64, 0.),
-          Build(80, 28, 192, 7, 32, 0.), Build(80, 14, 384, 5, 16, 0.)]
+          Build(80, 28, 192, 7, 32, 0.), Build(80, 14, 384, 5, 16, 0.),
+          Build(90, 56, 96, 7, 32, 0., launch_projected), Build(90, 28, 128, 3, 64, .1, launch_projected),
+          Build(80, 56, 64, 5, 16, 0., launch_projected)]
 
 
 def read_budgets() -> list[dict[str, str]]:

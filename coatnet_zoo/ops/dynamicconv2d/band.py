@@ -110,9 +110,9 @@ def _dynamicconv2d_band_fwd_kernel(
 def _dynamicconv2d_band_bwd_logits_kernel(
         x, grad_ptr, logits_ptr, stats_ptr, seed_ptr, out_ptr, H, W, across, down, height, threshold, scale,
         G: tl.constexpr, Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SLOTS: tl.constexpr,
-        SOFTMAX: tl.constexpr, TMA: tl.constexpr,
+        SOFTMAX: tl.constexpr, STATS_SAVED: tl.constexpr, TMA: tl.constexpr,
 ):
-    """Gradient w.r.t. the logits (B, H, W, G * Kh * Kw)."""
+    """Gradient w.r.t. the logits (B, H, W, G * Kh * Kw). Statistics that are not saved are computed and stored."""
     image, head, left, top, bottom = strip_of_columns(tl.program_id(0), H, G, across, down, height)
     before = tl.cast(image, tl.int64) * H * W
     logits_ptr += before * (G * Kh * Kw) + head * (Kh * Kw)
@@ -141,9 +141,12 @@ def _dynamicconv2d_band_bwd_logits_kernel(
         if SOFTMAX:
             ptr = tl.max_contiguous((logits_ptr + offs * (G * Kh * Kw))[:, None] + v + u, (1, 2))  # lanes along slots
             weight = _mask_logits(tl.load(ptr), exists, True)
-            row_max = tl.load(stats_ptr + offs * (2 * G))
-            norm = tl.load(stats_ptr + offs * (2 * G) + 1)
+            row_max = tl.load(stats_ptr + offs * (2 * G)) if STATS_SAVED else tl.max(weight, 1)
             weight = tl.math.exp2(weight * LOG2E - (row_max * LOG2E)[:, None])
+            norm = tl.load(stats_ptr + offs * (2 * G) + 1) if STATS_SAVED else 1 / tl.sum(weight, 1)
+            if not STATS_SAVED:
+                tl.store(stats_ptr + offs * (2 * G), row_max, mask=mask)
+                tl.store(stats_ptr + offs * (2 * G) + 1, norm, mask=mask)
             mean = tl.sum(weight * dw, 1) * norm * norm
             dw = weight * (dw * norm[:, None] - mean[:, None])
         ptr = tl.max_contiguous((out_ptr + offs * (G * Kh * Kw))[:, None] + v + u, (1, 2))  # lanes along slots
@@ -297,8 +300,10 @@ def launch_bwd_input(
 
 def launch_bwd_logits(
         grad: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int], stats: torch.Tensor,
-        seed: torch.Tensor | None, dropconnect: float, softmax: bool, launch: Launch | None = None) -> torch.Tensor:
-    """The gradient (B, G * Kh * Kw, H, W), channels_last, in the dtype of logits."""
+        seed: torch.Tensor | None, dropconnect: float, softmax: bool, launch: Launch | None = None,
+        stats_saved: bool = True,
+) -> torch.Tensor:
+    """The gradient (B, G * Kh * Kw, H, W), channels_last, in the dtype of logits; stats are written if not saved."""
     _, C, H, W = x.shape
     Kh, Kw = kernel
     G = logits.shape[1] // (Kh * Kw)
@@ -311,6 +316,6 @@ def launch_bwd_logits(
     with on_device_of(x):
         _dynamicconv2d_band_bwd_logits_kernel[programs,](
             operand(x, C // G, slots, launch), grad, logits, stats, seed, out, H, W, *strips, threshold(dropconnect),
-            1 / (1 - dropconnect), G=G, Kh=Kh, Kw=Kw, HEAD=C // G, SLOTS=slots, SOFTMAX=softmax, TMA=launch.tma,
-            **launch.options)
+            1 / (1 - dropconnect), G=G, Kh=Kh, Kw=Kw, HEAD=C // G, SLOTS=slots, SOFTMAX=softmax,
+            STATS_SAVED=stats_saved, TMA=launch.tma, **launch.options)
     return out
