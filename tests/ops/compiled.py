@@ -162,6 +162,10 @@ class Build(NamedTuple):
     dropconnect: float
     launch: Callable[..., None] = launch_band
 
+    def __str__(self) -> str:
+        """A name that is the same in every process, for pytest-xdist."""
+        return f'{self.launch.__name__}-sm_{self.arch}-{self.size}x{self.C}-K{self.K}-head{self.head}-{self.dropconnect}'
+
     def usages(self) -> list[Usage]:
         with compiling_for(self.arch) as seen:
             self.launch(self.size, self.C, self.K, torch.bfloat16, self.dropconnect, self.head, tma=self.arch >= 90)

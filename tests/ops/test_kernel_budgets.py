@@ -32,7 +32,10 @@ def budget(row: dict[str, str], column: str) -> float:
     return rows[VERSION] if VERSION in rows else 1.5 * max(rows.values())
 
 
-@pytest.mark.parametrize('build', BUILDS, ids=str)
+# each kernel once in the fast tests, for sm_90
+@pytest.mark.parametrize('build', [
+    pytest.param(build, id=str(build), marks=[] if (build.arch, build.size) == (90, 56) else pytest.mark.slow)
+    for build in BUILDS])
 def test_band_kernels_keep_to_their_budgets(build: Build):
     for used in build.usages():
         row = build.row(used)
@@ -45,7 +48,8 @@ def test_band_kernels_keep_to_their_budgets(build: Build):
 
 
 @pytest.mark.parametrize('size,C,K,dtype,p', [
-    (56, 96, 3, bf16, 0.), (56, 96, 7, bf16, .1), (28, 192, 7, torch.float32, 0.), (14, 384, 7, bf16, 0.)])
+    (56, 96, 7, bf16, .1), *(pytest.param(*values, marks=pytest.mark.slow) for values in (
+        (56, 96, 3, bf16, 0.), (28, 192, 7, torch.float32, 0.), (14, 384, 7, bf16, 0.)))])
 def test_direct_kernels_compile_for_hopper(size, C, K, dtype, p):
     """At least 3 programs of 4 warps share a multiprocessor's registers; at most 4 of a thread's are spilled."""
     with compiling_for(90) as seen:
@@ -56,6 +60,7 @@ def test_direct_kernels_compile_for_hopper(size, C, K, dtype, p):
     assert all(used.registers <= most and used.spilled <= 16 for used in seen), seen
 
 
+@pytest.mark.slow
 def test_direct_kernels_compile_for_images_of_2_31_elements_and_small_heads(monkeypatch):
     for kernels in (light_direct, dynamic_direct):
         monkeypatch.setattr(kernels, 'needs_int64', lambda *tensors: True)
