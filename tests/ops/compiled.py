@@ -164,7 +164,8 @@ class Build(NamedTuple):
 
     def __str__(self) -> str:
         """A name that is the same in every process, for pytest-xdist."""
-        return f'{self.launch.__name__}-sm_{self.arch}-{self.size}x{self.C}-K{self.K}-head{self.head}-{self.dropconnect}'
+        return (f'{self.launch.__name__}-sm_{self.arch}-{self.size}x{self.C}-K{self.K}-head{self.head}-'
+                f'{self.dropconnect}')
 
     def usages(self) -> list[Usage]:
         with compiling_for(self.arch) as seen:
