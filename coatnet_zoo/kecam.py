@@ -22,8 +22,20 @@ from safetensors.torch import save_file
 
 from .download import download, sha256_of
 
-__all__ = ['CHOICES', 'LICENSE', 'WEIGHTS', 'cached_path', 'cached_weights', 'check_choices', 'convert_weights',
-           'fetch_weights', 'find_weights', 'import_h5py', 'is_cached', 'read_h5']
+__all__ = [
+    'CHOICES',
+    'LICENSE',
+    'WEIGHTS',
+    'cached_path',
+    'cached_weights',
+    'check_choices',
+    'convert_weights',
+    'fetch_weights',
+    'import_h5py',
+    'is_cached',
+    'read_h5',
+    'weights_name',
+]
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ _PARAMETERS = {
 _WITHOUT_BIAS = ('shortcut.proj', 'project', 'shortcut', 'attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2')
 
 
-def find_weights(cfg: dict[str, Any]) -> str | None:
+def weights_name(cfg: dict[str, Any]) -> str | None:
     """NAME.TAG of the published file that a pretrained cfg loads, None if it is another source.
 
     The file is known by its name, so that a mirror may serve it: its MD5 is checked in any case.

@@ -10,15 +10,15 @@ from pathlib import Path
 import scripts_path  # noqa: F401
 from coatnet_train.runtime.cli import ConfigError, one_line, parse_flags, run_cli, tyro
 
-__all__ = ['Settings', 'main']
+__all__ = ['CardSettings', 'main']
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class CardSettings:
     folder: tyro.conf.Positional[Path]  # Folder that export.py made.
 
 
-def main(settings: Settings) -> None:
+def main(settings: CardSettings) -> None:
     """Write the card of the folder."""
     from model_card import write_card  # here: torch and timm take seconds to import
 
@@ -31,4 +31,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == '__main__':
-    run_cli('card.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('card.py', lambda: main(parse_flags(CardSettings, __doc__)))

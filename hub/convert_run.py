@@ -20,7 +20,7 @@ from coatnet_train.runtime.provenance import provenance
 from coatnet_train.training.run_dir import write_config, write_weights
 from coatnet_zoo import kecam
 from coatnet_zoo.download import digest_of
-from convert_settings import Settings
+from convert_settings import ConvertSettings
 from export_run import replace_dir, without_folders
 from origin import ORIGIN
 
@@ -50,7 +50,7 @@ def image_size(state: dict[str, torch.Tensor], architecture: str) -> int | None:
     return None
 
 
-def open_source(settings: Settings, architecture: str) -> tuple[nn.Module, dict]:
+def open_source(settings: ConvertSettings, architecture: str) -> tuple[nn.Module, dict]:
     """The model with the weights of SOURCE, strictly loaded, and its data settings."""
     model_settings = ModelSettings(
         model=architecture, model_kwargs=settings.model_kwargs, mean=settings.mean, std=settings.std,
@@ -71,7 +71,7 @@ def open_source(settings: Settings, architecture: str) -> tuple[nn.Module, dict]
         num_classes=shapes['head.fc.weight'][0])
 
 
-def read_class_names(settings: Settings, num_classes: int) -> list[str]:
+def read_class_names(settings: ConvertSettings, num_classes: int) -> list[str]:
     """A name for each class: of the file, or of ImageNet-1k."""
     if settings.class_names is None:
         names, source = list(ImageNetInfo('imagenet-1k').label_names()), 'those of ImageNet-1k'
@@ -119,7 +119,7 @@ def check_chelsea(shares: tuple[float, float], source: str) -> None:
             f'other weights, or they were converted wrongly; nothing was written.')
 
 
-def describe_origin(settings: Settings, shares: tuple[float, float] | None) -> dict:
+def describe_origin(settings: ConvertSettings, shares: tuple[float, float] | None) -> dict:
     """Content of origin.json; null is what nobody tells."""
     if settings.is_file:
         md5 = digest_of(Path(settings.source), 'md5')
@@ -144,7 +144,7 @@ def describe_origin(settings: Settings, shares: tuple[float, float] | None) -> d
         **{name: process[name] for name in ('date', 'torch', 'timm', 'commit')}}
 
 
-def run(settings: Settings) -> Path:
+def run(settings: ConvertSettings) -> Path:
     """Convert as `settings` say and return the folder."""
     if not settings.is_file and settings.source not in kecam.WEIGHTS:
         raise ConfigError(f'SOURCE {settings.source} is none of {", ".join(kecam.WEIGHTS)}; give one, or a file.')

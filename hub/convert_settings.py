@@ -5,7 +5,7 @@ from pathlib import Path
 from coatnet_train.runtime.cli import ConfigError, flag, tyro
 from release_rules import check_license
 
-__all__ = ['Settings', 'check_values']
+__all__ = ['ConvertSettings', 'check_values']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class OriginSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(OriginSettings, ModelSettings, RunSettings):
+class ConvertSettings(OriginSettings, ModelSettings, RunSettings):
     """Everything that convert.py can be told."""
 
     @property
@@ -54,7 +54,7 @@ class Settings(OriginSettings, ModelSettings, RunSettings):
         return self.source.endswith(('.h5', '.pth', '.pt', '.bin', '.tar', '.ckpt', '.safetensors'))
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: ConvertSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     if settings.is_file and not Path(settings.source).is_file():
         raise ConfigError(f'SOURCE {settings.source} is not a file; give one, or coatnet_0_kecam.in1k, which is '

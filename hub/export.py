@@ -15,10 +15,10 @@ from pathlib import Path
 
 import scripts_path  # noqa: F401
 from coatnet_train.runtime.cli import parse_flags, run_cli
-from export_settings import Settings, check_values
+from export_settings import ExportSettings, check_values
 
 
-def main(settings: Settings) -> Path:
+def main(settings: ExportSettings) -> Path:
     """Export as `settings` say and return the folder."""
     check_values(settings)
     from export_run import run  # here: torch and timm take seconds to import
@@ -26,4 +26,4 @@ def main(settings: Settings) -> Path:
 
 
 if __name__ == '__main__':
-    run_cli('export.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('export.py', lambda: main(parse_flags(ExportSettings, __doc__)))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import interpolate
 
-from coatnet_train.evaluation.config import Settings as EvaluationSettings
+from coatnet_train.evaluation.config import EvaluationSettings
 from coatnet_train.evaluation.imagenet import evaluate
 from coatnet_train.evaluation.imagenet_labels import describe_synsets
 from coatnet_train.runtime.cli import ConfigError, one_line
@@ -22,7 +22,7 @@ from coatnet_train.runtime.files import write_file, write_json
 from coatnet_train.training.run_dir import write_config, write_weights
 from coatnet_zoo import kecam
 from coatnet_zoo.releases import RELEASES, sha256_of
-from export_settings import Settings
+from export_settings import ExportSettings
 from model_card import write_card
 from onnx_files import onnx_answers, write_onnx_files
 from origin import describe_converted, read_origin
@@ -56,7 +56,7 @@ def check_replaceable(output: Path) -> None:
                           f'name another folder.')
 
 
-def read_run(settings: Settings) -> dict:
+def read_run(settings: ExportSettings) -> dict:
     """The run's config.json, once the run is complete and of the architecture that --name names."""
     origin = read_origin(settings.run_dir)
     wanted = ('config.json', 'model.safetensors') if origin else RUN_FILES
@@ -78,7 +78,7 @@ def read_run(settings: Settings) -> dict:
     return config
 
 
-def open_weights(settings: Settings, config: dict) -> nn.Module:
+def open_weights(settings: ExportSettings, config: dict) -> nn.Module:
     """The registered model with the run's weights, strictly loaded and finite."""
     path = settings.run_dir / 'model.safetensors'
     changed = {name: value for name, value in config.get('model_args', {}).items()
@@ -138,7 +138,7 @@ def same_data(evaluated: str, trained: str) -> bool:
     return Path(os.path.abspath(trained)).name in Path(os.path.abspath(evaluated)).parts[-2:]
 
 
-def data_name(data: str, settings: Settings, args: dict, split: str) -> str:
+def data_name(data: str, settings: ExportSettings, args: dict, split: str) -> str:
     """A name of data for a card: that of the training data and its split, or that of a folder without its parents.
 
     Args:
@@ -157,7 +157,7 @@ def data_name(data: str, settings: Settings, args: dict, split: str) -> str:
     return f'{folder.parent.name}, {folder.name}' if folder.name in SPLITS else folder.name
 
 
-def held_out_figures(settings: Settings, args: dict, summary: dict, config: dict) -> tuple[dict, str, bool]:
+def held_out_figures(settings: ExportSettings, args: dict, summary: dict, config: dict) -> tuple[dict, str, bool]:
     """(metrics, what they were measured on, whether this also picked the best epoch) as the run's files tell."""
     path, trained = settings.run_dir / 'evaluation.json', args['dataset'] or args['data_dir']
     if not path.exists():
@@ -237,7 +237,7 @@ def data_of_origin(origin: dict) -> dict[str, str]:
     return {'dataset': '', 'data_dir': origin['trained_on'] or 'not stated'}
 
 
-def describe_origin_release(settings: Settings, origin: dict, config: dict) -> dict:
+def describe_origin_release(settings: ExportSettings, origin: dict, config: dict) -> dict:
     """`describe_release` of converted weights: figures are in evaluation.json, or nobody has measured them here."""
     if settings.teacher:
         raise ConfigError(f'--teacher describes the teacher of a distilled run, but RUN_DIR {settings.run_dir} was '
@@ -253,7 +253,7 @@ def describe_origin_release(settings: Settings, origin: dict, config: dict) -> d
         origin, metrics=metrics, evaluated_on=metrics['top1'] and (settings.evaluated_on or evaluated_on), **said)
 
 
-def describe_release(settings: Settings, config: dict) -> dict:
+def describe_release(settings: ExportSettings, config: dict) -> dict:
     """What config.json says under 'release'; None is what the run's files and the settings do not tell."""
     if origin := read_origin(settings.run_dir):
         return describe_origin_release(settings, origin, config)
@@ -288,7 +288,7 @@ def describe_release(settings: Settings, config: dict) -> dict:
     return {name: release[name] for name in RELEASE_FIELDS}
 
 
-def write_release_config(folder: Path, settings: Settings, model: nn.Module, config: dict, release: dict) -> None:
+def write_release_config(folder: Path, settings: ExportSettings, model: nn.Module, config: dict, release: dict) -> None:
     """Write config.json: timm's, of this model alone, without the model_args that break transformers' TimmWrapper."""
     architecture, tag = split_name(settings.name)
     path = folder / 'config.json'
@@ -312,7 +312,7 @@ def write_golden(folder: Path, config: dict) -> None:
     write_weights(folder / 'golden.safetensors', {'input': images, 'logits': logits})
 
 
-def measure_rounding(settings: Settings, folder: Path, release: dict) -> None:
+def measure_rounding(settings: ExportSettings, folder: Path, release: dict) -> None:
     """Evaluate the run and the rounded weights on the same images; the figures of the release become the latter's."""
     before, after = evaluate(EvaluationSettings(
         data_dir=settings.data_dir, model=(f'local-dir:{settings.run_dir}', f'local-dir:{folder}'),
@@ -342,7 +342,7 @@ def replace_dir(temporary: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def run(settings: Settings) -> Path:
+def run(settings: ExportSettings) -> Path:
     """Export as `settings` say and return the folder."""
     config = read_run(settings)
     output = settings.output or Path('output/hub') / settings.name

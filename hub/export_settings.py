@@ -7,7 +7,7 @@ from coatnet_train.data.config import default_workers
 from coatnet_train.runtime.cli import ConfigError, flag, tyro
 from release_rules import DTYPES, check_license, check_tag
 
-__all__ = ['Settings', 'check_values']
+__all__ = ['ExportSettings', 'check_values']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class WeightsSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CardSettings:
+class CardTextSettings:
     """What the run does not tell of itself."""
 
     license: str | None = None  # Identifier of the Hub (if not given: of the weights it started from, else apache-2.0).
@@ -46,11 +46,11 @@ class CardSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(CardSettings, WeightsSettings, RunSettings):
+class ExportSettings(CardTextSettings, WeightsSettings, RunSettings):
     """Everything that export.py can be told."""
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: ExportSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     if settings.dtype not in DTYPES:
         raise ConfigError(f'--dtype must be one of {", ".join(DTYPES)}, got {settings.dtype!r}.')

@@ -17,10 +17,10 @@ package, so that they ship with it and need no network.
 """
 import scripts_path  # noqa: F401
 from coatnet_train.runtime.cli import parse_flags, run_cli
-from publish_settings import Settings, check_values
+from publish_settings import PublishSettings, check_values
 
 
-def main(settings: Settings) -> None:
+def main(settings: PublishSettings) -> None:
     """Print what would be done, or do it."""
     check_values(settings)
     from publish_run import run  # here: torch and timm take seconds to import
@@ -28,4 +28,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == '__main__':
-    run_cli('publish.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('publish.py', lambda: main(parse_flags(PublishSettings, __doc__)))

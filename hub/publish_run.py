@@ -24,7 +24,7 @@ from coatnet_train.runtime.files import write_file, write_json
 from coatnet_zoo import releases as released
 from coatnet_zoo.releases import check_release, sha256_of
 from model_card import write_card
-from publish_settings import Settings
+from publish_settings import PublishSettings
 from verification import verify
 
 WEIGHTS = Path(__file__).parents[1] / 'coatnet_zoo/weights'
@@ -161,7 +161,7 @@ def read_state(api: HfApi, repo: str, tag: str, release: Release) -> State | Non
         others=tuple(sorted({*there} - {*release.files, *OPTIONAL, '.gitattributes'})))
 
 
-def check_parent(state: State | None, recorded: dict | None, settings: Settings) -> None:
+def check_parent(state: State | None, recorded: dict | None, settings: PublishSettings) -> None:
     """Raise ConfigError for files that somebody else has put there."""
     if state is None or state.up_to_date:
         return
@@ -178,7 +178,7 @@ def check_parent(state: State | None, recorded: dict | None, settings: Settings)
                           f'--parent {state.commit} to build upon it.')
 
 
-def upload(api: HfApi, state: State, release: Release, settings: Settings) -> str:
+def upload(api: HfApi, state: State, release: Release, settings: PublishSettings) -> str:
     """One commit upon the one that was looked at; returns its sha."""
     operations = [CommitOperationAdd(name, str(release.folder / name)) for name in state.changed]
     operations += [CommitOperationDelete(name) for name in state.stale]
@@ -227,7 +227,7 @@ def package(release: Release) -> None:
     print(f'packaged as {WEIGHTS / name}, {"recorded" if new else "as recorded before"}')
 
 
-def push(api: HfApi, release: Release, settings: Settings) -> None:
+def push(api: HfApi, release: Release, settings: PublishSettings) -> None:
     """From the folder to a record of what the Hub really gives, every step of which may have been done before."""
     repo, recorded = settings.repo, read_releases().get(release.name)
     call_hub(repo, api.create_repo, repo_id=repo, private=settings.private, exist_ok=True)
@@ -256,7 +256,7 @@ def describe(release: Release) -> str:
     return '\n'.join([f'{release.name}: {len(sizes)} files, {sum(sizes.values()):,} bytes, verified', *rows])
 
 
-def describe_state(state: State | None, settings: Settings) -> str:
+def describe_state(state: State | None, settings: PublishSettings) -> str:
     repo = f'{settings.repo} on the Hub'
     if state is None:
         return f'{repo}: does not exist, or your token may not see it; --push would make it'
@@ -268,7 +268,7 @@ def describe_state(state: State | None, settings: Settings) -> str:
     return f'{repo}: {where}{others}; --push would upload {", ".join(state.changed) or "nothing"}{stale}'
 
 
-def run(settings: Settings) -> None:
+def run(settings: PublishSettings) -> None:
     """Print what would be done, or do it."""
     api = HfApi()
     if settings.push:
@@ -289,7 +289,7 @@ def run(settings: Settings) -> None:
         publish(api, release, settings, release if settings.push else stored)
 
 
-def publish(api: HfApi, release: Release, settings: Settings, packaged: Release) -> None:
+def publish(api: HfApi, release: Release, settings: PublishSettings, packaged: Release) -> None:
     """Print, package and push a verified release.
 
     Args:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from coatnet_train.runtime.cli import ConfigError, one_line, tyro
 
-__all__ = ['Settings', 'check_values']
+__all__ = ['PublishSettings', 'check_values']
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class PublishSettings:
     folder: tyro.conf.Positional[Path]  # What hub/export.py made.
     repo: str = ''  # Repository on the Hub, as OWNER/NAME.
     push: bool = False  # Upload, tag, check and record; without it only what would be done is printed.
@@ -19,7 +19,7 @@ class Settings:
     private: bool = False  # If the repository is made, make it private.
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: PublishSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     if settings.push and not settings.repo:
         raise ConfigError('--push needs --repo OWNER/NAME, and it is not given; give it.')

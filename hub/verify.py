@@ -14,15 +14,15 @@ from pathlib import Path
 import scripts_path  # noqa: F401
 from coatnet_train.runtime.cli import parse_flags, run_cli, tyro
 
-__all__ = ['Settings', 'main']
+__all__ = ['VerifySettings', 'main']
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class VerifySettings:
     folder: tyro.conf.Positional[Path]  # Folder that export.py made.
 
 
-def main(settings: Settings) -> None:
+def main(settings: VerifySettings) -> None:
     """Verify the folder and print its checksums."""
     from verification import verify  # here: torch and timm take seconds to import
 
@@ -31,4 +31,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == '__main__':
-    run_cli('verify.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('verify.py', lambda: main(parse_flags(VerifySettings, __doc__)))

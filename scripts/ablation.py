@@ -9,11 +9,11 @@ on from the last finished epoch. After each run the table so far goes to --resul
 folder with the metrics of every run; a row's top-1 is that of its last epoch, never the best one. --speed then times
 all rows side by side, in inference.
 """
-from coatnet_train.experiments.ablation_config import Settings, check_values
+from coatnet_train.experiments.ablation_config import AblationSettings, check_values
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
-def main(settings: Settings) -> dict:
+def main(settings: AblationSettings) -> dict:
     """Train what is missing, report, and return the report."""
     check_values(settings)
     from coatnet_train.experiments.ablation import run  # here: torch and timm take seconds to import
@@ -21,4 +21,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == '__main__':
-    run_cli('ablation.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('ablation.py', lambda: main(parse_flags(AblationSettings, __doc__)))

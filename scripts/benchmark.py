@@ -1,8 +1,8 @@
 """Time one model against another, side by side in one run: images/s, peak memory and the ratio.
 
-Five sub-commands make other tables: `ops` times the operators by themselves, `scaling` models over image sizes,
+Six sub-commands make other tables: `ops` times the operators by themselves, `scaling` models over image sizes,
 `loader` the reading of images, `distillation` training from a teacher's stored outputs, `inference_form` its
-optimisations on a CPU; each has a --help of its own.
+optimisations on a CPU, `runtimes` it beside ONNX Runtime and OpenVINO; each has a --help of its own.
 
     python scripts/benchmark.py --model coatnet_0 --against coatnet_0_224
     python scripts/benchmark.py --model coatnet_0 --model-kwargs flavor=timm --against coatnet_0_224 --modes inference
@@ -24,18 +24,20 @@ from coatnet_train.benchmarks.config import (
     LoaderSettings,
     ModelPairSettings,
     OpsSettings,
+    RuntimesSettings,
     ScalingSettings,
     check_benchmark,
     check_distillation,
     check_inference_form,
     check_ops,
+    check_runtimes,
     check_scaling,
 )
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
 TABLES = {
     'distillation': DistillationSettings, 'inference_form': InferenceFormSettings, 'ops': OpsSettings,
-    'scaling': ScalingSettings, 'loader': LoaderSettings}
+    'runtimes': RuntimesSettings, 'scaling': ScalingSettings, 'loader': LoaderSettings}
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -59,6 +61,9 @@ def dispatch(arguments: list[str]) -> None:
     elif table == 'inference_form':
         check_inference_form(settings)
         from coatnet_train.benchmarks.inference_form import main
+    elif table == 'runtimes':
+        check_runtimes(settings)
+        from coatnet_train.benchmarks.runtimes import main
     else:
         check_benchmark(settings, ('batch_size', 'img_size', 'threads', 'rounds', 'window'))
         from coatnet_train.benchmarks.models import main

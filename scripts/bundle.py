@@ -39,7 +39,7 @@ exec python3 "$here/scripts/$script" "$@"
 
 
 @dataclass(frozen=True)
-class Settings:
+class BundleSettings:
     output: str = 'output/bundle'  # Folder to make; an earlier bundle there is replaced.
     python: str = '3.12'  # Version of Python on the other machine.
     wheels: tuple[str, ...] = ('tyro', 'docstring_parser', 'typeguard', 'timm')  # Packages that are missing there.
@@ -65,7 +65,7 @@ def check_size(parts: dict[str, int], max_mib: float) -> None:
             f'or pack two bundles.')
 
 
-def download_wheels(settings: Settings, folder: Path) -> None:
+def download_wheels(settings: BundleSettings, folder: Path) -> None:
     """Wheels of the versions that are installed here, for the other machine's Python."""
     def pinned(name: str) -> str:
         try:
@@ -86,7 +86,7 @@ def download_wheels(settings: Settings, folder: Path) -> None:
                           f'{one_line(RuntimeError(done.stderr[-500:]))}; see --wheels-from.')
 
 
-def main(settings: Settings) -> dict[str, int]:
+def main(settings: BundleSettings) -> dict[str, int]:
     """Make the folder; returns the bytes of each of its parts."""
     check_output(output := Path(settings.output))
     if output.exists() and any(output.iterdir()) and not (output / 'COMMIT').is_file():
@@ -129,4 +129,4 @@ def main(settings: Settings) -> dict[str, int]:
 
 
 if __name__ == '__main__':
-    run_cli('bundle.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('bundle.py', lambda: main(parse_flags(BundleSettings, __doc__)))

@@ -8,11 +8,11 @@ groups (birds, dogs, ...) of ImageNet, one image a class. Each seed draws its ow
 is held out are other training images: no validation split is looked at. The last epoch counts, not the best one. Rows
 that the results file holds are not made again, so a run that was cut off goes on.
 """
-from coatnet_train.experiments.compare_recipes_config import Settings, check_values
+from coatnet_train.experiments.compare_recipes_config import CompareRecipesSettings, check_values
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
-def main(settings: Settings) -> dict:
+def main(settings: CompareRecipesSettings) -> dict:
     """Make the rows that are missing, and return the report."""
     check_values(settings)
     from coatnet_train.experiments.compare_recipes import run  # here: torch and timm take seconds to import
@@ -20,4 +20,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == '__main__':
-    run_cli('compare_recipes.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('compare_recipes.py', lambda: main(parse_flags(CompareRecipesSettings, __doc__)))

@@ -16,13 +16,13 @@ MAX_RUNS = 5  # curves that one plot can hold
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class CompareRunsSettings:
     runs: tyro.conf.Positional[tuple[str, ...]]  # Run folders.
     results_file: str = ''  # JSON to write, and a plot beside it as .png.
     allow_different: bool = False  # Compare runs whose settings differ in more than the model, and list what differs.
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: CompareRunsSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     if not 2 <= len(settings.runs) <= MAX_RUNS:
         raise ConfigError(f'RUNS must be two to {MAX_RUNS} run folders, got {len(settings.runs)}.')
@@ -30,7 +30,7 @@ def check_values(settings: Settings) -> None:
         raise ConfigError(f'--results-file must end in .json, got {settings.results_file}.')
 
 
-def main(settings: Settings) -> dict:
+def main(settings: CompareRunsSettings) -> dict:
     """Print the table, write the files, and return what they hold."""
     check_values(settings)
     from coatnet_train.experiments.compare_runs import run  # here: torch and timm take seconds to import
@@ -38,4 +38,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == '__main__':
-    run_cli('compare_runs.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('compare_runs.py', lambda: main(parse_flags(CompareRunsSettings, __doc__)))

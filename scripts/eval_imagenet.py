@@ -10,11 +10,11 @@ The folder has val/ (or validation/, test/), or is itself one of classes: synset
 numbers for -V2, a model's own names after fine-tuning, CORRUPTION/SEVERITY/ with synsets for -C. Several names or
 checkpoints give one table. Numbers are those of timm's validate.py: top-1, top-5 (%), loss (nats); ECE (%) has 15 bins.
 """
-from coatnet_train.evaluation.config import Settings, check_values
+from coatnet_train.evaluation.config import EvaluationSettings, check_values
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
-def main(settings: Settings) -> list[dict]:
+def main(settings: EvaluationSettings) -> list[dict]:
     """Evaluate as `settings` say and return the rows of the table."""
     check_values(settings)
     from coatnet_train.evaluation.imagenet import evaluate  # here: torch and timm take seconds to import
@@ -22,4 +22,4 @@ def main(settings: Settings) -> list[dict]:
 
 
 if __name__ == '__main__':
-    run_cli('eval_imagenet.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('eval_imagenet.py', lambda: main(parse_flags(EvaluationSettings, __doc__)))

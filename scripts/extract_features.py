@@ -19,11 +19,11 @@ paths are a JSON list in the metadata. Images that cannot be read have no row, a
 was stopped, begun again with the same settings, writes the shards that are missing. Several processes share the shards
 out, so that the files are those of one process.
 """
-from coatnet_train.evaluation.extraction_config import Settings, check_values
+from coatnet_train.evaluation.extraction_config import ExtractionSettings, check_values
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
-def main(settings: Settings) -> dict:
+def main(settings: ExtractionSettings) -> dict:
     """Extract as `settings` say; the main process returns the summary that is also written to summary.json."""
     check_values(settings)
     from coatnet_train.evaluation.extraction import extract_features  # here: torch and timm take seconds to import
@@ -31,4 +31,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == '__main__':
-    run_cli('extract_features.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('extract_features.py', lambda: main(parse_flags(ExtractionSettings, __doc__)))

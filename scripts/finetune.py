@@ -16,12 +16,12 @@ on from there), 1 for a loss that is not finite.
 import sys
 
 from coatnet_train.runtime.cli import Preempted, one_line, run_cli
-from coatnet_train.training.config import Settings, check_values, read_settings
+from coatnet_train.training.config import FinetuneSettings, check_values, read_settings
 
 PREEMPTED = 75  # exit code: stopped by SIGTERM, everything saved
 
 
-def main(settings: Settings) -> dict:
+def main(settings: FinetuneSettings) -> dict:
     """Fine-tune as `settings` say, and return the summary that is also written to summary.json."""
     check_values(settings)
     from coatnet_train.training.run import finetune  # here: torch and timm take seconds to import

@@ -16,13 +16,13 @@ from coatnet_train.runtime.cli import ConfigError, one_line, parse_flags, run_cl
 
 
 @dataclass(frozen=True)
-class Settings:
+class HoldOutSettings:
     train_dir: tyro.conf.Positional[Path]  # Folder with a sub-folder of images for each class.
     output: tyro.conf.Positional[Path]  # New folder to fill with train/ and validation/.
     per_class: int = 10  # Images of each class to hold out.
 
 
-def main(settings: Settings) -> dict[str, int]:
+def main(settings: HoldOutSettings) -> dict[str, int]:
     """Fill the new folder, and return how many images went where."""
     if not settings.train_dir.is_dir():
         raise ConfigError(f'TRAIN_DIR {settings.train_dir} is not a folder; give one with a sub-folder for each '
@@ -61,4 +61,4 @@ def main(settings: Settings) -> dict[str, int]:
 
 
 if __name__ == '__main__':
-    run_cli('hold_out.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('hold_out.py', lambda: main(parse_flags(HoldOutSettings, __doc__)))

@@ -13,19 +13,19 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from coatnet_train.runtime.cli import ConfigError, one_line, parse_flags, run_cli, tyro
+from coatnet_train.runtime.cli import ConfigError, did_you_mean, parse_flags, run_cli, tyro
 from coatnet_train.runtime.files import write_file
 
 
 @dataclass(frozen=True)
-class Settings:
+class ImportWeightsSettings:
     model: tyro.conf.Positional[str]  # Name of the architecture in timm.
     weights: tyro.conf.Positional[Path]  # State dict written by torch.save, or an installed package that holds one.
     output: tyro.conf.Positional[Path]  # File to write, .safetensors.
     half: bool = False  # Keep weights in float16; norms, their statistics and biases stay as they are.
 
 
-def find_weights(weights: Path) -> Path:
+def find_state_dict(weights: Path) -> Path:
     """The file itself, or the only .pth file in an installed package of this name."""
     if weights.is_file():
         return weights
@@ -40,7 +40,7 @@ def find_weights(weights: Path) -> Path:
     return files[0]
 
 
-def main(settings: Settings) -> None:
+def main(settings: ImportWeightsSettings) -> None:
     """Pair the tensors, check them and write the file."""
     import timm
     from safetensors.torch import save_file
@@ -49,11 +49,11 @@ def main(settings: Settings) -> None:
 
     if settings.output.suffix != '.safetensors':
         raise ConfigError(f'OUTPUT must end in .safetensors, got {settings.output}.')
-    weights = find_weights(settings.weights)
-    try:
-        expected = timm.create_model(settings.model).state_dict()
-    except RuntimeError as error:
-        raise ConfigError(f'MODEL {settings.model}: {one_line(error)}') from error
+    weights = find_state_dict(settings.weights)
+    if not timm.is_model(settings.model):
+        raise ConfigError(f'MODEL {settings.model} is not a name in timm.list_models()'
+                          f'{did_you_mean(settings.model, timm.list_models()) or "."}')
+    expected = timm.create_model(settings.model).state_dict()
     found = read_weights(str(weights), 'WEIGHTS')
     if len(found) != len(expected):
         raise ConfigError(f'WEIGHTS {settings.weights} must hold the {len(expected)} tensors of {settings.model}, '
@@ -69,4 +69,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == '__main__':
-    run_cli('import_weights.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('import_weights.py', lambda: main(parse_flags(ImportWeightsSettings, __doc__)))

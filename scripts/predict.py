@@ -13,12 +13,12 @@ exit code is then 1, or 2 if none could be read.
 """
 import sys
 
-from coatnet_train.explain.config import Settings, check_values
+from coatnet_train.explain.config import PredictionSettings, check_values
 from coatnet_train.models.released import released_models
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
-def main(settings: Settings) -> int:
+def main(settings: PredictionSettings) -> int:
     """Predict and explain every image; returns the exit code."""
     check_values(settings)
     from coatnet_train.explain.prediction import predict_images  # here: torch and timm take seconds to import
@@ -27,4 +27,4 @@ def main(settings: Settings) -> int:
 
 if __name__ == '__main__':
     run_cli('predict.py', lambda: sys.exit(main(parse_flags(
-        Settings, f'{__doc__}\nReleased, or in the cache: {", ".join(released_models()) or "nothing"}.'))))
+        PredictionSettings, f'{__doc__}\nReleased, or in the cache: {", ".join(released_models()) or "nothing"}.'))))

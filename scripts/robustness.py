@@ -7,11 +7,11 @@ Sizes resize the whole image; crop and colours stay those of the weights. Corrup
 stored, before it is resized: JPEG at quality 30, Gaussian blur of radius 1 pixel, Gaussian noise of deviation 0.1 (of
 1), the same noise for an image each time. Models that the results file holds are not measured again.
 """
-from coatnet_train.experiments.robustness_config import Settings, check_values
+from coatnet_train.experiments.robustness_config import RobustnessSettings, check_values
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
-def main(settings: Settings) -> dict:
+def main(settings: RobustnessSettings) -> dict:
     """Measure every row, and return the report."""
     check_values(settings)
     from coatnet_train.experiments.robustness import run  # here: torch and timm take seconds to import
@@ -19,4 +19,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == '__main__':
-    run_cli('robustness.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('robustness.py', lambda: main(parse_flags(RobustnessSettings, __doc__)))

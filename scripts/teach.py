@@ -27,10 +27,10 @@ finetune.py refuses outputs for other images or other augmentation, and shards t
 call that was killed goes on where it was; one with other settings, images or weights is refused.
 """
 from coatnet_train.runtime.cli import run_cli
-from coatnet_train.training.teach_config import Settings, check_values, read_settings
+from coatnet_train.training.teach_config import TeachSettings, check_values, read_settings
 
 
-def main(settings: Settings) -> dict:
+def main(settings: TeachSettings) -> dict:
     """Store the outputs, and return the manifest that is also written to manifest.json."""
     check_values(settings)
     from coatnet_train.training.teaching import teach  # here: torch and timm take seconds to import

@@ -8,11 +8,11 @@ images, and fine-tuning and random start take the same number of updates under t
 more images. Nothing is chosen on the validation split: the last epoch counts. Rows in the results file are not made
 again; a file that was made under other settings is refused.
 """
-from coatnet_train.experiments.transfer_config import Settings, check_values
+from coatnet_train.experiments.transfer_config import TransferSettings, check_values
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
-def main(settings: Settings) -> dict:
+def main(settings: TransferSettings) -> dict:
     """Make the rows that are missing, and return the report."""
     check_values(settings)
     from coatnet_train.experiments.transfer import run  # here: torch and timm take seconds to import
@@ -20,4 +20,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == '__main__':
-    run_cli('transfer.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('transfer.py', lambda: main(parse_flags(TransferSettings, __doc__)))

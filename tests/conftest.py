@@ -16,6 +16,8 @@ if capability := os.environ.get('ATEN_CPU_CAPABILITY'):
 
 torch.set_num_threads(1)  # the models here are tiny: waking a second thread takes longer than their work
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # the same for processes that tests start
+# Who asks the Hub in vain waits for its retries. It is read when huggingface_hub is imported, so not above this line.
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 
 def plain_text(value: object) -> str | None:

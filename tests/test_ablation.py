@@ -14,11 +14,11 @@ from coatnet_train.runtime.cli import ConfigError, parse_argument
 
 
 @pytest.fixture
-def runs(monkeypatch) -> list[finetune.Settings]:
+def runs(monkeypatch) -> list[finetune.FinetuneSettings]:
     """Training as a stub that leaves the files of a run; top-1 falls in the last epoch and depends on the seed."""
     seen = []
 
-    def train(settings: finetune.Settings) -> None:
+    def train(settings: finetune.FinetuneSettings) -> None:
         seen.append(settings)
         folder = Path(settings.output) / settings.experiment
         folder.mkdir(parents=True)
@@ -33,15 +33,15 @@ def runs(monkeypatch) -> list[finetune.Settings]:
     return seen
 
 
-def settings(folder: Path, **changes) -> ablation.Settings:
-    return ablation.Settings(**{
-        'data_dir': 'pictures', 'rows': ('LLLL', 'DDDD glu=False'), 'output': str(folder / 'runs'), 'device': 'cpu',
+def settings(folder: Path, **changes) -> ablation.AblationSettings:
+    return ablation.AblationSettings(**{
+        'data_dir': 'images', 'rows': ('LLLL', 'DDDD glu=False'), 'output': str(folder / 'runs'), 'device': 'cpu',
         'results_file': str(folder / 'ablation.json'), 'img_size': 64, **changes})
 
 
 @pytest.mark.parametrize('row', ablation_settings.GRIDS['full'])
 def test_every_row_of_the_full_grid_can_be_built(row):
-    options = ablation_run.model_kwargs(ablation.Settings('pictures'), row)
+    options = ablation_run.model_kwargs(ablation.AblationSettings('images'), row)
     kwargs = dict(map(parse_argument, options))
     model = timm.create_model('coatnet_pico', img_size=64, device='meta', **kwargs)
     assert model.cfg.layout == row.split()[0]

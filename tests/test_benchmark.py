@@ -1,12 +1,19 @@
 """scripts/benchmark.py: what it measures, writes and refuses."""
 
 import pytest
+import torch
 from PIL import Image
 
 from coatnet_train.benchmarks import distillation as benchmark_distillation
 from coatnet_train.benchmarks import loader as benchmark_loader
 from coatnet_train.benchmarks import models as benchmark_models
-from coatnet_train.benchmarks.config import DistillationSettings, LoaderSettings, ModelPairSettings
+from coatnet_train.benchmarks import runtimes as benchmark_runtimes
+from coatnet_train.benchmarks.config import (
+    DistillationSettings,
+    LoaderSettings,
+    ModelPairSettings,
+    RuntimesSettings,
+)
 from coatnet_train.runtime.cli import ConfigError
 
 
@@ -47,9 +54,9 @@ def write_images(folder, count: int = 24) -> None:
 
 
 def test_loader_is_timed_beside_training(tmp_path):
-    write_images(tmp_path / 'pictures')
+    write_images(tmp_path / 'images')
     report = benchmark_loader.main(LoaderSettings(
-        data_dir=str(tmp_path / 'pictures'), workers=(0, 1), batch_size=4, rounds=2, window=0.05,
+        data_dir=str(tmp_path / 'images'), workers=(0, 1), batch_size=4, rounds=2, window=0.05,
         results_file=str(tmp_path / 'loader.json')))
     assert set(report['images_per_second']) == {'0 workers', '1 workers', 'training'}
     assert min(report['images_per_second'].values()) > 0 and (tmp_path / 'loader.json').is_file()
@@ -65,3 +72,43 @@ def test_steps_from_stored_outputs_are_timed_beside_plain_ones(tmp_path, cached)
     assert set(report['results']) == set(report['rounds']) == {'labels', 'all_logits', 'top_2'}
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in report['rounds'].values())
     assert report['results']['labels']['over_labels'] == 0 and (tmp_path / 'distillation.json').is_file()
+
+
+def test_runtimes_are_timed_beside_eager_and_a_missing_one_is_named(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('onnxruntime', reason='onnxruntime comes with the test extra')
+    monkeypatch.setattr(benchmark_runtimes, 'is_installed', lambda module: module != 'openvino')
+    report = benchmark_runtimes.main(RuntimesSettings(
+        models=('test_resnet',), runtimes=('eager', 'onnxruntime', 'openvino'), batch_sizes=(2,), img_size=32, rounds=2,
+        window=0.01, results_file=str(tmp_path / 'runtimes.json')))
+    row, = report['rows']
+    assert row['ms'].pop('openvino') == 'not measured' and min(row['ms'].values()) > 0
+    assert {*row['ms']} == {*row['windows']} == {*row['difference']} == {'eager', 'onnxruntime'}
+    assert (tmp_path / 'runtimes.json').is_file() and set(report['versions']) == {'onnxruntime'}
+    assert "openvino is not installed, so it is not measured; in a checkout of coatnet_zoo: pip install '.[runtimes]'" \
+        in capsys.readouterr().out
+
+
+def test_openvino_gives_the_logits_of_eager():
+    pytest.importorskip('openvino', reason="openvino comes with the runtimes extra: pip install '.[runtimes]'")
+    pytest.importorskip('onnxscript', reason='onnxscript comes with the test extra')
+    settings = RuntimesSettings(img_size=32)
+    with torch.no_grad():
+        calls = benchmark_runtimes.build('test_resnet', 2, ['eager', 'openvino'], settings)
+        assert 0 < benchmark_runtimes.compare('test_resnet', calls)['openvino'] < 1e-4
+
+
+def test_runtime_with_other_logits_is_not_timed():
+    eager = torch.tensor([[1., -2.]])
+    calls = {'eager': lambda: eager, 'onnxruntime': lambda: eager + 1e-3}
+    assert benchmark_runtimes.compare('x', calls)['onnxruntime'] == pytest.approx(5e-4, rel=1e-2)
+    for off in (3e-3, float('nan')):
+        with pytest.raises(ConfigError, match=r'onnxruntime: logits of x must be those of eager up to 0\.001'):
+            benchmark_runtimes.compare('x', {**calls, 'onnxruntime': lambda off=off: eager + off})
+
+
+@pytest.mark.parametrize('changes,message', [
+    (dict(runtimes=('compiled',)), '--runtimes must have eager'), (dict(batch_sizes=()), 'must name at least one each'),
+    (dict(models=('coatnett',)), 'coatnett is not a name')], ids=str)
+def test_runtimes_that_cannot_be_compared_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        benchmark_runtimes.main(RuntimesSettings(**changes))

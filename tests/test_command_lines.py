@@ -27,6 +27,7 @@ COMMANDS = {
     'benchmark.py scaling': ('--sizes 64', '--sizes must be two or more'),
     'benchmark.py loader': ('--data-dir x --window 0', '--window must be greater than 0'),
     'benchmark.py distillation': ('--top-k 200', '--top-k must be below --classes 200'),
+    'benchmark.py runtimes': ('--runtimes compiled', '--runtimes must have eager'),
     'benchmark.py inference_form': ('--rounds 1', '--rounds must be at least 2'),
     'bundle.py': ('--data no.zip', '--data no.zip must be a file'),
     'gpu_report.py': ('--steps x', '--steps must be among versions'),

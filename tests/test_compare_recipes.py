@@ -11,7 +11,7 @@ import compare_recipes
 import finetune
 from coatnet_train.experiments import compare_recipes as compare_recipes_run
 from coatnet_train.experiments import small_sets
-from coatnet_train.experiments.compare_recipes_config import Settings
+from coatnet_train.experiments.compare_recipes_config import CompareRecipesSettings
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training import recipes
 
@@ -26,21 +26,21 @@ def write_classes(folder: Path, names: list[str], count: int) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path) -> Settings:
+def settings(tmp_path) -> CompareRecipesSettings:
     imagenette = write_classes(tmp_path / 'imagenette', list('abcde'), 52)
     samples = write_classes(tmp_path / 'samples', ImageNetInfo('imagenet-1k').label_names()[:400], 1)
     write_classes(tmp_path / 'samples', ImageNetInfo('imagenet-1k').label_names()[923:966], 1)
-    return Settings(
+    return CompareRecipesSettings(
         imagenette=str(imagenette), samples=str(samples), seeds=(0, 1), output=str(tmp_path / 'out'),
         models=('lightconvnet_pico_64.dist_tin200',), results_file=str(tmp_path / 'recipes.json'))
 
 
 @pytest.fixture
-def runs(monkeypatch) -> list[finetune.Settings]:
+def runs(monkeypatch) -> list[finetune.FinetuneSettings]:
     """What would have been trained; the scores are those of a run that is better with the recipe."""
     made = []
 
-    def train(settings: finetune.Settings) -> dict:
+    def train(settings: finetune.FinetuneSettings) -> dict:
         made.append(settings)
         run_dir = Path(settings.output) / settings.experiment
         run_dir.mkdir(parents=True)

@@ -21,14 +21,15 @@ def runs(tmp_path_factory) -> list[str]:
     root = tmp_path_factory.mktemp('runs')
     write_images(root / 'data', ('a', 'b'), train=3, val=3)
     for model in ('test_resnet', 'test_vit'):
-        finetune.main(finetune.Settings(
+        finetune.main(finetune.FinetuneSettings(
             data_dir=str(root / 'data'), model=model, img_size=32, epochs=1, workers=0, device='cpu', batch_size=4,
             output=str(root)))
     return [str(root / 'test_resnet'), str(root / 'test_vit')]
 
 
 def test_runs_stand_side_by_side_with_what_they_reached(runs, tmp_path, capsys):
-    report = compare_runs.main(compare_runs.Settings(runs=tuple(runs), results_file=str(tmp_path / 'two.json')))
+    report = compare_runs.main(compare_runs.CompareRunsSettings(
+        runs=tuple(runs), results_file=str(tmp_path / 'two.json')))
     assert json.loads((tmp_path / 'two.json').read_text()) == json.loads(json.dumps(report))
     printed = capsys.readouterr().out
     for folder in map(Path, runs):
@@ -55,7 +56,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
             (dict(runs=(runs[0], str(tmp_path))), 'has no summary.json'),
             (dict(runs=tuple(runs), results_file='two.csv'), r'must end in \.json, got two\.csv')):
         with pytest.raises(ConfigError, match=message):
-            compare_runs.main(compare_runs.Settings(**settings))
+            compare_runs.main(compare_runs.CompareRunsSettings(**settings))
 
 
 def test_folders_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path, monkeypatch):
@@ -72,7 +73,7 @@ def test_other_recipes_are_compared_on_request_and_what_differs_is_listed(runs, 
     shutil.copytree(runs[0], other)
     args = json.loads((other / 'args.json').read_text())
     (other / 'args.json').write_text(json.dumps(args | {'lr': 0.5, 'new_setting': 3}))
-    report = compare_runs.main(compare_runs.Settings(runs=(runs[0], str(other)), allow_different=True))
+    report = compare_runs.main(compare_runs.CompareRunsSettings(runs=(runs[0], str(other)), allow_different=True))
     first, second = report['runs']
     assert second == 'slow/test_resnet' and first == str(Path(*Path(runs[0]).parts[-2:]))
     assert report['different'] == {'lr': [0.0005, 0.5], 'new_setting': [None, 3]}
@@ -95,16 +96,17 @@ def test_run_that_cannot_be_read_is_refused(runs, tmp_path):
             ('config.json', '{}', r'its config\.json does not give the model'),
             ('metrics.csv', 'epoch\n', 'an epoch in metrics.csv'), ('summary.json', '{"top1": 1}', 'train it again')):
         with pytest.raises(ConfigError, match=message) as error:
-            compare_runs.main(compare_runs.Settings(runs=(runs[0], broken(name, content))))
+            compare_runs.main(compare_runs.CompareRunsSettings(runs=(runs[0], broken(name, content))))
         assert '\n' not in str(error.value)
         shutil.rmtree(tmp_path / f'broken {content[:5]}')
 
 
 def test_results_file_is_written_into_a_new_folder_or_refused(runs, tmp_path):
-    compare_runs.main(compare_runs.Settings(runs=tuple(runs), results_file=str(tmp_path / 'new' / 'two.json')))
+    compare_runs.main(compare_runs.CompareRunsSettings(
+        runs=tuple(runs), results_file=str(tmp_path / 'new' / 'two.json')))
     assert {path.name for path in (tmp_path / 'new').iterdir()} == {'two.json', 'two.png'}
     with pytest.raises(ConfigError, match=r'--results-file .* cannot be written: .*choose another'):
-        compare_runs.main(compare_runs.Settings(
+        compare_runs.main(compare_runs.CompareRunsSettings(
             runs=tuple(runs), results_file=str(tmp_path / 'new' / 'two.png' / 'a.json')))
 
 

@@ -1,4 +1,4 @@
-"""scripts/demo.py without its training: the digits it writes, the picture it draws, and when it fails."""
+"""scripts/demo.py without its training: the digits it writes, the image it draws, and when it fails."""
 import dataclasses
 import json
 from pathlib import Path
@@ -38,10 +38,10 @@ def test_every_digit_is_written_once_under_its_label(digits_dir):
         index = int(path.stem)
         seen.append(index)
         assert path.parent.name == str(digits.target[index])
-        picture = Image.open(path)
-        assert (picture.size, picture.mode) == ((32, 32), 'RGB')
+        image = Image.open(path)
+        assert (image.size, image.mode) == ((32, 32), 'RGB')
         if index % 100 == 0:  # shrunk again, it is the original
-            small = np.asarray(picture.convert('L').resize((8, 8), Image.Resampling.BOX)) * (16 / 255)
+            small = np.asarray(image.convert('L').resize((8, 8), Image.Resampling.BOX)) * (16 / 255)
             assert np.abs(small - digits.images[index]).mean() < 1
     assert sorted(seen) == list(range(1797))
 
@@ -59,7 +59,7 @@ def history(least: float) -> list[dict]:
     return [{'epoch': epoch, 'eval_top1': 99 - least / epoch} for epoch in range(1, 6)]
 
 
-def test_picture_shows_errors_in_red_before_the_rest(digits_dir, tmp_path):
+def test_image_shows_errors_in_red_before_the_rest(digits_dir, tmp_path):
     files = [str(path) for path in sorted((digits_dir / 'val').rglob('*.png'))]
     labels = np.array([int(Path(file).parent.name) for file in files])
     probabilities = torch.nn.functional.one_hot(torch.from_numpy(labels), 10) * 0.9 + 0.01

@@ -30,10 +30,10 @@ CPU = torch.device('cpu')
 
 
 @pytest.fixture(scope='module')
-def settings(tmp_path_factory) -> finetune.Settings:
+def settings(tmp_path_factory) -> finetune.FinetuneSettings:
     """Of a first, grey run: the colours of the images differ in grey too."""
     folder = tmp_path_factory.mktemp('grey')
-    return finetune.Settings(
+    return finetune.FinetuneSettings(
         data_dir=str(write_images(folder / 'colours')), model='lightconvnet_pico_64', img_size=32, in_chans=1,
         epochs=1, batch_size=12, lr=1e-3, warmup_epochs=0.0, mean=(0.4,), std=(0.3,), workers=0, device='cpu',
         scale=(0.6, 1.0), output=str(folder), experiment='run')
@@ -59,7 +59,7 @@ def by_hand(settings, run):
 
 
 @pytest.fixture
-def again(settings, run) -> finetune.Settings:
+def again(settings, run) -> finetune.FinetuneSettings:
     """Of a second run from the first one, without its flags for the images."""
     return dataclasses.replace(settings, model=run, pretrained=True, in_chans=None, img_size=None, mean=(), std=())
 
@@ -70,7 +70,7 @@ def input_size(folder: Path) -> list[int]:
 
 def test_eval(settings, run, by_hand):
     *_, labels, logits = by_hand
-    row, = eval_imagenet.main(eval_imagenet.Settings(
+    row, = eval_imagenet.main(eval_imagenet.EvaluationSettings(
         data_dir=settings.data_dir, model=(run,), workers=0, device='cpu'))
     assert row['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-3)
     assert row['top1'] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=1e-3)
@@ -79,7 +79,7 @@ def test_eval(settings, run, by_hand):
 def test_eval_of_a_stream_for_a_grey_and_a_colour_model(run, tmp_path):
     """Each model reads the stream in its own mode."""
     folder = write_shards(tmp_path / 'shards')
-    rows = eval_imagenet.main(eval_imagenet.Settings(
+    rows = eval_imagenet.main(eval_imagenet.EvaluationSettings(
         data_dir=str(folder), dataset='wds/', model=(run, 'lightconvnet_pico_64', run), pretrained=False, num_classes=3,
         img_size=32, workers=0, device='cpu'))
     assert [row['images'] for row in rows] == [24] * 3
@@ -87,14 +87,14 @@ def test_eval_of_a_stream_for_a_grey_and_a_colour_model(run, tmp_path):
 
 def test_predict(settings, run, by_hand, tmp_path, capsys):
     path = sorted(Path(settings.data_dir, 'val', CLASSES[0]).iterdir())[0]
-    assert predict.main(predict.Settings(images=(path,), model=run, output=tmp_path, device='cpu')) == 0
+    assert predict.main(predict.PredictionSettings(images=(path,), model=run, output=tmp_path, device='cpu')) == 0
     share = 100 * by_hand[-1][0].softmax(-1).max().item()
     assert f'1  {share:5.1f} %  {CLASSES[by_hand[-1][0].argmax()]}' in capsys.readouterr().out
 
 
 def test_extract(settings, run, by_hand, tmp_path):
     model, images, *_ = by_hand
-    extract_features.main(extract_features.Settings(
+    extract_features.main(extract_features.ExtractionSettings(
         data_dir=settings.data_dir, model=run, split='validation', workers=0, device='cpu', output=str(tmp_path)))
     columns, _ = read_rows(tmp_path / 'validation')
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_extract(settings, run, by_hand, tmp_path):
 
 def test_export_writes_the_figures_of_grey_images_into_the_card(settings, run, by_hand, tmp_path):
     *_, labels, logits = by_hand
-    folder = export.main(export.Settings(
+    folder = export.main(export.ExportSettings(
         run_dir=Path(settings.output) / 'run', name='lightconvnet_pico_64.grey', output=tmp_path / 'out',
         dtype='bfloat16', data_dir=settings.data_dir, workers=0))
     found = json.loads((folder / 'config.json').read_text())['release']['metrics']
@@ -154,14 +154,14 @@ def test_colour_teacher_made_grey_by_the_flag(settings, tmp_path):
 
 
 def test_robustness(settings, run, by_hand):
-    found = robustness.main(robustness.Settings(
+    found = robustness.main(robustness.RobustnessSettings(
         data_dir=settings.data_dir, model=(run,), sizes=(32,), workers=0, device='cpu'))
     top1 = 100 * (by_hand[-1].argmax(1) == by_hand[2]).float().mean().item()
     assert found['top1'][run]['32 px'] == pytest.approx(top1, abs=1e-3) and 'noise' in found['top1'][run]
 
 
 def test_transfer_starts_at_random_with_the_same_model(settings, run, tmp_path):
-    transfer.main(transfer.Settings(
+    transfer.main(transfer.TransferSettings(
         data_dir=settings.data_dir, model=run, fractions=(0.5,), subsets=(1,), updates=(1,), batch_size=6, workers=0,
         methods=('random start',), device='cpu', output=str(tmp_path)))
     folder, = tmp_path.rglob('*-random')

@@ -61,8 +61,8 @@ def read(source: str, content: bytes, suffix: str, folder: Path, mode: str = 'RG
     if is_stream(settings):
         items = list(StreamingImageDataset(dataset, pil_to_tensor, mode=mode))
     else:
-        pictures = IndexedImageDataset(dataset, pil_to_tensor, mode=mode)
-        items = [pictures[0, index] for index in range(len(pictures))]
+        images = IndexedImageDataset(dataset, pil_to_tensor, mode=mode)
+        items = [images[0, index] for index in range(len(images))]
         bad = UnreadableImages(dataset, 1, lambda line: logging.getLogger('test').warning(line))
         bad.add(torch.tensor([index for _, _, index in items]))
     return [image for image, label, _ in items if label == 0]

@@ -14,7 +14,7 @@ from coatnet_train.data.dataset import create_dataset, read_image, read_targets
 from coatnet_train.data.folder_dataset import FolderReader
 from coatnet_train.data.image_folder import find_images, list_images
 from coatnet_train.runtime.cli import ConfigError
-from coatnet_train.training.config import Settings
+from coatnet_train.training.config import FinetuneSettings
 from coatnet_train.training.loaders import create_datasets
 from support.images import write_images
 
@@ -31,7 +31,7 @@ def data(tmp_path) -> Path:
 
 
 def open_both(data: Path):
-    return create_datasets(Settings(data_dir=str(data), model='test_resnet'))
+    return create_datasets(FinetuneSettings(data_dir=str(data), model='test_resnet'))
 
 
 def test_ordinary_folders_have_the_order_and_labels_of_timm(tmp_path):
@@ -53,7 +53,7 @@ def test_images_deeper_than_their_class_are_refused_and_one_is_named(data, tmp_p
     with pytest.raises(ConfigError, match='--data-dir .*' + message):
         create_dataset(DataSettings(data_dir=str(data)), 'train')
     with pytest.raises(ConfigError, match='TRAIN_DIR .*' + message):
-        hold_out.main(hold_out.Settings(data / 'train', tmp_path / 'split', per_class=1))
+        hold_out.main(hold_out.HoldOutSettings(data / 'train', tmp_path / 'split', per_class=1))
     shutil.rmtree(data / 'train' / 'blue')
     (data / 'train' / 'blue').mkdir()
     with pytest.raises(ConfigError, match=r'green/front/1\.jpg lies deeper'):
@@ -71,7 +71,7 @@ def test_hidden_folders_are_skipped_and_loops_not_followed(data, tmp_path, capsy
     dataset, names = create_dataset(DataSettings(data_dir=str(data)), 'train')
     assert names == ['blue', 'green', 'red'] and len(dataset) == 9
     assert 'links to a folder that holds them (itself)' in capsys.readouterr().err
-    counts = hold_out.main(hold_out.Settings(data / 'train', tmp_path / 'split', per_class=1))
+    counts = hold_out.main(hold_out.HoldOutSettings(data / 'train', tmp_path / 'split', per_class=1))
     assert counts == {'train': 6, 'validation': 3}
     images, errors = find_images([data / 'train'])
     assert len(images) == 9 and not errors
@@ -100,7 +100,7 @@ def test_links_to_classes_and_images_are_followed(data, tmp_path):
     (data / 'train' / 'pink').symlink_to(data / 'train' / 'red')
     (tmp_path / 'linked').mkdir()
     (tmp_path / 'linked' / 'train').symlink_to(data / 'train')
-    counts = hold_out.main(hold_out.Settings(tmp_path / 'linked' / 'train', tmp_path / 'split', per_class=1))
+    counts = hold_out.main(hold_out.HoldOutSettings(tmp_path / 'linked' / 'train', tmp_path / 'split', per_class=1))
     assert counts == {'train': 8, 'validation': 4}
     _, _, names = open_both(tmp_path / 'split')
     assert names == ['blue', 'green', 'pink', 'red']
@@ -144,12 +144,12 @@ def test_only_what_would_be_read_is_held_out(data, tmp_path):
         (data / 'train' / 'red' / name).write_bytes(b'no image')
     (data / 'train' / '.git').mkdir()
     (data / 'train' / '.git' / 'HEAD').write_bytes(b'')
-    hold_out.main(hold_out.Settings(data / 'train', tmp_path / 'split', per_class=1))
+    hold_out.main(hold_out.HoldOutSettings(data / 'train', tmp_path / 'split', per_class=1))
     held = sorted(str(path.relative_to(tmp_path / 'split')) for path in (tmp_path / 'split').rglob('*.*'))
     assert held == sorted([f'train/{name}/{number}.png' for name in ('blue', 'green', 'red') for number in (0, 1)] +
                           [f'validation/{name}/2.png' for name in ('blue', 'green', 'red')])
     with pytest.raises(ConfigError, match=r'TRAIN_DIR .*nowhere is not a folder'):
-        hold_out.main(hold_out.Settings(tmp_path / 'nowhere', tmp_path / 'other', per_class=1))
+        hold_out.main(hold_out.HoldOutSettings(tmp_path / 'nowhere', tmp_path / 'other', per_class=1))
 
 
 # Error messages
@@ -187,7 +187,7 @@ def test_a_missing_validation_split_names_the_command_that_makes_one(data, tmp_p
         open_both(data)
     with pytest.raises(ConfigError, match=rf'no folder train or training; .*hold_out\.py {data}/train NEW_FOLDER'):
         open_both(data / 'train')
-    hold_out.main(hold_out.Settings(data / 'train', tmp_path / 'new', per_class=1))
+    hold_out.main(hold_out.HoldOutSettings(data / 'train', tmp_path / 'new', per_class=1))
     assert len(open_both(tmp_path / 'new')[1]) == 3
     (tmp_path / 'bare').mkdir()
     with pytest.raises(ConfigError, match=r'no folder train') as refused:
@@ -218,7 +218,7 @@ def test_tiny_imagenet_is_read_as_it_comes(tmp_path, capsys):
     assert names == ['n01', 'n02'] and read_targets(train) == [0, 0, 0, 1, 1, 1] and read_targets(val) == [1, 0, 1]
     assert train.filename(0) == 'n01/images/n01_0.JPEG' and val.filename(2) == 'images/val_2.JPEG'
     assert capsys.readouterr().err == ''
-    hold_out.main(hold_out.Settings(root / 'train', tmp_path / 'split', per_class=1))
+    hold_out.main(hold_out.HoldOutSettings(root / 'train', tmp_path / 'split', per_class=1))
     assert (tmp_path / 'split' / 'validation' / 'n01' / 'n01_2.JPEG').is_file()
     (root / 'val' / 'val_annotations.txt').write_text('val_0.JPEG n02\n')
     with pytest.raises(ConfigError, match=r'val_annotations\.txt must have IMAGE, a tab and a class in each line'):

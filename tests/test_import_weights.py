@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from coatnet_train.runtime.cli import ConfigError
-from import_weights import Settings, main
+from import_weights import ImportWeightsSettings, main
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def weights(model, tmp_path) -> Path:
 
 
 def test_tensors_are_paired_in_their_order(model, weights, tmp_path, capsys):
-    main(Settings('test_resnet', weights, tmp_path / 'out.safetensors'))
+    main(ImportWeightsSettings('test_resnet', weights, tmp_path / 'out.safetensors'))
     found = load_file(tmp_path / 'out.safetensors')
     expected = model.state_dict()
     assert found.keys() == expected.keys()
@@ -40,18 +40,18 @@ def test_a_package_of_weights_is_read_without_running_it(model, weights, tmp_pat
     (package / 'models').mkdir(parents=True)
     (package / '__init__.py').write_text('raise RuntimeError')
     monkeypatch.syspath_prepend(tmp_path)
-    settings = Settings('test_resnet', Path('port_of_weights'), tmp_path / 'out.safetensors')
+    settings = ImportWeightsSettings('test_resnet', Path('port_of_weights'), tmp_path / 'out.safetensors')
     with pytest.raises(ConfigError, match=r'WEIGHTS port_of_weights must be a package with one \.pth file, but has 0'):
         main(settings)
     weights.rename(package / 'models' / 'port.pth')
     main(settings)
     assert torch.equal(load_file(settings.output)['fc.bias'], model.fc.bias)
     with pytest.raises(ConfigError, match=r"neither a file nor an installed package; .* '\.\[teacher\]'"):
-        main(Settings('test_resnet', Path('no_such_package'), tmp_path / 'out.safetensors'))
+        main(ImportWeightsSettings('test_resnet', Path('no_such_package'), tmp_path / 'out.safetensors'))
 
 
 def test_half_leaves_norms_and_biases_as_they_are(model, weights, tmp_path):
-    main(Settings('test_resnet', weights, tmp_path / 'out.safetensors', half=True))
+    main(ImportWeightsSettings('test_resnet', weights, tmp_path / 'out.safetensors', half=True))
     found = load_file(tmp_path / 'out.safetensors')
     for name, tensor in model.state_dict().items():
         expected = tensor.half() if name.endswith('weight') and tensor.ndim > 1 else tensor
@@ -69,14 +69,15 @@ def test_tensors_that_do_not_fit_are_refused(weights, tmp_path):
     for name, (content, message) in changes.items():
         torch.save(content, tmp_path / f'{name}.pth')
         with pytest.raises(ConfigError, match=message):
-            main(Settings('test_resnet', tmp_path / f'{name}.pth', tmp_path / 'out.safetensors'))
+            main(ImportWeightsSettings('test_resnet', tmp_path / f'{name}.pth', tmp_path / 'out.safetensors'))
     assert not (tmp_path / 'out.safetensors').exists()
 
 
 def test_wrong_names_are_refused(weights, tmp_path):
-    for settings, message in (
-            (Settings('test_resnet', weights, tmp_path / 'out.pth'), r'OUTPUT must end in \.safetensors, got .*\.pth'),
-            (Settings('test_resnet', tmp_path / 'none.pth', tmp_path / 'out.safetensors'), r'WEIGHTS .* is neither'),
-            (Settings('test_resnett', weights, tmp_path / 'out.safetensors'), 'MODEL test_resnett: ')):
+    out = tmp_path / 'out.safetensors'
+    for arguments, message in (
+            (('test_resnet', weights, tmp_path / 'out.pth'), r'OUTPUT must end in \.safetensors, got .*\.pth'),
+            (('test_resnet', tmp_path / 'none.pth', out), r'WEIGHTS .* is neither'),
+            (('test_resnett', weights, out), r'MODEL test_resnett .*did you mean test_resnet')):
         with pytest.raises(ConfigError, match=message):
-            main(settings)
+            main(ImportWeightsSettings(*arguments))

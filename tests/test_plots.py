@@ -80,7 +80,7 @@ def test_a_run_and_its_evaluation_on_names_that_are_no_utf8(tmp_path, capsys):
     (data / 'train' / 'blue' / os.fsdecode(b'bad\xff.png')).write_bytes(b'')
     (data / 'val' / 'blue' / os.fsdecode(b'bad\xff.png')).write_bytes(b'')
     options = dict(img_size=32, batch_size=4, workers=0, device='cpu', data_dir=str(data), max_bad_images=1.0)
-    run_cli('finetune.py', lambda: finetune.main(finetune.Settings(
+    run_cli('finetune.py', lambda: finetune.main(finetune.FinetuneSettings(
         model='test_resnet', epochs=1, output=str(tmp_path), experiment='run', **options)))
     run = tmp_path / 'run'
     summary = json.loads((run / 'summary.json').read_text())
@@ -90,14 +90,14 @@ def test_a_run_and_its_evaluation_on_names_that_are_no_utf8(tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out.count(r'bad\xff.png: cannot identify') == 2
 
-    run_cli('eval_imagenet.py', lambda: eval_imagenet.main(eval_imagenet.Settings(
+    run_cli('eval_imagenet.py', lambda: eval_imagenet.main(eval_imagenet.EvaluationSettings(
         model=(f'local-dir:{run}',), output=str(tmp_path / 'eval'), results_file=str(tmp_path / 'table.csv'),
         **options)))
     (classes,) = (tmp_path / 'eval').rglob('classes.csv')
     with pytest.raises(ConfigError, match=r'--output .*photos\\xff/run must be a path in UTF-8'):
-        finetune.main(finetune.Settings(model='test_resnet', output=str(data), experiment='run', **options))
+        finetune.main(finetune.FinetuneSettings(model='test_resnet', output=str(data), experiment='run', **options))
     with pytest.raises(ConfigError, match=r'--output .*photos\\xff must be a path in UTF-8'):
-        extract_features.main(extract_features.Settings(model='test_resnet', output=str(data), **options))
+        extract_features.main(extract_features.ExtractionSettings(model='test_resnet', output=str(data), **options))
     with classes.open(encoding='utf-8') as file:
         assert [row['class'] for row in csv.DictReader(file)] == ['blue', 'green', r'r\xe9d']
     assert r'photos\udcff' in (tmp_path / 'table.csv').read_text(encoding='utf-8')

@@ -240,6 +240,20 @@ def test_inference_form_shows_each_form_with_its_quartiles(tmp_path):
     assert '| `x` | 8 | 10 | 1.15 (0.90 to 1.25) |' in speed.inference_form(tmp_path)
 
 
+def test_runtimes_are_multiples_of_the_eager_form_of_the_first_model(tmp_path):
+    (tmp_path / 'results').mkdir()
+    assert 'not measured' in speed.runtimes(tmp_path)
+    settings = dict(runtimes=['eager', 'openvino'], models=['x', 'y'], img_size=64, threads=1)
+    rows = [dict(model=model, batch_size=batch, ms={'eager': ms, 'openvino': other}) for model, batch, ms, other in (
+        ('x', 1, 10., 8.04), ('y', 1, 20., 'not measured'), ('x', 8, 50., 25.))]
+    (tmp_path / 'results' / 'runtimes_cpu.json').write_text(json.dumps(dict(
+        rows=rows, settings=settings, hardware='a CPU', torch='2', versions={'openvino': '3'})))
+    assert speed.runtimes(tmp_path).splitlines()[2:] == [
+        '| `x` | 1 | 10 (1.00) | 8 (0.80) |', '| `y` | 1 | 20 (2.00) | not measured |',
+        '| `x` | 8 | 50 (1.00) | 25 (0.50) |', '',
+        'Milliseconds a batch at 64 px, and in brackets multiples of eager `x`; a CPU, 1 thread, torch 2, openvino 3.']
+
+
 def test_choices_say_where_weights_come_from():
     rows = [row.split(' | ') for row in models.choices(ROOT).splitlines()[2:]]
     assert len(rows) == 8

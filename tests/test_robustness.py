@@ -19,18 +19,18 @@ from support.images import write_images
 
 
 @pytest.fixture(scope='module')
-def settings(tmp_path_factory) -> robustness.Settings:
+def settings(tmp_path_factory) -> robustness.RobustnessSettings:
     folder = tmp_path_factory.mktemp('robustness')
     data = write_images(folder / 'colours')
-    finetune.main(finetune.Settings(
+    finetune.main(finetune.FinetuneSettings(
         data_dir=str(data), model='test_resnet', img_size=32, epochs=2, batch_size=12, lr=3e-3, workers=0,
         device='cpu', output=str(folder), experiment='run', color_jitter=0.0))
-    return robustness.Settings(
+    return robustness.RobustnessSettings(
         data_dir=str(data), model=(f'local-dir:{folder / "run"}',), sizes=(32, 48), workers=0, batch_size=4,
         device='cpu', results_file=str(folder / 'robustness.json'))
 
 
-def by_hand(settings: robustness.Settings, size: int, corruption=lambda image: image) -> float:
+def by_hand(settings: robustness.RobustnessSettings, size: int, corruption=lambda image: image) -> float:
     model = timm.create_model(settings.model[0], pretrained=True).eval()
     config = timm.data.resolve_data_config({'img_size': size}, model=model)
     transform, right = timm.data.create_transform(**config), []

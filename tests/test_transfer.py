@@ -15,19 +15,19 @@ from support.images import write_images
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> tuple[Path, Path]:
-    """Pictures, and a run on them."""
+    """Images, and a run on them."""
     folder = tmp_path_factory.mktemp('transfer')
     data = write_images(folder / 'colours')
-    finetune.main(finetune.Settings(
+    finetune.main(finetune.FinetuneSettings(
         data_dir=str(data), model='test_resnet', img_size=32, epochs=12, batch_size=12, lr=3e-3, workers=0,
         device='cpu', output=str(folder), experiment='run', color_jitter=0.0, scale=(0.6, 1.0)))
     return data, folder / 'run'
 
 
 @pytest.fixture
-def settings(trained, tmp_path) -> transfer.Settings:
+def settings(trained, tmp_path) -> transfer.TransferSettings:
     data, run = trained
-    return transfer.Settings(
+    return transfer.TransferSettings(
         data_dir=str(data), model=f'local-dir:{run}', fractions=(0.5, 1.0), subsets=(2, 1), updates=(4, 6),
         batch_size=6, workers=0, device='cpu', output=str(tmp_path / 'out'),
         results_file=str(tmp_path / 'transfer.json'))

@@ -22,8 +22,8 @@ from torch import nn
 from .. import kecam
 from ..releases import fetch, find_release
 from .backbone import Backbone
-from .checkpoint import checkpoint_filter_fn, explain_misfit
 from .config import BackboneCfg
+from .state_dict import checkpoint_filter_fn, explain_misfit
 
 __all__ = ['build_backbone', 'list_models']
 
@@ -80,7 +80,7 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
     checkpoint = None
     if pretrained:
         name = f'{variant}.{pretrained_cfg}' if isinstance(pretrained_cfg, str) else variant
-        if kecam.find_weights(source_cfg):
+        if kecam.weights_name(source_cfg):
             overlay = {**_imagenet_labels(), **overlay}
         checkpoint = _find_checkpoint(name, cfg, source_cfg, kwargs.get('cache_dir'))
         if checkpoint and checkpoint.suffix == '.h5':
@@ -94,7 +94,7 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
             del model.pretrained_cfg['state_dict']
             if source_cfg.get('source'):
                 model.pretrained_cfg['source'] = source_cfg['source']
-        return checkpoint_filter_fn(state_dict, model, fresh_stages='layout' in options)
+        return checkpoint_filter_fn(state_dict, model, 'layout' in options, kwargs.get('features_only', False))
 
     default_cfg = next(iter(get_arch_pretrained_cfgs(variant).values()))
     if not default_cfg.fixed_input_size:  # timm fills it in for the others
@@ -168,7 +168,7 @@ def _find_checkpoint(
         return None
     if release := find_release(cfg):
         return fetch(release, cache_dir)
-    if weights := kecam.find_weights(cfg):
+    if weights := kecam.weights_name(cfg):
         return kecam.fetch_weights(weights, cfg['url'], partial(_check_fit, model_cfg, cfg), cache_dir)
     if not cfg.get('file'):
         return None

@@ -24,14 +24,14 @@ HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class AppSettings:
     model: tuple[str, ...] = ()  # Names of releases, local-dir:FOLDER, ... (what is released and models/ if not given).
     host: str | None = None  # Address to serve at (GRADIO_SERVER_NAME, else 127.0.0.1, if not given).
     port: int | None = None  # Port to serve at (the first free one from 7860 if not given).
     device: str = 'auto'  # auto (a GPU where there is one), cpu or cuda.
 
 
-def choose_models(settings: Settings, folder: Path = HERE / 'models') -> tuple[str, ...]:
+def choose_models(settings: AppSettings, folder: Path = HERE / 'models') -> tuple[str, ...]:
     """Names of the models on offer: those requested, else the released ones and the run folders in `folder`."""
     found = settings.model or (
         *released_models(), *(f'local-dir:{config.parent}' for config in sorted(folder.glob('*/config.json'))))
@@ -41,7 +41,7 @@ def choose_models(settings: Settings, folder: Path = HERE / 'models') -> tuple[s
     return found
 
 
-def main(settings: Settings) -> None:
+def main(settings: AppSettings) -> None:
     """Open the models and serve the page until it is interrupted."""
     names = choose_models(settings)
     from interface import build_page, serve  # isort: skip  # here: gradio, torch and timm take seconds to import
@@ -58,4 +58,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == '__main__':
-    run_cli('app.py', lambda: main(parse_flags(Settings, __doc__)))
+    run_cli('app.py', lambda: main(parse_flags(AppSettings, __doc__)))

@@ -25,8 +25,8 @@ def weights(tmp_path, randomize) -> str:
 
 
 @pytest.fixture
-def settings(ten, weights) -> eval_imagenet.Settings:
-    return eval_imagenet.Settings(
+def settings(ten, weights) -> eval_imagenet.EvaluationSettings:
+    return eval_imagenet.EvaluationSettings(
         data_dir=str(ten), model=('test_resnet',), checkpoint=(weights,), img_size=32, batch_size=8, workers=0,
         device='cpu')
 
@@ -35,7 +35,7 @@ def settings(ten, weights) -> eval_imagenet.Settings:
 def classes_of(tmp_path):
     """Evaluate with --output and return classes.csv by class."""
 
-    def read(settings: eval_imagenet.Settings, **changes) -> tuple[dict, dict[str, dict]]:
+    def read(settings: eval_imagenet.EvaluationSettings, **changes) -> tuple[dict, dict[str, dict]]:
         row = run(settings, output=str(tmp_path / 'files'), **changes)
         path, = (tmp_path / 'files').glob('*/classes.csv')
         with path.open(encoding='utf-8') as file:

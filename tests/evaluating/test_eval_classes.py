@@ -120,7 +120,7 @@ def test_class_map_may_stand_in_for_the_names_of_a_model(settings, tmp_path, ran
 
 
 @pytest.mark.parametrize('schema', ['hfds', 'hfids'])
-def test_pictures_of_a_data_set_of_the_hub_are_read_with_its_columns(settings, tmp_path, randomize, schema):
+def test_images_of_a_data_set_of_the_hub_are_read_with_its_columns(settings, tmp_path, randomize, schema):
     datasets = pytest.importorskip('datasets')
     name, model = write_fine_tune(tmp_path / 'run', randomize, ['a', 'b', 'c'])
     write_images(tmp_path / 'data' / 'val', ['a', 'b', 'c'])

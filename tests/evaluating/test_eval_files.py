@@ -78,7 +78,7 @@ def test_pretrained_weights_are_the_default_and_can_be_left_out(settings):
     assert run(settings, checkpoint=(), pretrained=False)['images'] == 30
 
 
-def test_unreadable_pictures_end_the_run_or_are_left_out(settings, tmp_path, weights, capsys):
+def test_unreadable_images_end_the_run_or_are_left_out(settings, tmp_path, weights, capsys):
     data = write_images(tmp_path / 'data', SYNSETS[:5])
     whole = (data / SYNSETS[2] / '1.png').read_bytes()
     (data / SYNSETS[2] / '1.png').write_bytes(whole[:100])
@@ -123,7 +123,7 @@ def test_settings_that_cannot_work_are_refused_in_a_sentence(settings, changes, 
     assert '\n' not in str(error.value)
 
 
-def test_output_that_cannot_be_written_is_refused_before_the_first_picture(settings, tmp_path, monkeypatch):
+def test_output_that_cannot_be_written_is_refused_before_the_first_image(settings, tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('in the way')
     monkeypatch.setattr(evaluate, 'evaluate_model', None)
     for changes in ({'output': str(tmp_path / 'file' / 'deep')}, {'results_file': str(tmp_path / 'file' / 'a.json')}):
@@ -156,7 +156,7 @@ def test_weights_that_cannot_be_read_or_give_no_numbers_are_refused(settings, tm
         run(settings, checkpoint=(str(tmp_path / 'nan.safetensors'),))
 
 
-def test_pictures_none_of_which_can_be_read_have_no_score(settings, tmp_path):
+def test_images_none_of_which_can_be_read_have_no_score(settings, tmp_path):
     (tmp_path / 'data' / SYNSETS[0]).mkdir(parents=True)
     (tmp_path / 'data' / SYNSETS[0] / 'a.png').write_text('no image')
     with pytest.raises(ConfigError, match='has no image with a label that can be read'):
@@ -178,8 +178,9 @@ def test_labels_that_no_class_stands_for_are_refused(labels, message):
 # The command line, and several processes
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(settings, tmp_path):
-    data = write_images(tmp_path / 'data', SYNSETS[:7], each=3)  # 21 pictures: the last batch is padded
+    data = write_images(tmp_path / 'data', SYNSETS[:7], each=3)  # 21 images: the last batch is padded
     (data / SYNSETS[6] / '2.png').write_bytes(b'')
     settings = dataclasses.replace(
         settings, data_dir=str(data), batch_size=2, max_bad_images=0.1)

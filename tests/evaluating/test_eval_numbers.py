@@ -1,4 +1,4 @@
-"""The numbers of scripts/eval_imagenet.py against timm's own, on generated pictures and one real one a class."""
+"""The numbers of scripts/eval_imagenet.py against timm's own, on generated images and one real one a class."""
 import csv
 import json
 from itertools import pairwise
@@ -21,14 +21,14 @@ from support.images import needs_images, unpack_images
 
 
 def learn(model: torch.nn.Module, logits: torch.Tensor, labels: torch.Tensor, share: float = 0.5) -> None:
-    """Raise the bias of the true classes of some pictures, so that some, not all, are read right."""
+    """Raise the bias of the true classes of some images, so that some, not all, are read right."""
     bias = model.get_classifier().bias.data
     top = logits.max(1).values - logits.gather(1, labels[:, None])[:, 0]
     bias[labels[:max(1, int(share * len(labels)))]] += top.median()
 
 
 @needs_images('imagenet-1k-samples-128')  # one of each class
-def test_agrees_with_timm_on_every_picture_of_a_real_set(settings, tmp_path, randomize, classes_of):
+def test_agrees_with_timm_on_every_image_of_a_real_set(settings, tmp_path, randomize, classes_of):
     data = unpack_images('imagenet-1k-samples-128', tmp_path / 'in1k')
     model = random_model(randomize)
     arguments = {'img_size': 64}
@@ -36,7 +36,7 @@ def test_agrees_with_timm_on_every_picture_of_a_real_set(settings, tmp_path, ran
     hook = model.get_classifier().register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
     _, labels, _ = timm_logits(model, data, arguments)
     hook.remove()
-    # a least-squares classifier of these very pictures, so that a good share of them is read right
+    # a least-squares classifier of these very images, so that a good share of them is read right
     features = torch.cat(taken).double()
     centred = (features - features.mean(0)) / (features.std(0) + 1e-9)
     ridge = centred.T @ centred + 0.1 * len(centred) * torch.eye(centred.shape[1])
@@ -53,8 +53,8 @@ def test_agrees_with_timm_on_every_picture_of_a_real_set(settings, tmp_path, ran
     assert row['images'] == 1000 and row['unreadable'] == 0
     assert round(row['top1'] * 10) == (logits.argmax(1) == labels).sum()
     assert_scores(row, logits, labels)
-    for picture, synset in enumerate(SYNSETS):  # each class is one picture
-        guess = SYNSETS[logits[picture].argmax()]
+    for index, synset in enumerate(SYNSETS):  # each class is one image
+        guess = SYNSETS[logits[index].argmax()]
         assert classes[synset]['mistaken_for'] == ('' if guess == synset else guess)
 
 
@@ -88,7 +88,7 @@ def test_size_is_that_of_testing_unless_that_of_training_is_asked_for(settings, 
         assert (row['img_size'], row['crop_pct']) == shown
 
 
-def test_grey_pictures_and_arguments_of_the_model(settings, ten, tmp_path, randomize):
+def test_grey_images_and_arguments_of_the_model(settings, ten, tmp_path, randomize):
     model = random_model(randomize, in_chans=1, global_pool='max')
     save_file(model.state_dict(), tmp_path / 'grey.safetensors')
     grey = dict(in_chans=1, mean=(0.5,), std=(0.2,))

@@ -1,4 +1,4 @@
-"""What scripts/extract_features.py refuses before the first picture; its command line, and several processes."""
+"""What scripts/extract_features.py refuses before the first image; its command line, and several processes."""
 import dataclasses
 import json
 import sys
@@ -54,7 +54,7 @@ def test_bad_setting_is_refused_in_one_sentence_and_nothing_is_written(settings,
     assert not Path(settings.output).exists()
 
 
-def test_pictures_beside_folders_of_classes_are_refused(settings, tmp_path):
+def test_images_beside_folders_of_classes_are_refused(settings, tmp_path):
     data = write_images(tmp_path / 'mixed', train=2, val=2)
     (data / 'train' / 'red' / '0.png').rename(data / 'train' / 'stray.png')
     with pytest.raises(ConfigError, match=r'--data-dir .*stray\.png lies beside folders of classes; move'):
@@ -75,7 +75,7 @@ def test_splits_of_different_classes_or_none_have_no_accuracy(settings, tmp_path
         run(settings, data_dir=str(flat), linear_probe=True)
 
 
-def test_too_few_pictures_for_a_probe(settings, tmp_path):
+def test_too_few_images_for_a_probe(settings, tmp_path):
     pytest.importorskip('sklearn')
     data = write_images(tmp_path / 'data', train=1, val=1)
     with pytest.raises(ConfigError, match='--linear-probe needs more images or classes in --split'):
@@ -102,12 +102,13 @@ def test_unwritable_output_is_refused(settings, tmp_path):
 def test_help_explains_each_setting(monkeypatch, capsys):
     assert run_main(monkeypatch, 'extract_features.py', '--help') == 0
     out = capsys.readouterr().out
-    for field in dataclasses.fields(extract_features.Settings):
+    for field in dataclasses.fields(extract_features.ExtractionSettings):
         assert f'--{field.name.replace("_", "-")} ' in out or f'--no-{field.name}'.replace('_', '-') in out, field.name
     for text in ('Images in a shard;', 'Processes that read images', '(default: pooled)', '--knn, --no-knn'):
         assert text in out
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(settings, tmp_path):
     data = write_images(tmp_path / 'data')

@@ -25,9 +25,9 @@ from support.feature_runs import expected_rows, read_bytes, read_index, read_row
 from support.images import write_images
 
 
-def test_safetensors_shards_hold_the_features_of_each_picture(settings, pictures):
+def test_safetensors_shards_hold_the_features_of_each_image(settings, image_folder):
     folder = run(settings)
-    values, labels, paths = expected_rows(pictures / 'train', seeded_model())
+    values, labels, paths = expected_rows(image_folder / 'train', seeded_model())
     columns, found_paths = read_rows(folder)
     torch.testing.assert_close(columns['embedding'], values, rtol=1e-4, atol=1e-5)
     assert values.std(0).max() > 1e-3 and found_paths == paths
@@ -94,12 +94,12 @@ def test_value_beyond_float16_is_refused_not_written(settings, monkeypatch):
 # Other data
 
 
-def test_flat_folder_has_no_labels(settings, pictures):
-    folder = run(settings, data_dir=str(pictures / 'train' / 'red'), split='')
+def test_flat_folder_has_no_labels(settings, image_folder):
+    folder = run(settings, data_dir=str(image_folder / 'train' / 'red'), split='')
     columns, paths = read_rows(folder)
     assert columns['label'].tolist() == [-1] * 12 and paths == [f'{index}.png' for index in range(12)]
     assert read_index(folder)['class_names'] == []
-    values = expected_rows(pictures / 'train', seeded_model())[0][24:]
+    values = expected_rows(image_folder / 'train', seeded_model())[0][24:]
     torch.testing.assert_close(columns['embedding'], values, rtol=1e-4, atol=1e-5)
 
 
@@ -142,8 +142,8 @@ def test_hfds_set_without_labels(settings, tmp_path):
     assert read_rows(folder)[0]['label'].tolist() == [-1] * 6 and read_index(folder)['class_names'] == []
 
 
-def test_torchvision_set(settings, pictures):
-    folder = run(settings, dataset='torch/image_folder', data_dir=str(pictures))
+def test_torchvision_set(settings, image_folder):
+    folder = run(settings, dataset='torch/image_folder', data_dir=str(image_folder))
     columns, paths = read_rows(folder)
     assert columns['label'].tolist() == [0] * 12 + [1] * 12 + [2] * 12 and paths[0] == 'image 0'
     assert read_index(folder)['class_names'] == list(CLASSES)
@@ -179,7 +179,7 @@ def test_finished_run_computes_nothing_again(settings, monkeypatch):
     assert run(settings, batch_size=7) == folder and (folder / 'index.json').read_bytes() == index
 
 
-def test_other_settings_and_other_data_are_refused_with_both_values(settings, pictures, tmp_path):
+def test_other_settings_and_other_data_are_refused_with_both_values(settings, image_folder, tmp_path):
     data = write_images(tmp_path / 'data', train=4, val=1)
     settings = dataclasses.replace(settings, data_dir=str(data))
     folder = run(settings)
@@ -204,7 +204,7 @@ def test_other_settings_and_other_data_are_refused_with_both_values(settings, pi
     Image.new('RGB', (40, 40)).save(data / 'train' / 'red' / '9.png')
     refused('images was 12, is 13', 'data was')
     (data / 'train' / 'red' / '9.png').unlink()
-    Image.new('RGB', (40, 40)).save(data / 'train' / 'red' / '0.png')  # the same name, another picture
+    Image.new('RGB', (40, 40)).save(data / 'train' / 'red' / '0.png')  # the same name, another image
     refused('data was')
     assert before == (read_bytes(folder), (folder / 'index.json').read_bytes())
 
@@ -282,11 +282,11 @@ def test_names_that_are_no_utf8_are_escaped_alike_in_both_formats(settings, tmp_
     assert parquet.read_table(shards_of(folder)[0])['path'].to_pylist() == paths
 
 
-# Pictures that cannot be read
+# Images that cannot be read
 
 
 @pytest.mark.parametrize('kind', ['safetensors', 'parquet'])
-def test_unreadable_pictures_have_no_row_and_are_listed(settings, tmp_path, kind, capsys):
+def test_unreadable_images_have_no_row_and_are_listed(settings, tmp_path, kind, capsys):
     if kind == 'parquet':
         pytest.importorskip('pyarrow')
     data = write_images(tmp_path / 'data', train=4, val=1)
@@ -319,7 +319,7 @@ def test_unreadable_pictures_have_no_row_and_are_listed(settings, tmp_path, kind
 
 
 @pytest.mark.parametrize('kind', ['safetensors', 'parquet'])
-def test_shard_without_a_readable_picture(settings, tmp_path, kind):
+def test_shard_without_a_readable_image(settings, tmp_path, kind):
     if kind == 'parquet':
         pytest.importorskip('pyarrow')
     data = write_images(tmp_path / 'data', train=2, val=1)

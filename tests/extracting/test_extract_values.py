@@ -89,12 +89,12 @@ def test_pyramid_is_that_of_features_only(name, out_indices, levels, randomize):
 # Options
 
 
-def test_checkpoint_is_loaded_strictly(settings, pictures, tmp_path):
+def test_checkpoint_is_loaded_strictly(settings, image_folder, tmp_path):
     model = seeded_model(7, num_classes=3)
     save_file(model.state_dict(), tmp_path / 'weights.safetensors')
     changes = dict(checkpoint=str(tmp_path / 'weights.safetensors'), num_classes=3)
     columns, _ = read_rows(run(settings, **changes))
-    values = expected_rows(pictures / 'train', model)[0]
+    values = expected_rows(image_folder / 'train', model)[0]
     torch.testing.assert_close(columns['embedding'], values, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match=r'does not fit .*: it has 3 classes and the model 4.*--num-classes 3'):
         run(settings, **changes | {'num_classes': 4, 'output': settings.output + '2'})
@@ -104,7 +104,7 @@ def test_checkpoint_is_loaded_strictly(settings, pictures, tmp_path):
     assert read_index(pyramid)['weights'] == read_index(Path(settings.output) / 'train')['weights']
 
 
-def test_local_dir_and_pretrained(settings, pictures, tmp_path, capsys):
+def test_local_dir_and_pretrained(settings, image_folder, tmp_path, capsys):
     model = seeded_model(7, num_classes=3)
     timm.models.save_for_hf(model, tmp_path / 'run', {'label_names': list(CLASSES)}, safe_serialization=True)
     columns, _ = read_rows(run(settings, model=f'local-dir:{tmp_path / "run"}', pretrained=True))
@@ -114,15 +114,15 @@ def test_local_dir_and_pretrained(settings, pictures, tmp_path, capsys):
     assert torch.equal(named['embedding'], columns['embedding'])
     run(settings, output=settings.output + '3')
     assert 'RANDOM WEIGHTS, pooled features' in capsys.readouterr().out
-    values = expected_rows(pictures / 'train', model)[0]
+    values = expected_rows(image_folder / 'train', model)[0]
     torch.testing.assert_close(columns['embedding'], values, rtol=1e-4, atol=1e-5)
 
 
-def test_grey_pictures_model_kwargs_and_seed(settings, pictures):
+def test_grey_images_model_kwargs_and_seed(settings, image_folder):
     folder = run(settings, in_chans=1, model_kwargs=('act_layer=silu',), seed=3, mean=(0.5,), std=(0.5,))
     model = seeded_model(3, in_chans=1, act_layer='silu')
     model.pretrained_cfg |= {'mean': (0.5,), 'std': (0.5,)}
-    values = expected_rows(pictures / 'train', model, 'L')[0]
+    values = expected_rows(image_folder / 'train', model, 'L')[0]
     torch.testing.assert_close(read_rows(folder)[0]['embedding'], values, rtol=1e-4, atol=1e-5)
     assert read_index(folder)['model_kwargs'] == ['act_layer=silu'] and read_index(folder)['mean'] == [0.5]
 
@@ -171,7 +171,7 @@ def test_knn_weighs_near_neighbours_more():
     assert knn_top1(train, labels, query, answer, k=3, temperature=10.) == 0     # by number alone it does not
 
 
-def test_linear_probe_of_two_pictures_a_class():
+def test_linear_probe_of_two_images_a_class():
     pytest.importorskip('sklearn')
     labels = np.arange(20) % 10  # a fifth of them would leave out most classes
     features = np.eye(10)[labels] + np.random.default_rng(0).normal(scale=0.01, size=(20, 10))
@@ -209,13 +209,13 @@ def test_linear_probe_is_a_logistic_regression_that_never_saw_val():
     assert found['top1'] == pytest.approx(top1, abs=1.2) and 60 < top1 < 99
 
 
-def test_knn_and_probe_of_the_shards_in_one_go(settings, pictures, capsys):
+def test_knn_and_probe_of_the_shards_in_one_go(settings, image_folder, capsys):
     pytest.importorskip('sklearn')
     run(settings, knn=True, knn_k=5, knn_temperature=0.1, linear_probe=True)
     out = capsys.readouterr().out
     summary = json.loads((Path(settings.output) / 'summary.json').read_text())
     model = seeded_model()
-    (train, train_labels, _), (val, val_labels, _) = (expected_rows(pictures / s, model) for s in ('train', 'val'))
+    (train, train_labels, _), (val, val_labels, _) = (expected_rows(image_folder / s, model) for s in ('train', 'val'))
     expected = brute_force_knn(train, torch.tensor(train_labels), val, torch.tensor(val_labels), 5, 0.1)
     assert summary['knn'] == {'top1': pytest.approx(expected), 'k': 5, 'temperature': 0.1}
     assert summary['linear_probe']['top1'] > 90 and summary['rows'] == {'train': 36, 'validation': 15}

@@ -1,4 +1,4 @@
-"""Pictures whose colour tells the class, and settings for a run of some seconds on them."""
+"""Images whose colour tells the class, and settings for a run of some seconds on them."""
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,12 @@ def plain_figures_of_runs(plain_figures) -> None:
 
 
 @pytest.fixture(scope='session')
-def pictures(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp('pictures'))
+def image_folder(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp('images'))
 
 
 @pytest.fixture
-def settings(pictures, tmp_path) -> finetune.Settings:
-    return finetune.Settings(
-        data_dir=str(pictures), model='test_resnet', img_size=32, epochs=2, batch_size=8, lr=1e-3, warmup_epochs=0.5,
-        workers=0, device='cpu', output=str(tmp_path), experiment='run')
+def settings(image_folder, tmp_path) -> finetune.FinetuneSettings:
+    return finetune.FinetuneSettings(
+        data_dir=str(image_folder), model='test_resnet', img_size=32, epochs=2, batch_size=8, lr=1e-3,
+        warmup_epochs=0.5, workers=0, device='cpu', output=str(tmp_path), experiment='run')

@@ -1,4 +1,4 @@
-"""Pictures that are decoded once: crop, colours and evaluation against torchvision and timm, and a run that goes on."""
+"""Images that are decoded once: crop, colours and evaluation against torchvision and timm, and a run that goes on."""
 import dataclasses
 import json
 import math
@@ -70,22 +70,22 @@ WHOLE, HALF = [0, 0, 32, 32], [8, 4, 16, 8]
 
 
 @pytest.mark.parametrize('flipped', [False, True])
-def test_a_whole_picture_stays_what_it_is_or_is_averaged(flipped):
-    pictures = noise()
-    expected = reference.hflip(pictures) if flipped else pictures
+def test_a_whole_image_stays_what_it_is_or_is_averaged(flipped):
+    images = noise()
+    expected = reference.hflip(images) if flipped else images
     flipped, crops = torch.full((4,), flipped), torch.tensor([WHOLE] * 4) / 32
-    torch.testing.assert_close(crop_and_flip(pictures, crops, flipped, 32), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(crop_and_flip(images, crops, flipped, 32), expected, atol=1e-5, rtol=0)
     for size in (16, 8):
         small = F.avg_pool2d(expected, 32 // size)
-        torch.testing.assert_close(crop_and_flip(pictures, crops, flipped, size), small, atol=1e-5, rtol=0)
+        torch.testing.assert_close(crop_and_flip(images, crops, flipped, size), small, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize('flipped', [False, True])
 def test_enlarged_crops_are_bilinear(flipped):
-    pictures = noise()
-    found = crop_and_flip(pictures, torch.tensor([HALF, WHOLE, HALF, HALF]) / 32, torch.full((4,), flipped), 32)
-    expected = F.interpolate(pictures[..., 4:12, 8:24], (32, 32), mode='bilinear')
-    expected[1] = pictures[1]
+    images = noise()
+    found = crop_and_flip(images, torch.tensor([HALF, WHOLE, HALF, HALF]) / 32, torch.full((4,), flipped), 32)
+    expected = F.interpolate(images[..., 4:12, 8:24], (32, 32), mode='bilinear')
+    expected[1] = images[1]
     expected = reference.hflip(expected) if flipped else expected
     # at its border the crop looks at the pixels beyond, which interpolate() does not have
     torch.testing.assert_close(found[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=1e-5, rtol=0)
@@ -93,31 +93,31 @@ def test_enlarged_crops_are_bilinear(flipped):
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_colours_change_as_in_torchvision(channels):
-    pictures = noise(channels=channels)
+    images = noise(channels=channels)
     factors = torch.empty(3, 4).uniform_(0.3, 1.7, generator=torch.Generator().manual_seed(1))
-    found = adjust_colors(pictures, *factors)
+    found = adjust_colors(images, *factors)
     for index, (brightness, contrast, saturation) in enumerate(factors.T.tolist()):
-        expected = reference.adjust_brightness(pictures[index], brightness)
+        expected = reference.adjust_brightness(images[index], brightness)
         expected = reference.adjust_contrast(expected, contrast)
         torch.testing.assert_close(found[index], reference.adjust_saturation(expected, saturation))
 
 
 def test_augmentation_does_what_it_is_asked_to():
-    pictures, draws = (noise(64) * 255).byte(), torch.rand(64, 28, generator=torch.Generator().manual_seed(0))
+    images, draws = (noise(64) * 255).byte(), torch.rand(64, 28, generator=torch.Generator().manual_seed(0))
     plain = dict(size=32, mean=MEAN, std=STD, scale=(1, 1), hflip=0., color_jitter=0., reprob=0.)
-    as_they_are = Normalize(MEAN, STD)(pictures)
-    torch.testing.assert_close(Augmentation(**plain)(pictures, draws), as_they_are, atol=1e-4, rtol=0)
+    as_they_are = Normalize(MEAN, STD)(images)
+    torch.testing.assert_close(Augmentation(**plain)(images, draws), as_they_are, atol=1e-4, rtol=0)
     torch.testing.assert_close(
-        Augmentation(**plain | dict(hflip=1.))(pictures, draws), as_they_are.flip(-1), atol=1e-4, rtol=0)
+        Augmentation(**plain | dict(hflip=1.))(images, draws), as_they_are.flip(-1), atol=1e-4, rtol=0)
     changes = dict(scale=(0.3, 0.5), hflip=0.5, color_jitter=0.4, reprob=1.)
     for name, value in changes.items():
-        changed = (Augmentation(**plain | {name: value})(pictures, draws) - as_they_are).abs().amax((1, 2, 3)) > 1e-3
+        changed = (Augmentation(**plain | {name: value})(images, draws) - as_they_are).abs().amax((1, 2, 3)) > 1e-3
         assert changed.float().mean() > 0.9 if name != 'hflip' else 0.25 < changed.float().mean() < 0.75, name
-    assert Augmentation(**plain | dict(size=16))(pictures, draws).shape == (64, 3, 16, 16)
+    assert Augmentation(**plain | dict(size=16))(images, draws).shape == (64, 3, 16, 16)
 
 
-def test_evaluation_sees_the_very_pictures(pictures):
-    dataset, _ = create_dataset(DataSettings(data_dir=str(pictures)), 'validation')
+def test_evaluation_sees_the_very_images(image_folder):
+    dataset, _ = create_dataset(DataSettings(data_dir=str(image_folder)), 'validation')
     options = dict(input_size=(3, 24, 24), crop_pct=0.9, interpolation='bicubic', mean=MEAN, std=STD)
     images = IndexedImageDataset(dataset, create_transform(**options))
     expected = create_loader(images, EpochSampler(len(dataset)), 4, 0)
@@ -131,7 +131,7 @@ def test_evaluation_sees_the_very_pictures(pictures):
 
 
 class Numbers(Dataset):
-    """(epoch, index) -> a picture of one pixel, whose parts and label say its index, and -index if that is odd."""
+    """(epoch, index) -> an image of one pixel, whose parts and label say its index, and -index if that is odd."""
 
     dataset, seed = None, 0
 
@@ -146,12 +146,12 @@ class Numbers(Dataset):
 class Unchanged:
     draws = 0
 
-    def __call__(self, pictures: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        return pictures
+    def __call__(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        return images
 
 
 @pytest.mark.parametrize('quiet', [False, True])
-def test_every_picture_lies_at_its_place(quiet):
+def test_every_image_lies_at_its_place(quiet):
     decoded = DeviceImageCache(Numbers(), Unchanged(), torch.device('cpu'), quiet=quiet)
     decoded.load()
     places = [699, 0, 3, 256, 511, 512]
@@ -161,8 +161,8 @@ def test_every_picture_lies_at_its_place(quiet):
 
 
 @pytest.mark.parametrize('reprob', [0., 0.5])
-def test_what_is_drawn_for_a_picture_depends_on_no_other(pictures, reprob):
-    dataset, _ = create_dataset(DataSettings(data_dir=str(pictures)), 'train')
+def test_what_is_drawn_for_an_image_depends_on_no_other(image_folder, reprob):
+    dataset, _ = create_dataset(DataSettings(data_dir=str(image_folder)), 'train')
     images = IndexedImageDataset(dataset, create_transform((3, 32, 32), crop_mode='squash', normalize=False), seed=1)
     augmentation = Augmentation(24, MEAN, STD, (0.3, 1.0), 0.5, 0.4, reprob)
     decoded = DeviceImageCache(images, augmentation, torch.device('cpu'), quiet=True)
@@ -190,15 +190,15 @@ def test_a_killed_run_goes_on_to_the_same_weights(settings, monkeypatch):
     assert_same_run(whole, run(settings, **AUGMENTED, experiment='killed', resume='auto'))
 
 
-def test_it_learns_and_its_scores_are_those_of_evaluation(settings, pictures):
+def test_it_learns_and_its_scores_are_those_of_evaluation(settings, image_folder):
     run_dir = run(settings, cache_images=True, epochs=8, lr=5e-3, scale=(0.3, 1.), color_jitter=0.1, val_interval=8)
     row, = read_metrics(run_dir)
-    report, = eval_imagenet.main(eval_imagenet.Settings(
-        data_dir=str(pictures), model=(f'local-dir:{run_dir}',), workers=0, device='cpu'))
+    report, = eval_imagenet.main(eval_imagenet.EvaluationSettings(
+        data_dir=str(image_folder), model=(f'local-dir:{run_dir}',), workers=0, device='cpu'))
     assert row['eval_top1'] == report['top1'] > 80 and row['eval_loss'] == pytest.approx(report['loss'], abs=1e-4)
 
 
-def test_unreadable_pictures_are_named(settings, tmp_path):
+def test_unreadable_images_are_named(settings, tmp_path):
     data = write_images(tmp_path / 'own')
     bad = data / 'train' / 'red' / '3.png'
     bad.write_bytes(b'no image')
@@ -207,7 +207,7 @@ def test_unreadable_pictures_are_named(settings, tmp_path):
     assert len(read_metrics(run_dir)) == 2
 
 
-def test_settings_reach_the_pictures(settings, tmp_path):
+def test_settings_reach_the_images(settings, tmp_path):
     data = write_images(tmp_path / 'own')
     wide = Image.new('RGB', (96, 32))
     wide.paste((255, 255, 255), (0, 0, 32, 32))
@@ -222,8 +222,8 @@ def test_settings_reach_the_pictures(settings, tmp_path):
     loader.dataset.load()
     assert vars(loader.dataset.transform) == dict(size=32, **augmentation)
     place = next(i for i in range(36) if loader.dataset.dataset.filename(i) == 'blue/0.png')
-    picture = loader.dataset.images[place]  # the left third, squeezed, is there
-    assert picture.shape == (3, 32, 32) and picture[:, :, :9].min() > 200 and picture[:, :, 13:].max() < 50
+    image = loader.dataset.images[place]  # the left third, squeezed, is there
+    assert image.shape == (3, 32, 32) and image[:, :, :9].min() > 200 and image[:, :, 13:].max() < 50
     larger = dataclasses.replace(settings, train_img_sizes=(16, 48))
     loader, _, _ = create_loaders(larger, *create_datasets(larger)[:2], data_config, create_accelerator('cpu'))
     loader.dataset.load()

@@ -1,4 +1,4 @@
-"""Where pictures come from, and those that cannot be read."""
+"""Where images come from, and those that cannot be read."""
 import json
 from pathlib import Path
 
@@ -18,12 +18,12 @@ from support.images import write_images
 
 
 def spoil(path: Path) -> Path:
-    """Cut a picture short."""
+    """Cut an image short."""
     path.write_bytes(path.read_bytes()[:100])
     return path
 
 
-def test_unreadable_pictures_are_named_skipped_and_counted_once(settings, tmp_path, capsys):
+def test_unreadable_images_are_named_skipped_and_counted_once(settings, tmp_path, capsys):
     data = write_images(tmp_path / 'own')
     bad = [spoil(data / 'train' / 'red' / '3.png'), spoil(data / 'val' / 'blue' / '0.png')]
     run_dir = run(settings, data_dir=str(data), max_bad_images=0.1)
@@ -39,7 +39,7 @@ def test_unreadable_pictures_are_named_skipped_and_counted_once(settings, tmp_pa
         assert with_bad == pytest.approx(without)
 
 
-def test_too_many_unreadable_pictures_stop_the_run(settings, tmp_path):
+def test_too_many_unreadable_images_stop_the_run(settings, tmp_path):
     data = write_images(tmp_path / 'own')
     path = spoil(data / 'train' / 'red' / '3.png')
     with pytest.raises(ConfigError, match=r'--max-bad-images 0.001 allows 0 .* 36 images.*red/3.png.*number 1'):
@@ -171,7 +171,7 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path):
     assert np.array_equal(np.asarray(image)[..., 0], values >> 8)
 
 
-def test_pictures_beside_the_classes_are_refused(settings, tmp_path):
+def test_images_beside_the_classes_are_refused(settings, tmp_path):
     data = write_images(tmp_path / 'own', train=2, val=1)
     for split in ('train', 'val'):
         (data / split / 'stray.png').write_bytes((data / 'train' / 'red' / '0.png').read_bytes())
@@ -179,7 +179,7 @@ def test_pictures_beside_the_classes_are_refused(settings, tmp_path):
         run(settings, data_dir=str(data))
 
 
-def test_unreadable_pictures_are_remembered_over_a_resume(settings, tmp_path):
+def test_unreadable_images_are_remembered_over_a_resume(settings, tmp_path):
     data = write_images(tmp_path / 'own')
     path = spoil(data / 'train' / 'red' / '3.png')
     run_dir = run(settings, data_dir=str(data), max_bad_images=0.1)

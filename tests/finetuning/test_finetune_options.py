@@ -67,7 +67,7 @@ def test_torchvision_data_train_in_grey_and_in_colour(settings, tmp_path, in_cha
     assert (signature['train_images'], signature['val_images']) == (40, 20)
 
 
-def test_mixed_pictures_train_on_soft_targets_until_the_epoch_that_ends_it(settings, monkeypatch):
+def test_mixed_images_train_on_soft_targets_until_the_epoch_that_ends_it(settings, monkeypatch):
     seen, forward = [], training_run.build_task
 
     def watch(*arguments):
@@ -86,7 +86,7 @@ def test_mixed_pictures_train_on_soft_targets_until_the_epoch_that_ends_it(setti
 
 
 def test_a_group_of_batches_that_is_not_whole_is_left_out(settings):
-    state = read_checkpoint(run(settings, grad_accum_steps=3, epochs=2))  # 36 pictures are 4 batches of 8, one group
+    state = read_checkpoint(run(settings, grad_accum_steps=3, epochs=2))  # 36 images are 4 batches of 8, one group
     assert state['progress']['updates'] == 2 and state['progress']['history'][0]['train_loss'] > 0
 
 
@@ -140,13 +140,14 @@ def test_zoo_model_with_attention_takes_progressive_sizes_and_dropconnect(settin
 
 
 def test_grad_checkpointing_changes_no_result(settings):
-    # a model without BatchNorm, whose statistics would see every picture twice
+    # a model without BatchNorm, whose statistics would see every image twice
     plain, saved = (run(settings, model='test_vit', experiment=str(on), grad_checkpointing=on, epochs=1)
                     for on in (False, True))
     assert_same_tensors(read_checkpoint(plain)['state_dict'], read_checkpoint(saved)['state_dict'])
 
 
 @needs_inductor
+@pytest.mark.slow
 def test_compiled_model_trains_alike_and_its_weights_load_without_it(settings):
     plain, compiled = (run(settings, experiment=str(on), torchcompile=on, epochs=1, clip_grad=None, opt='sgd')
                        for on in (False, True))
@@ -162,10 +163,10 @@ def test_run_stops_after_epochs_without_a_better_one(settings):
     assert summary['epochs'] == summary['best_epoch'] + 2 < 30
 
 
-def test_learning_rate_is_scaled_to_the_pictures_of_an_update(settings):
+def test_learning_rate_is_scaled_to_the_images_of_an_update(settings):
     lr = [read_metrics(run(settings, experiment=str(size), lr_base_size=size, warmup_epochs=0, min_lr=1e-3, epochs=1,
                            grad_accum_steps=2))[0]['lr'] for size in (16, 64)]
-    assert lr == pytest.approx([1e-3, 0.25e-3], rel=1e-6)  # 8 pictures a step, 2 steps an update
+    assert lr == pytest.approx([1e-3, 0.25e-3], rel=1e-6)  # 8 images a step, 2 steps an update
 
 
 def test_evaluation_may_be_rare_and_changes_no_weight(settings):
@@ -177,7 +178,7 @@ def test_evaluation_may_be_rare_and_changes_no_weight(settings):
     assert summary['epochs'] == 5 and summary['best_epoch'] in (3, 5)
 
 
-def test_teacher_must_take_every_size_of_the_pictures(settings):
+def test_teacher_must_take_every_size_of_the_images(settings):
     teacher = run(settings, model='test_vit', experiment='teacher', epochs=1)
     with pytest.raises(ConfigError, match=r'--teacher .* cannot look at images of \(3, 32, 32\) \(24, 32\)'):
         run(settings, teacher=f'local-dir:{teacher}', train_img_sizes=(24, 32))

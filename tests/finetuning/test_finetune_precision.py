@@ -55,7 +55,7 @@ def test_recipe_leaves_emulated_bfloat16_out_and_amp_is_obeyed(
         assert '10 times (AVX2)' in said and ('--no-amp' if flags else '--amp') in said
 
 
-def stop_after_an_epoch(monkeypatch, settings: finetune.Settings) -> None:
+def stop_after_an_epoch(monkeypatch, settings: finetune.FinetuneSettings) -> None:
     def end_epoch(self: Trainer) -> None:
         whole(self)
         raise SimulatedCrash

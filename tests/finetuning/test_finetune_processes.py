@@ -28,7 +28,7 @@ from support.images import write_images
 
 MODEL = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
-    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm sees one process's pictures
+    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm sees one process's images
 
 
 def train(data: Path, output: Path, processes: int, batch_size: int, *flags: str, model=MODEL) -> list[dict]:
@@ -46,7 +46,7 @@ def train(data: Path, output: Path, processes: int, batch_size: int, *flags: str
 
 def test_first_20_losses_equal_those_of_one_process(tmp_path):
     # a batch is the whole set, so that an epoch is a step, and the loss of an epoch that of a step
-    data = write_images(tmp_path / 'pictures', train=8, val=5)
+    data = write_images(tmp_path / 'images', train=8, val=5)
     flags = '--epochs', '20', '--warmup-epochs', '2', '--lr', '1e-3'
     one = train(data, tmp_path, 1, 24, *flags)
     two = train(data, tmp_path, 2, 12, *flags)
@@ -54,7 +54,7 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path):
     for first, second in zip(one, two, strict=True):
         assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
-        # 15 held-out pictures: what pads them to 24 is taken off
+        # 15 held-out images: what pads them to 24 is taken off
         assert (second['eval_top1'], second['lr']) == (first['eval_top1'], first['lr'])
     tables = []
     for processes in '12':
@@ -66,8 +66,8 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_decoded_pictures_are_shared_out(tmp_path):
-    data = write_images(tmp_path / 'pictures', train=8, val=5)
+def test_decoded_images_are_shared_out(tmp_path):
+    data = write_images(tmp_path / 'images', train=8, val=5)
     flags = '--cache-images', '--epochs', '4', '--warmup-epochs', '1', '--lr', '1e-3'
     one, two = train(data, tmp_path, 1, 8, *flags), train(data, tmp_path, 2, 4, *flags)
     for first, second in zip(one, two, strict=True):
@@ -75,10 +75,11 @@ def test_decoded_pictures_are_shared_out(tmp_path):
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
 
 
-@pytest.mark.parametrize('cached', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('cached', [True, False])
 def test_stored_outputs_are_written_and_read_by_both(tmp_path, cached):
-    data, output, cache = write_images(tmp_path / 'pictures', train=8, val=5), tmp_path / 'both', ['--cache-images']
-    finetune.main(finetune.Settings(
+    data, output, cache = write_images(tmp_path / 'images', train=8, val=5), tmp_path / 'both', ['--cache-images']
+    finetune.main(finetune.FinetuneSettings(
         data_dir=str(data), model='test_resnet', img_size=32, epochs=1, batch_size=8, workers=0, device='cpu',
         output=str(tmp_path), experiment='teacher'))
     arguments = [str(argument) for argument in (
@@ -112,7 +113,7 @@ def test_shards_are_shared_out(tmp_path):
 @pytest.mark.slow
 def test_released_weights_are_those_that_were_evaluated(tmp_path):
     # BatchNorm's statistics and their average differ between the processes; what is written is what was scored
-    data = write_images(tmp_path / 'pictures', train=16, val=5)
+    data = write_images(tmp_path / 'images', train=16, val=5)
     rows = train(data, tmp_path, 2, 8, '--epochs', '3', '--lr', '1e-2', '--model-ema', '--model-ema-decay', '0.5',
                  model=('--model', 'test_resnet'))
     best = max(rows, key=lambda row: (row['eval_top1'], -row['eval_loss']))

@@ -81,7 +81,7 @@ def test_unwritable_output_is_refused(settings, tmp_path):
         assert '--resume' not in str(told.value)
 
 
-def test_folder_without_pictures_is_refused(settings, tmp_path):
+def test_folder_without_images_is_refused(settings, tmp_path):
     (tmp_path / 'empty' / 'train' / 'red').mkdir(parents=True)
     with pytest.raises(ConfigError, match=r'no images found in .*empty/train; expected .*/CLASS/'):
         run(settings, data_dir=str(tmp_path / 'empty'))

@@ -253,7 +253,7 @@ def test_other_readers_may_go_on(settings):
     assert_same_run(run(settings, workers=0, resume='auto'), whole)
 
 
-def start_process(settings: finetune.Settings, **changes) -> subprocess.Popen:
+def start_process(settings: finetune.FinetuneSettings, **changes) -> subprocess.Popen:
     values = {**dataclasses.asdict(settings), **changes}
     flags = [f'--{name.replace("_", "-")}={values[name]}' for name in (
         'data_dir', 'model', 'img_size', 'epochs', 'batch_size', 'lr', 'warmup_epochs', 'workers', 'device', 'output',

@@ -136,7 +136,7 @@ def test_model_learns_the_colours(settings):
 def test_help_explains_each_setting():
     result = run_command('--help', columns=100)  # wider help has groups side by side
     assert result.returncode == 0
-    for field in dataclasses.fields(finetune.Settings):
+    for field in dataclasses.fields(finetune.FinetuneSettings):
         shown = f'--{field.name.replace("_", "-")} ' in result.stdout or f'--no-{field.name}'.replace('_', '-') in (
             result.stdout)
         assert shown == (field.name != 'amp_if_native'), field.name  # which recipes alone set
@@ -163,8 +163,8 @@ def test_command_trains_and_a_bad_one_ends_with_code_2(settings):
 
 @pytest.mark.parametrize('recipe', recipes.RECIPES)
 def test_recipe_holds_settings_that_can_work(recipe):
-    finetune.check_values(finetune.Settings(
-        model='coatnet_0', data_dir='pictures', **recipes.recipe_settings(recipe, 'coatnet_0')))
+    finetune.check_values(finetune.FinetuneSettings(
+        model='coatnet_0', data_dir='images', **recipes.recipe_settings(recipe, 'coatnet_0')))
 
 
 def test_recipe_is_taken_from_the_command_line_and_flags_win():
@@ -175,7 +175,8 @@ def test_recipe_is_taken_from_the_command_line_and_flags_win():
         assert (settings.lr, settings.lr_base_size, settings.weight_decay) == (0.002, 4096, 0.05)
     larger = finetune.read_settings([*arguments[:4], '--recipe', 'coatnet_in1k_384'])
     assert (larger.img_size, larger.epochs, larger.lr, larger.min_lr, larger.model_ema) == (384, 30, 5e-5, 5e-5, True)
-    assert finetune.read_settings(arguments) == finetune.Settings(data_dir='imagenet', model='coatnet_1', lr=0.002)
+    expected = finetune.FinetuneSettings(data_dir='imagenet', model='coatnet_1', lr=0.002)
+    assert finetune.read_settings(arguments) == expected
     with pytest.raises(ConfigError, match=r'--recipe must be one of coatnet_in1k, .*, got .coatnet.'):
         finetune.read_settings([*arguments, '--recipe', 'coatnet'])
 

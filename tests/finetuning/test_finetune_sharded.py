@@ -24,13 +24,13 @@ from support.images import write_images
 
 LIGHT = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
-    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm sees one process's pictures
+    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm sees one process's images
 COAT = '--model', 'coatnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)'
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp('pictures') / 'pictures', train=8, val=5)
+    return write_images(tmp_path_factory.mktemp('images') / 'images', train=8, val=5)
 
 
 def sharded(*arguments: object, blocks: str = 'MBConv,TransformerBlock', script: str = 'finetune.py') -> list[str]:
@@ -106,7 +106,7 @@ def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(t
 
 @pytest.mark.parametrize(('flags', 'options', 'said'), [
     pytest.param(('--model-ema',), {}, '--model-ema averages full weights', id='ema', marks=pytest.mark.slow),
-    pytest.param((), {'blocks': 'NoSuchBlock'}, 'NoSuchBlock', id='blocks'),
+    pytest.param((), {'blocks': 'NoSuchBlock'}, 'NoSuchBlock', id='blocks', marks=pytest.mark.slow),
     pytest.param((), {'script': 'eval_imagenet.py'}, 'FSDP is for finetune.py', id='script', marks=pytest.mark.slow),
 ])
 def test_what_shards_cannot_do_is_a_sentence(tmp_path, data, flags, options, said):

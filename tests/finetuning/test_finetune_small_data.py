@@ -33,7 +33,7 @@ def test_flags_win_and_processes_share_the_batch():
     assert (shared.batch_size, shared.epochs) == (8, 20)
     accumulated = with_schedule(read_settings([*SMALL, '--grad-accum-steps', '2']), 1000)
     assert accumulated.epochs * (1000 // 64 // 2) >= MIN_UPDATES
-    without = with_schedule(finetune.Settings(model='test_resnet', epochs=20), 1000)
+    without = with_schedule(finetune.FinetuneSettings(model='test_resnet', epochs=20), 1000)
     assert (without.batch_size, without.epochs, without.warmup_epochs) == (64, 20, 2)
 
 

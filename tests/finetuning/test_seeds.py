@@ -15,8 +15,8 @@ def draw(image: Image.Image) -> torch.Tensor:
     return torch.rand(2)
 
 
-def test_augmentation_of_an_image(pictures):
-    images, _ = create_dataset(DataSettings(data_dir=str(pictures)), 'train')
+def test_augmentation_of_an_image(image_folder):
+    images, _ = create_dataset(DataSettings(data_dir=str(image_folder)), 'train')
     keys = [(seed, epoch, index) for seed in (0, 1) for epoch in (1, 2) for index in (0, 1)]
 
     def drawn(seed: int, epoch: int, index: int) -> tuple:

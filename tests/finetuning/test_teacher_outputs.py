@@ -28,17 +28,17 @@ VIEWS = dict(img_size=32, scale=(0.3, 0.9), color_jitter=0.3, interpolation='bil
 
 
 @pytest.fixture(scope='session')
-def teacher(pictures, tmp_path_factory) -> str:
+def teacher(image_folder, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp('teacher')
-    return 'local-dir:' + str(run(finetune.Settings(
-        data_dir=str(pictures), model='test_resnet', img_size=32, epochs=4, batch_size=8, lr=5e-3, workers=0,
+    return 'local-dir:' + str(run(finetune.FinetuneSettings(
+        data_dir=str(image_folder), model='test_resnet', img_size=32, epochs=4, batch_size=8, lr=5e-3, workers=0,
         device='cpu', output=str(folder), experiment='run', scale=(0.6, 1.0))))
 
 
 @pytest.fixture
-def teaching(pictures, teacher, tmp_path) -> teach.Settings:
-    return teach.Settings(
-        data_dir=str(pictures), teacher=teacher, output=str(tmp_path / 'outputs'), views=3, shard_size=16,
+def teaching(image_folder, teacher, tmp_path) -> teach.TeachSettings:
+    return teach.TeachSettings(
+        data_dir=str(image_folder), teacher=teacher, output=str(tmp_path / 'outputs'), views=3, shard_size=16,
         batch_size=8, workers=0, device='cpu', seed=7, **VIEWS)
 
 
@@ -46,7 +46,7 @@ def change(settings, **changes):
     return dataclasses.replace(settings, **changes)
 
 
-def store(teaching: teach.Settings, **changes) -> str:
+def store(teaching: teach.TeachSettings, **changes) -> str:
     """Store outputs and return their folder."""
     settings = change(teaching, **changes)
     teach.main(settings)

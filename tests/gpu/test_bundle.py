@@ -32,7 +32,7 @@ def shelf(tmp_path) -> Path:
 
 
 def pack(folder: Path, **changes) -> dict[str, int]:
-    return bundle.main(bundle.Settings(**{'output': str(folder), 'wheels': (), **changes}))
+    return bundle.main(bundle.BundleSettings(**{'output': str(folder), 'wheels': (), **changes}))
 
 
 def test_a_bundle_has_code_and_commit_and_no_weights(tmp_path, capsys):

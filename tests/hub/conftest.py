@@ -15,16 +15,16 @@ from support.images import write_images
 
 
 @pytest.fixture(scope='session')
-def pictures(tmp_path_factory) -> Path:
+def image_folder(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp('hub') / 'colours', train=8, val=4)
 
 
 @pytest.fixture(scope='session')
-def run_settings(pictures) -> finetune.Settings:
+def run_settings(image_folder) -> finetune.FinetuneSettings:
     """Kwargs that a release drops, and data settings that are not those of the registered name."""
-    return finetune.Settings(
-        data_dir=str(pictures), model='coatnet_pico_64', img_size=32, epochs=1, batch_size=12, lr=1e-3,
-        warmup_epochs=0.0, scale=(0.6, 1.0), workers=0, device='cpu', output=str(pictures.parent), experiment='run',
+    return finetune.FinetuneSettings(
+        data_dir=str(image_folder), model='coatnet_pico_64', img_size=32, epochs=1, batch_size=12, lr=1e-3,
+        warmup_epochs=0.0, scale=(0.6, 1.0), workers=0, device='cpu', output=str(image_folder.parent), experiment='run',
         model_kwargs=('dynamic_img_size=True', 'conv_norm_momentum=0.3'), crop_pct=0.9, mean=(0.4, 0.5, 0.6),
         std=(0.3, 0.3, 0.2))
 
@@ -45,7 +45,7 @@ def run_dir(trained, tmp_path) -> Path:
 @pytest.fixture(scope='session')
 def exported(trained, tmp_path_factory) -> Path:
     """An exported folder, not to be changed."""
-    return export.main(export.Settings(
+    return export.main(export.ExportSettings(
         run_dir=trained, name=NAME, output=tmp_path_factory.mktemp('exported') / NAME, trained_on='Colours'))
 
 
@@ -59,6 +59,11 @@ def folder(exported, tmp_path) -> Path:
 def hub():
     with HubServer() as server:
         yield server
+
+
+def forget_sessions() -> None:
+    """Sessions of huggingface_hub before 1.0 stay offline once they were; later versions ask at each request."""
+    getattr(huggingface_hub.utils, 'reset_sessions', lambda: None)()
 
 
 @pytest.fixture
@@ -79,14 +84,13 @@ def client(hub, monkeypatch, tmp_path) -> huggingface_hub.HfApi:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('HF_TOKEN', OWNER_TOKEN)
     monkeypatch.setenv('NO_PROXY', '127.0.0.1,localhost')
+    forget_sessions()
     return huggingface_hub.HfApi()
 
 
 @pytest.fixture
 def offline(client, monkeypatch) -> Callable[[bool], None]:
     """Go offline as HF_HUB_OFFLINE=1 does, and back."""
-    forget_sessions = getattr(huggingface_hub.utils, 'reset_sessions', lambda: None)  # before 1.0 they know it first
-
     def go(away: bool = True) -> None:
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', away)
         forget_sessions()
@@ -99,5 +103,5 @@ def offline(client, monkeypatch) -> Callable[[bool], None]:
 def environment(hub, tmp_path) -> dict[str, str]:
     """The same for a process of its own."""
     return {'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path / 'hf_home'), 'HF_TOKEN': OWNER_TOKEN,
-            'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
-            'NO_PROXY': '127.0.0.1,localhost', 'OMP_NUM_THREADS': '1'}
+            'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
+            'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'NO_PROXY': '127.0.0.1,localhost', 'OMP_NUM_THREADS': '1'}

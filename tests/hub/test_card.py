@@ -22,7 +22,7 @@ def rewrite(folder: Path, cfg: dict | None = None, metrics: dict | None = None, 
     config['pretrained_cfg'] |= cfg or {}
     config['release'] |= {**release, 'metrics': config['release']['metrics'] | (metrics or {})}
     path.write_text(json.dumps(config))
-    card.main(card.Settings(folder=folder))
+    card.main(card.CardSettings(folder=folder))
     return ' '.join((folder / 'README.md').read_text().split())
 
 
@@ -129,11 +129,11 @@ def test_counts_are_those_of_the_model(exported):
 
 def test_folder_without_a_usable_config_is_refused(tmp_path, exported):
     with pytest.raises(ConfigError, match=r'FOLDER .* must be one that export.py made.*No such file.*export anew'):
-        card.main(card.Settings(folder=tmp_path))
+        card.main(card.CardSettings(folder=tmp_path))
     shutil.copy(exported / 'config.json', tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
     del config['release']
     (tmp_path / 'config.json').write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"config.json cannot be used: 'release'"):
-        card.main(card.Settings(folder=tmp_path))
+        card.main(card.CardSettings(folder=tmp_path))
     assert not (tmp_path / 'README.md').exists()

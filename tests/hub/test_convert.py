@@ -55,9 +55,9 @@ def class_names(folder: Path, count: int = 10) -> Path:
     return path
 
 
-def tiny(tmp_path: Path, **options) -> convert.Settings:
+def tiny(tmp_path: Path, **options) -> convert.ConvertSettings:
     """Conversion of the small file that kecam wrote."""
-    return convert.Settings(**{
+    return convert.ConvertSettings(**{
         'source': str(FILES / 'coatnet_tiny_weights.h5'), 'model_kwargs': TINY, 'class_names': class_names(tmp_path),
         'output': tmp_path / 'run', **options})
 
@@ -111,7 +111,7 @@ def test_timms_coatnet_goes_into_ours(suffix, tmp_path):
     theirs = timm.create_model('coatnet_0_224', **sizes).eval()
     file = tmp_path / f'theirs{suffix}'
     (save_file if suffix == '.safetensors' else torch.save)(theirs.state_dict(), file)
-    settings = convert.Settings(
+    settings = convert.ConvertSettings(
         source=str(file), model='coatnet_0', model_kwargs=('flavor=timm', 'depths=(1,1,1,1)'), license='mit',
         class_names=class_names(tmp_path, 4), output=tmp_path / 'run', origin='https://x.y', trained_on='Noise')
     run = convert.main(settings)
@@ -125,7 +125,7 @@ def test_timms_coatnet_goes_into_ours(suffix, tmp_path):
     with pytest.raises(ConfigError, match=r"--model-kwargs flavor=timm"):
         convert.main(dataclasses.replace(settings, model_kwargs=('depths=(1,1,1,1)',)))
     with pytest.raises(ConfigError, match=r'is not a checkpoint of coatnet_0 with .*flavor'):  # a tag changes no model
-        export.main(export.Settings(run_dir=run, name='coatnet_0.noise', output=tmp_path / 'release'))
+        export.main(export.ExportSettings(run_dir=run, name='coatnet_0.noise', output=tmp_path / 'release'))
 
 
 def test_timms_coatnet_with_a_stem_bias_is_exported(tmp_path, monkeypatch):
@@ -134,10 +134,10 @@ def test_timms_coatnet_with_a_stem_bias_is_exported(tmp_path, monkeypatch):
         coatnet.model_cfgs['coatnet_0'], depths=(1, 1, 1, 1)))
     theirs = timm.create_model('coatnet_0_224', stem_bias=True, depths=(1, 1, 1, 1), num_classes=4, img_size=64)
     torch.save({'state_dict': theirs.state_dict()}, tmp_path / 'theirs.pth')
-    run = convert.main(convert.Settings(
+    run = convert.main(convert.ConvertSettings(
         source=str(tmp_path / 'theirs.pth'), model='coatnet_0', license='mit', origin='https://x.y',
         class_names=class_names(tmp_path, 4), output=tmp_path / 'run'))
-    folder = export.main(export.Settings(run_dir=run, name='coatnet_0.noise', output=tmp_path / 'release'))
+    folder = export.main(export.ExportSettings(run_dir=run, name='coatnet_0.noise', output=tmp_path / 'release'))
     monkeypatch.setattr(verification, 'check_in_fresh_process', lambda folder: 'left out')
     assert 'model.safetensors' in verification.verify(folder)
     assert torch.equal(load_file(folder / 'model.safetensors')['stem.conv1.bias'], theirs.stem.conv1.bias)
@@ -175,11 +175,11 @@ def test_files_of_others_need_what_they_do_not_tell(tmp_path):
     said = dict(source=str(file), model='coatnet_0', license='mit', class_names=class_names(tmp_path))
     for name in ('model', 'license', 'class_names'):
         with pytest.raises(ConfigError, match=rf'--{name.replace("_", "-")} must be given for SOURCE'):
-            convert.main(convert.Settings(**{**said, name: None}))
+            convert.main(convert.ConvertSettings(**{**said, name: None}))
     with pytest.raises(ConfigError, match='--check-chelsea knows what weights of kecam see'):
-        convert.main(convert.Settings(**said, check_chelsea=True))
+        convert.main(convert.ConvertSettings(**said, check_chelsea=True))
     with pytest.raises(ConfigError, match=r'no head\.fc\.weight and no stem\.conv1\.weight'):
-        convert.main(convert.Settings(**said))
+        convert.main(convert.ConvertSettings(**said))
 
 
 def test_nothing_but_a_conversion_is_replaced(tmp_path):
@@ -236,8 +236,8 @@ def test_export_and_verify_take_it_and_the_card_says_where_it_comes_from(
         tmp_path, small_kecam, monkeypatch):
     run = convert.main(tiny(tmp_path, model_kwargs=()))
     with pytest.raises(ConfigError, match=r'^--name coatnet_0_kecam\.in1k is that of published weights, of MD5'):
-        export.main(export.Settings(run_dir=run, name=NAME, output=tmp_path / 'release'))
-    folder = export.main(export.Settings(run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release'))
+        export.main(export.ExportSettings(run_dir=run, name=NAME, output=tmp_path / 'release'))
+    folder = export.main(export.ExportSettings(run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release'))
     assert {path.name for path in folder.iterdir()} == {
         'README.md', 'config.json', 'model.safetensors', 'golden.safetensors'}
     monkeypatch.setattr(verification, 'check_in_fresh_process', lambda folder: verification.check_answers(folder)[0])
@@ -255,7 +255,7 @@ def test_export_and_verify_take_it_and_the_card_says_where_it_comes_from(
     for part in ('curves.png', 'How it was trained', 'Measured on', 'None'):
         assert part not in text, part
     with pytest.raises(ConfigError, match=r'--teacher describes .* made by convert\.py; leave it out'):
-        export.main(export.Settings(
+        export.main(export.ExportSettings(
             run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release', teacher='somebody'))
     (folder / 'curves.png').write_bytes(b'of another run')
     with pytest.raises(ConfigError, match=r'curves\.png must not be there: these weights were converted'):
@@ -265,7 +265,7 @@ def test_export_and_verify_take_it_and_the_card_says_where_it_comes_from(
 def test_the_card_of_a_published_file_says_what_its_author_reports(tmp_path, small_kecam):
     run = convert.main(tiny(tmp_path, model_kwargs=()))
     (run / 'origin.json').write_text(json.dumps({**origin_of(run), 'top1': 82.79, 'chelsea': [0.99324, 0.00382]}))
-    folder = export.main(export.Settings(
+    folder = export.main(export.ExportSettings(
         run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release', dtype='float16'))
     text = (folder / 'README.md').read_text()
     assert 'Top-1 accuracy as its author reports: 82.79 %. To measure it: `python scripts/eval_imagenet.py' in text
@@ -280,7 +280,7 @@ def test_figures_of_an_evaluation_go_into_the_release(tmp_path, small_kecam):
            'valid_labels': 'all', 'real_labels': '', 'top1': 50., 'top5': 90., 'loss': 1., 'ece': 2., 'images': 9,
            'data': '/mnt/imagenet/val', 'provenance': {'command': 'python scripts/eval_imagenet.py'}}
     (run / 'evaluation.json').write_text(json.dumps(row))
-    folder = export.main(export.Settings(run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release'))
+    folder = export.main(export.ExportSettings(run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release'))
     release = json.loads((folder / 'config.json').read_text())['release']
     assert (release['metrics']['top1'], release['evaluated_on'], release['picked_best_epoch']) == (
         50., 'imagenet, val', False)
@@ -292,7 +292,7 @@ def test_a_damaged_origin_is_a_sentence(tmp_path, small_kecam):
     for content in ('{}', '[', '{"file": 1}'):
         (run / 'origin.json').write_text(content)
         with pytest.raises(ConfigError, match=r'origin\.json is not as convert\.py writes it: .*; convert again'):
-            export.main(export.Settings(run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release'))
+            export.main(export.ExportSettings(run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release'))
 
 
 def test_licence_of_a_run_that_started_from_it(tmp_path):
@@ -313,7 +313,7 @@ def test_fine_tuning_starts_from_the_weights_of_each_stage(layout, fresh, tmp_pa
     weights = kecam.read_h5(FILES / 'coatnet_tiny_weights.h5')
     kecam._write(path, weights, kecam.WEIGHTS[NAME])
     with caplog.at_level(logging.WARNING, 'coatnet_zoo'):
-        finetune.main(finetune.Settings(
+        finetune.main(finetune.FinetuneSettings(
             data_dir=str(write_images(tmp_path / 'colours', train=4, val=2)), model=NAME, pretrained=True, img_size=64,
             model_kwargs=(f'layout={layout}',), epochs=1, batch_size=12, lr=1e-12, min_lr=0., warmup_epochs=0.,
             workers=0, device='cpu', output=str(tmp_path), experiment='tuned'))
@@ -337,20 +337,21 @@ def test_from_nothing_to_a_dry_run_of_publishing(hub, client, tmp_path, monkeypa
     """A full-size file of random numbers: converted, exported, verified in a fresh process, packaged."""
     source = write_published(tmp_path / 'coatnet0_224_imagenet.h5')
     with pytest.raises(ConfigError, match=r'--check-chelsea: SOURCE .* nothing was written'):
-        convert.main(convert.Settings(source=str(source), output=tmp_path / 'run', check_chelsea=True))
-    run = convert.main(convert.Settings(source=str(source), output=tmp_path / 'run'))
+        convert.main(convert.ConvertSettings(source=str(source), output=tmp_path / 'run', check_chelsea=True))
+    run = convert.main(convert.ConvertSettings(source=str(source), output=tmp_path / 'run'))
     expected = kecam.read_h5(source)
     found = load_file(run / 'model.safetensors')
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
-    folder = export.main(export.Settings(run_dir=run, name='coatnet_0_kecam.in1k_random', output=tmp_path / 'release'))
-    verify.main(verify.Settings(folder=folder))
+    folder = export.main(export.ExportSettings(
+        run_dir=run, name='coatnet_0_kecam.in1k_random', output=tmp_path / 'release'))
+    verify.main(verify.VerifySettings(folder=folder))
 
     monkeypatch.setattr(publish_run, 'WEIGHTS', tmp_path / 'weights')
     monkeypatch.setattr(publish_run, 'verify', lambda folder: {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())})
     (tmp_path / 'weights').mkdir()
     (tmp_path / 'weights/releases.json').write_text('{}\n')
-    publish.main(publish.Settings(folder=folder, repo='owner/kecam', package=True))
+    publish.main(publish.PublishSettings(folder=folder, repo='owner/kecam', package=True))
     said = capsys.readouterr().out
     assert 'owner/kecam on the Hub: does not exist' in said and 'nothing on the Hub was changed' in said
     assert not hub.repos
@@ -362,16 +363,18 @@ def test_from_nothing_to_a_dry_run_of_publishing(hub, client, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_the_space_and_predict_offer_it_once_it_is_in_the_cache(tmp_path, monkeypatch):
-    assert NAME not in released.released_models() and app.choose_models(app.Settings()) == released.released_models()
+    assert NAME not in released.released_models() and app.choose_models(app.AppSettings()) == released.released_models()
     path = kecam.cached_path(NAME)
     path.parent.mkdir(parents=True)
     kecam._write(path, kecam.read_h5(write_published(tmp_path / 'some.h5')), kecam.WEIGHTS[NAME])
-    assert released.cached_kecam() == (NAME,) and NAME in app.choose_models(app.Settings())
+    assert released.cached_kecam() == (NAME,) and NAME in app.choose_models(app.AppSettings())
     assert released.best_release() != NAME
     image = next(write_images(tmp_path / 'colours', train=1, val=1).rglob('*.png'))
-    assert predict.main(predict.Settings(images=(image,), model=NAME, output=tmp_path / 'seen', device='cpu')) == 0
+    settings = predict.PredictionSettings(images=(image,), model=NAME, output=tmp_path / 'seen', device='cpu')
+    assert predict.main(settings) == 0
     assert len((tmp_path / 'seen/predictions.csv').read_text().splitlines()) == 2
-    run = convert.main(convert.Settings(source=NAME, output=tmp_path / 'run'))  # needs neither network nor .h5 file
+    # needs neither network nor .h5 file
+    run = convert.main(convert.ConvertSettings(source=NAME, output=tmp_path / 'run'))
     assert origin_of(run).items() >= dict(
         file='coatnet0_224_imagenet.h5', md5=kecam.WEIGHTS[NAME].md5, url=kecam.WEIGHTS[NAME].url, top1=82.79,
         trained_on='ImageNet-1k').items()

@@ -42,7 +42,8 @@ def plain_model(state: dict[str, torch.Tensor]) -> torch.nn.Module:
 
 
 def make(run_dir: Path, **options) -> Path:
-    return export.main(export.Settings(run_dir=run_dir, **{'name': NAME, 'output': run_dir.parent / 'made', **options}))
+    return export.main(export.ExportSettings(
+        run_dir=run_dir, **{'name': NAME, 'output': run_dir.parent / 'made', **options}))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -201,10 +202,10 @@ def test_golden_logits_are_those_of_the_file(exported):
     pixels = golden['input'] * std + mean
     assert pixels.min() > -1e-6 and pixels.max() < 1 + 1e-6
     steps = pixels.diff(dim=-1).abs().mean((1, 2, 3))
-    assert steps[:2].max() < 0.2 * steps[2:].min()  # pictures are smooth, noise is not
+    assert steps[:2].max() < 0.2 * steps[2:].min()  # images are smooth, noise is not
 
 
-def test_grey_model_of_a_word_without_attention(pictures, tmp_path, run_settings):
+def test_grey_model_of_a_word_without_attention(image_folder, tmp_path, run_settings):
     settings = dataclasses.replace(
         run_settings, model='lightconvnet_pico_64', in_chans=1, mean=(0.5,), std=(0.25,), model_kwargs=(),
         output=str(tmp_path))
@@ -252,10 +253,10 @@ def test_weights_of_convolutions_and_linear_layers_alone_are_rounded(trained, tm
     assert f'those of the float32 weights, before they were rounded to {dtype}' in text
 
 
-def test_cost_of_rounding_is_measured_and_figures_are_of_the_rounded_file(run_dir, pictures, tmp_path):
+def test_cost_of_rounding_is_measured_and_figures_are_of_the_rounded_file(run_dir, image_folder, tmp_path):
     spoil_16_bits(run_dir)
     for name in ('blue', 'red'):
-        shutil.copytree(pictures / 'val' / name, tmp_path / 'held_out' / name)
+        shutil.copytree(image_folder / 'val' / name, tmp_path / 'held_out' / name)
     folder = make(run_dir, dtype='bfloat16', data_dir=str(tmp_path / 'held_out'), workers=0)
     release = release_of(folder)
     metrics = release['metrics']
@@ -279,20 +280,20 @@ def test_values_beyond_float16_are_refused(run_dir):
 
 
 def evaluate(run_dir: Path, data_dir: Path, **options) -> Path:
-    eval_imagenet.main(eval_imagenet.Settings(
+    eval_imagenet.main(eval_imagenet.EvaluationSettings(
         model=(f'local-dir:{run_dir}',), data_dir=str(data_dir), workers=0, device='cpu',
         results_file=str(run_dir / 'evaluation.json'), **options))
     return run_dir / 'evaluation.json'
 
 
-def test_figures_of_an_evaluation_come_first(run_dir, pictures, tmp_path):
-    shutil.copytree(pictures / 'train', tmp_path / 'unseen' / 'val')
+def test_figures_of_an_evaluation_come_first(run_dir, image_folder, tmp_path):
+    shutil.copytree(image_folder / 'train', tmp_path / 'unseen' / 'val')
     row = json.loads(evaluate(run_dir, tmp_path / 'unseen').read_text())
     release = release_of(make(run_dir))
     assert release['metrics'] == {name: row[name] for name in ('top1', 'top5', 'loss', 'ece', 'images')} | {
         'top1_change': None}
     assert row['images'] == 24 and release['evaluated_on'] == 'unseen' and release['picked_best_epoch'] is False
-    evaluate(run_dir, pictures / 'val')
+    evaluate(run_dir, image_folder / 'val')
     release = release_of(make(run_dir, evaluated_on='Colours, val'))
     assert release['evaluated_on'] == 'Colours, val' and release['picked_best_epoch'] is True
 
@@ -300,8 +301,8 @@ def test_figures_of_an_evaluation_come_first(run_dir, pictures, tmp_path):
 @pytest.mark.parametrize(('options', 'changes', 'said'), [
     ({'crop_pct': 0.5}, {}, 'crop_pct 0.5'), ({}, {'model': 'local-dir:another'}, 'has 0'),
     ({}, {'top1': float('nan')}, 'top1 is not'), ({}, {'provenance': None}, 'not as')])
-def test_evaluation_of_something_else_is_refused(run_dir, pictures, options, changes, said):
-    change_json(evaluate(run_dir, pictures, **options), **changes)
+def test_evaluation_of_something_else_is_refused(run_dir, image_folder, options, changes, said):
+    change_json(evaluate(run_dir, image_folder, **options), **changes)
     with pytest.raises(ConfigError, match='RUN_DIR.*evaluation.json.*' + said if 'top1' not in changes else said):
         make(run_dir)
 
@@ -317,7 +318,7 @@ def test_evaluation_of_something_else_is_refused(run_dir, pictures, options, cha
     ({'name': 'coatnet_pico_64.Tin 200'}, ['--name', 'small letters']),
     ({'name': 'lightconvnet_pico_64.colours'}, ['--name', 'is coatnet_pico_64', 'coatnet_pico_64.TAG']),
     ({'dtype': 'int8'}, ['--dtype', 'float16', "'int8'"]),
-    ({'data_dir': 'pictures'}, ['--data-dir', '--dtype', 'eval_imagenet.py']),
+    ({'data_dir': 'images'}, ['--data-dir', '--dtype', 'eval_imagenet.py']),
     ({'license': 'Apache 2'}, ['--license', 'apache-2.0', "'Apache 2'"]),
     ({'license': 'other'}, ['--license-name', '--license-link']),
     ({'license_name': 'mine', 'license_link': 'LICENSE'}, ['--license other', 'apache-2.0']),
@@ -330,7 +331,7 @@ def test_evaluation_of_something_else_is_refused(run_dir, pictures, options, cha
 ], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '')
 def test_bad_setting_is_refused_in_one_sentence(trained, tmp_path, changes, parts):
     with pytest.raises(ConfigError) as error:
-        export.main(export.Settings(**{'run_dir': trained, 'name': NAME, 'output': tmp_path / 'made', **changes}))
+        export.main(export.ExportSettings(**{'run_dir': trained, 'name': NAME, 'output': tmp_path / 'made', **changes}))
     for part in parts:
         assert part in str(error.value) and '\n' not in str(error.value)
     assert not any(tmp_path.iterdir())
@@ -492,7 +493,7 @@ def test_data_of_an_evaluation_are_named_without_folders_too(run_dir, data, spli
            'valid_labels': 'all', 'real_labels': '', 'top1': 50., 'top5': 90., 'loss': 1., 'ece': 2., 'images': 9,
            'data': data, 'provenance': {'command': f'python scripts/eval_imagenet.py --data-dir {data} {split}'}}
     (run_dir / 'evaluation.json').write_text(json.dumps(row))
-    settings = export.Settings(run_dir=run_dir, name=NAME, trained_on='Colours')
+    settings = export.ExportSettings(run_dir=run_dir, name=NAME, trained_on='Colours')
     release = export_run.describe_release(settings, json.loads((run_dir / 'config.json').read_text()))
     assert (release['evaluated_on'], release['picked_best_epoch']) == (name, picked)
 

@@ -62,13 +62,13 @@ def ready(made, tmp_path) -> Path:
 
 
 @pytest.fixture
-def settings(client, ready, tmp_path, monkeypatch) -> publish.Settings:
+def settings(client, ready, tmp_path, monkeypatch) -> publish.PublishSettings:
     """A push of that folder, into a package without releases."""
     monkeypatch.setattr(publish_run, 'WEIGHTS', tmp_path / 'weights')
     monkeypatch.setattr(publish_run, 'verify', checksums)
     (tmp_path / 'weights').mkdir()
     (tmp_path / 'weights/releases.json').write_text('{}\n')
-    return publish.Settings(folder=ready, repo=REPO, push=True)
+    return publish.PublishSettings(folder=ready, repo=REPO, push=True)
 
 
 def change(path: Path, content: bytes) -> None:
@@ -80,7 +80,7 @@ def recorded() -> dict:
     return publish_run.read_releases()
 
 
-def refused(settings: publish.Settings) -> str:
+def refused(settings: publish.PublishSettings) -> str:
     with pytest.raises(ConfigError) as told:
         publish.main(settings)
     sentence = str(told.value)

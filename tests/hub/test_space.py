@@ -64,10 +64,10 @@ def models(runs) -> dict[str, answer.Model]:
     return answer.open_models(tuple(f'local-dir:{run}' for run in sorted(runs.iterdir())), (), CPU)
 
 
-def expected(run: Path, picture: Path) -> dict[str, float]:
+def expected(run: Path, image_path: Path) -> dict[str, float]:
     """Name and share of each class, best first, by timm alone."""
     model = timm.create_model(f'local-dir:{run}', pretrained=True).eval()
-    image = create_transform(**resolve_input_data_config(model, {}))(Image.open(picture).convert('RGB'))
+    image = create_transform(**resolve_input_data_config(model, {}))(Image.open(image_path).convert('RGB'))
     with torch.no_grad():
         shares = model(image[None])[0].softmax(-1)
     words = {'n02102040': 'English springer'}
@@ -79,12 +79,12 @@ def expected(run: Path, picture: Path) -> dict[str, float]:
 
 
 def test_guesses_and_panels_of_each_letter(models, runs, tmp_path):
-    picture = write_image(tmp_path / 'picture.png')
+    image_path = write_image(tmp_path / 'image.png')
     for title, titles, letter in (
             ('coatnet_pico_64', ['Where all positions look'], 'T'),
             ('dynamicconvnet_pico_64', ['Kernels predicted at positions', 'How far the kernels look'], 'D')):
-        given = answer.answer(models[title], Image.open(picture))
-        assert given.top5 == pytest.approx(dict(list(expected(runs / title, picture).items())[:5]), abs=1e-5)
+        given = answer.answer(models[title], Image.open(image_path))
+        assert given.top5 == pytest.approx(dict(list(expected(runs / title, image_path).items())[:5]), abs=1e-5)
         shown = [(panel.stage, panel.title) for panel in given.panels]
         assert shown == [*((f'Stage {stage} · {letter}', words) for stage in (3, 4) for words in titles),
                          ('Before the head', f'Grad-CAM of {next(iter(given.top5))}')]
@@ -92,7 +92,7 @@ def test_guesses_and_panels_of_each_letter(models, runs, tmp_path):
         assert all(panel.png.startswith(b'\x89PNG') for panel in given.panels)
 
 
-def test_a_click_is_a_share_of_the_picture(models):
+def test_a_click_is_a_share_of_the_image(models):
     model = models['coatnet_pico_64']
     assert answer.position_in_image(model, (0, 447)) == pytest.approx((0.5 / 448, 447.5 / 448))
     assert answer.position_in_image(model, (-9, 900)) == (0, 1)
@@ -101,7 +101,7 @@ def test_a_click_is_a_share_of_the_picture(models):
 def test_two_classes_of_one_word_are_told_apart(models, tmp_path):
     labels = [answer.Label(f'n{number}', 'crane, bird') for number in range(len(NAMES))]
     model = dataclasses.replace(models['coatnet_pico_64'], labels=labels)
-    top5 = answer.answer(model, Image.open(write_image(tmp_path / 'picture.png'))).top5
+    top5 = answer.answer(model, Image.open(write_image(tmp_path / 'image.png'))).top5
     assert len(top5) == 5 and all(re.fullmatch(r'n\d  crane, bird', name) for name in top5)
 
 
@@ -111,12 +111,12 @@ def test_refusals_of_models(runs, tmp_path, monkeypatch):
         answer.open_models((run, run), (), CPU)
     monkeypatch.setattr(app, 'released_models', lambda: ())
     with pytest.raises(ConfigError, match='--model must name at least one model where none are released'):
-        app.choose_models(app.Settings(), tmp_path)
+        app.choose_models(app.AppSettings(), tmp_path)
     shutil.copytree(runs / 'coatnet_pico_64', tmp_path / 'digits')
-    assert app.choose_models(app.Settings(), tmp_path) == (f'local-dir:{tmp_path / "digits"}',)
+    assert app.choose_models(app.AppSettings(), tmp_path) == (f'local-dir:{tmp_path / "digits"}',)
     monkeypatch.setattr(app, 'released_models', lambda: ('coatnet_pico_64.tin200',))
-    assert app.choose_models(app.Settings(), tmp_path)[0] == 'coatnet_pico_64.tin200'
-    assert app.choose_models(app.Settings(model=('resnet18',)), tmp_path) == ('resnet18',)
+    assert app.choose_models(app.AppSettings(), tmp_path)[0] == 'coatnet_pico_64.tin200'
+    assert app.choose_models(app.AppSettings(model=('resnet18',)), tmp_path) == ('resnet18',)
     assert next(iter(answer.open_models(
         (f'local-dir:{tmp_path / "digits"}',), (), CPU))) == 'coatnet_pico_64 · digits'
 
@@ -192,13 +192,13 @@ def test_several_users_wait_in_a_queue_and_get_their_own(connect, models, runs, 
 
     monkeypatch.setattr(interface, 'answer', watched)
     monkeypatch.setattr(socket.socket, 'connect', watch)
-    pictures = [write_image(tmp_path / f'{seed}.png', seed) for seed in range(4)]
+    image_paths = [write_image(tmp_path / f'{seed}.png', seed) for seed in range(4)]
     titles = [list(models)[number % 2] for number in range(4)]
-    jobs = [connect(title, picture) for title, picture in zip(titles, pictures, strict=True)]
-    for job, title, picture in zip(jobs, titles, pictures, strict=True):
+    jobs = [connect(title, image_path) for title, image_path in zip(titles, image_paths, strict=True)]
+    for job, title, image_path in zip(jobs, titles, image_paths, strict=True):
         message, _, top5, facts, panels = job.result(timeout=60)
         found = {entry['label']: entry['confidence'] for entry in top5['confidences']}
-        assert found == pytest.approx(dict(list(expected(runs / title, picture).items())[:5]), abs=1e-5)
+        assert found == pytest.approx(dict(list(expected(runs / title, image_path).items())[:5]), abs=1e-5)
         assert message == '' and 'measured on this request' in facts and panels.count('<figure>') in (3, 5)
     assert len(most) == 4 and max(most) == 1
     assert {address[0] for address in asked if isinstance(address, tuple)} <= {'127.0.0.1', 'localhost'}
@@ -275,7 +275,7 @@ def chromium():
 
 
 def frame_of(image) -> tuple[float, float]:
-    """Centre of the cyan frame that the first panel draws, in shares of the picture in it."""
+    """Centre of the cyan frame that the first panel draws, in shares of the image in it."""
     source = image.evaluate('''async image => { await image.decode();
         const canvas = document.createElement('canvas');
         canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
@@ -284,7 +284,7 @@ def frame_of(image) -> tuple[float, float]:
     pixels = np.array(source[1:], dtype=np.int16).reshape(-1, source[0], 4)
     rows, columns = np.nonzero((np.abs(pixels - (34, 211, 238, 255)) < 30).all(-1))
     filled = pixels[..., 3] == 255
-    # the picture is what is opaque from edge to edge: the scale at its right is separate
+    # the image is what is opaque from edge to edge: the scale at its right is separate
     across = np.flatnonzero(filled[filled.shape[0] // 2])
     width = across[np.flatnonzero(np.diff(across, append=across[-1] + 9) > 1)[0]] + 1
     return (rows.min() + rows.max()) / 2 / filled.shape[0], (columns.min() + columns.max()) / 2 / width
@@ -296,7 +296,7 @@ def frame_of(image) -> tuple[float, float]:
     ('width', 'height', 'scheme'), [(390, 844, 'dark'), (1280, 900, 'light')], ids=['phone', 'desk'])
 def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
     url, said = space
-    picture = write_image(tmp_path / 'picture.png', 3)
+    image_path = write_image(tmp_path / 'image.png', 3)
     (tmp_path / 'notes.jpg').write_text('these are my notes')
     browser = chromium(tmp_path / 'network.json')
     context = browser.new_context(
@@ -329,12 +329,12 @@ def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
     refusal.wait_for(state='detached')
 
     # a good one its prediction, of the model that is picked
-    upload.set_input_files(picture)
+    upload.set_input_files(image_path)
     page.locator('.panels img').first.wait_for()
     assert page.get_by_label('Model').input_value() == best_release()
     page.get_by_label('Model').click()
     page.get_by_role('option', name='dynamicconvnet_pico_64', exact=True).click()
-    best, share = next(iter(expected(runs / 'dynamicconvnet_pico_64', picture).items()))
+    best, share = next(iter(expected(runs / 'dynamicconvnet_pico_64', image_path).items()))
     page.locator('#top5').get_by_text(best).first.wait_for()
     page.get_by_text('Kernels predicted at positions').first.wait_for()
     top5 = page.locator('#top5').inner_text()

@@ -43,7 +43,7 @@ def png_without_pixels(width: int, height: int) -> bytes:
         struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) for chunk in chunks)
 
 
-def read(tmp_path: Path, content: bytes, name: str = 'picture') -> tuple[Image.Image, list[str]]:
+def read(tmp_path: Path, content: bytes, name: str = 'image') -> tuple[Image.Image, list[str]]:
     (tmp_path / name).write_bytes(content)
     return upload.read_upload(tmp_path / name)
 
@@ -78,13 +78,13 @@ def test_large_files_are_not_opened_and_lost_ones_are_named(tmp_path, monkeypatc
         upload.read_upload(tmp_path / 'nowhere')
 
 
-def test_plain_pictures_are_read_as_they_are(tmp_path):
-    picture = noise()
+def test_plain_images_are_read_as_they_are(tmp_path):
+    image = noise()
     for form in ('PNG', 'BMP', 'TIFF'):
-        found, notes = read(tmp_path, encoded(picture, form))
-        assert notes == [] and found.mode == 'RGB' and np.array_equal(found, picture)
+        found, notes = read(tmp_path, encoded(image, form))
+        assert notes == [] and found.mode == 'RGB' and np.array_equal(found, image)
     assert read(tmp_path, encoded(noise('L'), 'PNG'))[0].mode == 'RGB'
-    assert read(tmp_path, encoded(picture, 'WEBP', lossless=True))[0].getpixel((3, 4)) == picture.getpixel((3, 4))
+    assert read(tmp_path, encoded(image, 'WEBP', lossless=True))[0].getpixel((3, 4)) == image.getpixel((3, 4))
 
 
 def test_sixteen_bits_keep_their_order(tmp_path):

@@ -275,7 +275,7 @@ def test_card_that_disagrees_with_the_config_is_refused(folder, no_process, old,
 
 
 def test_16_bit_folder_passes(trained, tmp_path):
-    folder = export.main(export.Settings(
+    folder = export.main(export.ExportSettings(
         run_dir=trained, name='coatnet_pico_64.half', output=tmp_path / 'half', dtype='float16'))
     verify.check_tensors(verify.read_tensors(folder / 'model.safetensors'), verify.read_config(folder))
     assert verify.check_answers(folder)[0].startswith('timm ')

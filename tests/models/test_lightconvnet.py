@@ -87,7 +87,7 @@ def test_folding_leaves_plain_convolutions_exactly(options, randomize):
 
 @pytest.mark.parametrize('name', ['lightconvnet_pico_64', 'dynamicconvnet_pico_64'])
 def test_tiny_set_is_learned(name):
-    """Six pictures, six classes: every part of the model takes part in bringing the loss down."""
+    """Six images, six classes: every part of the model takes part in bringing the loss down."""
     torch.manual_seed(0)
     model = small(name, num_classes=6, conv_norm_momentum=.1, dropconnect=.1).train()
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6)

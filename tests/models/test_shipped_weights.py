@@ -59,7 +59,7 @@ def test_logits_are_golden(name):
     golden = load_file(FROZEN / f'{name}.golden.safetensors')
     found = logits_of(timm.create_model(name, pretrained=True), golden['input'])
     assert_same_up_to_rounding(found, golden['logits'])
-    assert golden['logits'].std(0).min() > 0.01  # other pictures, other logits
+    assert golden['logits'].std(0).min() > 0.01  # other images, other logits
 
 
 @pytest.mark.parametrize('name', SHIPPED)
@@ -72,7 +72,7 @@ def test_they_adapt_to_other_classes_channels_and_sizes(name, image):
     with torch.no_grad():
         expected = whole.eval().forward_features(image)
         assert_same_up_to_rounding(few.eval().forward_features(image), expected)
-        one = image.mean(1, keepdim=True)  # a grey picture is one whose three channels are alike
+        one = image.mean(1, keepdim=True)  # a grey image is one whose three channels are alike
         torch.testing.assert_close(grey.eval()(one), whole(one.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-3)
     assert logits_of(few, image).shape == (2, 7)
     pyramid = timm.create_model(name, pretrained=True, features_only=True)
@@ -172,7 +172,7 @@ def held_out(tmp_path_factory) -> Path:
 @needs_images(freeze_release.IMAGES)
 @pytest.mark.parametrize('name', SHIPPED)
 def test_recorded_top1_is_found_again(name, held_out):
-    row = eval_imagenet.main(eval_imagenet.Settings(
+    row = eval_imagenet.main(eval_imagenet.EvaluationSettings(
         data_dir=str(held_out), model=(name,), pretrained=True, device='cpu', workers=1))[0]
     recorded = releases.RELEASES[name]['release']['metrics']
     assert row['images'] == recorded['images'] == 10_000

@@ -132,27 +132,39 @@ def test_eager_lightconv_matches_the_reference(a):
 
 
 @pytest.mark.parametrize(('H', 'W', 'kernel'), [(9, 8, (3, 5)), (1, 3, (1, 7)), (5, 5, (1, 1)), (2, 6, (7, 5))])
-def test_the_two_forms_of_eager_dynamicconv_agree(H, W, kernel):
-    x, kernels = rand(2, H, W, 3, 4, grad=True), rand(kernel[0] * kernel[1], 2, H, W, 3, grad=True)
-    forms = [form(x, kernels, kernel) for form in (EAGER.ShiftedSum.apply, EAGER.band_product)]
-    torch.testing.assert_close(*forms, **EXACT)
+def test_the_forms_of_eager_dynamicconv_agree(H, W, kernel):
+    def summed(x, kernels, kernel_size):
+        return EAGER.shifted_sum(x, EAGER.by_tap(kernels), kernel_size)
+
+    x, kernels = rand(2, H, W, 3, 4, grad=True), rand(2, H, W, 3, kernel[0] * kernel[1], grad=True)
+    forms = [form(x, kernels, kernel) for form in (
+        summed, EAGER.weighted_bags, EAGER.band_product, EAGER.WeightedSum.apply)]
     weight = torch.randn_like(forms[0])
-    torch.testing.assert_close(*(torch.autograd.grad(form, (x, kernels), weight) for form in forms), **EXACT)
+    expected = torch.autograd.grad(forms[0], (x, kernels), weight)
+    for form in forms[1:]:
+        torch.testing.assert_close(form, forms[0], **EXACT)
+        torch.testing.assert_close(torch.autograd.grad(form, (x, kernels), weight), expected, **EXACT)
 
 
-@pytest.mark.parametrize(('H', 'W', 'kernel', 'form'), [
-    (12, 12, 7, 'band_product'), (13, 12, 7, 'shifted_sum'), (8, 8, 1, 'band_product'), (13, 5, 3, 'shifted_sum')])
-def test_small_maps_take_the_band_matrix(H, W, kernel, form, monkeypatch):
+@pytest.mark.parametrize(('H', 'W', 'kernel', 'learns', 'form'), [
+    (12, 12, 7, True, 'band_product'), (13, 12, 7, True, 'weighted_bags'), (12, 12, 7, False, 'weighted_bags'),
+    (8, 8, 1, False, 'band_product'), (13, 5, 3, False, 'weighted_bags')])
+def test_small_maps_take_the_band_matrix(H, W, kernel, learns, form, monkeypatch):
     taken = []
 
     def noting(name: str):
         run = getattr(EAGER, name)
         return lambda *args: (taken.append(name), run(*args))[1]
 
-    for name in ('band_product', 'shifted_sum'):
+    for name in ('band_product', 'weighted_bags', 'shifted_sum'):
         monkeypatch.setattr(EAGER, name, noting(name))
-    dynamicconv2d(rand(1, 2, H, W), rand(1, kernel ** 2, H, W), (kernel, kernel), backend='eager')
+    call = functools.partial(dynamicconv2d, kernel_size=(kernel, kernel), backend='eager')
+    x, logits = rand(1, 2, H, W, grad=learns), rand(1, kernel ** 2, H, W)
+    call(x, logits)
     assert taken == [form]
+    if form == 'weighted_bags':  # graphs hold no bags
+        traced = torch.jit.trace(lambda x, logits: call(x, logits), (x, logits), check_trace=False)
+        assert taken[1:] == ['shifted_sum'] and 'embedding_bag' not in str(traced.graph)
 
 
 @settings(max_examples=60, deadline=None)

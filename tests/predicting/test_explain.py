@@ -37,7 +37,7 @@ def test_recomputed_attention_gives_the_output_of_the_block(rel_bias, fused, ran
         assert (weights - without).abs().max() > 0.01
 
 
-def test_recomputed_attention_of_several_heads_follows_another_picture_size(randomize):
+def test_recomputed_attention_of_several_heads_follows_another_image_size(randomize):
     model = randomize(zoo(dynamic_img_size=True))
     target = explain.choose_target(model, '')
     assert (target.kind, target.stage) == ('attention', 4) and target.module is model.stages[3].blocks[-1].attn

@@ -22,8 +22,8 @@ from support.commands import run_main, run_processes
 from support.overlay_runs import NAMES, write_image, write_run, zoo
 
 
-def test_folders_are_searched_and_bad_pictures_named_while_others_go_on(settings, picture, tmp_path, capsys):
-    folder = picture.parent
+def test_folders_are_searched_and_bad_images_named_while_others_go_on(settings, image_path, tmp_path, capsys):
+    folder = image_path.parent
     write_image(folder / 'deeper' / 'KITE.JPG', seed=1)
     write_image(folder / 'deeper' / 'kite.png', seed=2)
     (folder / 'deeper' / 'notes.txt').write_text('no image')
@@ -31,13 +31,13 @@ def test_folders_are_searched_and_bad_pictures_named_while_others_go_on(settings
     whole = write_image(folder / 'cut.jpg', size=(200, 200)).read_bytes()
     (folder / 'cut.jpg').write_bytes(whole[:len(whole) // 2])
     (tmp_path / 'bare').mkdir()
-    images = (folder, picture, tmp_path / 'missing.jpg', tmp_path / 'bare')
+    images = (folder, image_path, tmp_path / 'missing.jpg', tmp_path / 'bare')
     before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
     assert predict.main(dataclasses.replace(settings, images=images)) == 1
     out, err = capsys.readouterr()
     assert {path.name for path in settings.output.iterdir()} == {
         'kite-attention.png', 'KITE-attention.png', 'kite-attention-2.png', 'predictions.csv'}
-    assert out.count(' -> ') == 3  # the picture that is named twice is read once
+    assert out.count(' -> ') == 3  # the image that is named twice is read once
     for name, reason in (('empty.png', 'cannot identify'), ('cut.jpg', 'truncated'), ('missing.jpg', 'No such file'),
                          ('bare', 'no images in this folder, but no files at all')):
         assert sum(name in line and reason in line for line in err.splitlines()) == 1, (name, err)
@@ -45,21 +45,21 @@ def test_folders_are_searched_and_bad_pictures_named_while_others_go_on(settings
     assert before == {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
-def test_table_has_a_row_for_each_image_that_was_read(settings, picture, tmp_path, randomize):
+def test_table_has_a_row_for_each_image_that_was_read(settings, image_path, tmp_path, randomize):
     """In the order of the images, with up to five labels, their descriptions and confidences."""
     name = write_run(tmp_path / 'run', randomize(zoo()), NAMES)
     other = write_image(tmp_path / 'a, "b".png', seed=1)
     own = dict(model=name, model_kwargs=(), num_classes=None, img_size=None,
-               images=(picture, tmp_path / 'no.png', other))
+               images=(image_path, tmp_path / 'no.png', other))
     assert predict.main(dataclasses.replace(settings, **own)) == 1
     with (settings.output / 'predictions.csv').open(newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
-    assert [row['file'] for row in rows] == [str(picture), str(other)]
+    assert [row['file'] for row in rows] == [str(image_path), str(other)]
     assert [*rows[0]] == ['file', *(f'{column}_{rank}' for rank in range(1, 5)
                                     for column in ('label', 'description', 'confidence'))]
     model = timm.create_model(name, pretrained=True).eval()
     transform = create_transform(**resolve_input_data_config(model, {}, use_test_size=True))
-    for row, path in zip(rows, (picture, other), strict=True):
+    for row, path in zip(rows, (image_path, other), strict=True):
         with torch.no_grad():
             shares, best = model(transform(Image.open(path).convert('RGB'))[None])[0].softmax(-1).sort(descending=True)
         assert [row[f'label_{rank}'] for rank in range(1, 5)] == [NAMES[index] for index in best]
@@ -79,7 +79,7 @@ def test_the_best_release_is_opened_unless_another_is_named(tmp_path, monkeypatc
                 'release': {'metrics': {'top1': top1}}}
 
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    assert predict.Settings(images=()).model == released.best_release() == max(
+    assert predict.PredictionSettings(images=()).model == released.best_release() == max(
         RELEASES, key=lambda name: RELEASES[name]['release']['metrics']['top1'])
     package = tmp_path / 'coatnet_zoo'
     (package / 'weights').mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_the_best_release_is_opened_unless_another_is_named(tmp_path, monkeypatc
                 'unknown': entry(None)}
     (package / 'weights' / 'releases.json').write_text(json.dumps(releases))
     assert released.released_models() == ('best', 'worse', 'unknown', 'digits', 'far')
-    assert predict.Settings(images=()).model == 'best'
+    assert predict.PredictionSettings(images=()).model == 'best'
     published = {f'coatnet_0_kecam.{tag}': {'url': '', 'md5': '0123456789', 'top1': top1}
                  for tag, top1 in (('small', 80.), ('in1k', 83.), ('absent', 90.))}
     (package / 'weights' / 'kecam.json').write_text(json.dumps(published))
@@ -107,29 +107,29 @@ def test_the_best_release_is_opened_unless_another_is_named(tmp_path, monkeypatc
         released.best_release()
 
 
-def test_one_complaint_is_enough_for_exit_code_1(settings, picture, tmp_path):
+def test_one_complaint_is_enough_for_exit_code_1(settings, image_path, tmp_path):
     (tmp_path / 'bare').mkdir()
     for other in (tmp_path / 'bare', tmp_path / 'missing.png'):
-        assert predict.main(dataclasses.replace(settings, images=(picture, other))) == 1
+        assert predict.main(dataclasses.replace(settings, images=(image_path, other))) == 1
     assert predict.main(settings) == 0
 
 
-def test_no_picture_that_is_read_is_ever_written_over(settings, picture):
-    folder = picture.parent
+def test_no_image_that_is_read_is_ever_written_over(settings, image_path):
+    folder = image_path.parent
     taken = write_image(folder / 'kite-attention.png', seed=1)
     (folder / 'link').symlink_to(folder)
-    before = taken.read_bytes(), picture.read_bytes()
+    before = taken.read_bytes(), image_path.read_bytes()
     for output in (folder, folder / 'link'):
-        assert predict.main(dataclasses.replace(settings, images=(picture, taken), output=output)) == 0
-    assert before == (taken.read_bytes(), picture.read_bytes())
+        assert predict.main(dataclasses.replace(settings, images=(image_path, taken), output=output)) == 0
+    assert before == (taken.read_bytes(), image_path.read_bytes())
     assert {path.name for path in folder.iterdir()} - {'link'} == {
         'kite.png', 'kite-attention.png', 'kite-attention-2.png', 'kite-attention-attention.png', 'predictions.csv'}
 
 
-def test_a_long_name_ends_no_run(settings, picture, tmp_path, capsys):
-    folder = picture.parent
+def test_a_long_name_ends_no_run(settings, image_path, tmp_path, capsys):
+    folder = image_path.parent
     for name in (f'{"a" * 240}1.png', f'{"a" * 240}2.png', f'{"ä" * 120}.png'):
-        (folder / name).write_bytes(picture.read_bytes())
+        (folder / name).write_bytes(image_path.read_bytes())
     images = (tmp_path / ('x' * 300 + '.png'), folder)
     assert predict.main(dataclasses.replace(settings, images=images)) == 1
     out, err = capsys.readouterr()
@@ -137,10 +137,10 @@ def test_a_long_name_ends_no_run(settings, picture, tmp_path, capsys):
     assert 'File name too long' in err
 
 
-def test_names_that_are_no_utf8_are_escaped(settings, picture, tmp_path, capsys):
+def test_names_that_are_no_utf8_are_escaped(settings, image_path, tmp_path, capsys):
     folder = tmp_path / os.fsdecode(b'caf\xe9')
     folder.mkdir()
-    for name, content in ((b'good\xff.png', picture.read_bytes()), (b'bad\xff.png', b'')):
+    for name, content in ((b'good\xff.png', image_path.read_bytes()), (b'bad\xff.png', b'')):
         (folder / os.fsdecode(name)).write_bytes(content)
     assert predict.main(dataclasses.replace(settings, images=(folder,))) == 1
     out, err = capsys.readouterr()
@@ -192,9 +192,9 @@ def test_a_run_folder_keeps_its_own_predictions(settings):
     assert (settings.output / 'predictions.csv').read_text() == 'of the run'
 
 
-def test_output_that_cannot_be_written_is_refused(settings, picture):
+def test_output_that_cannot_be_written_is_refused(settings, image_path):
     with pytest.raises(ConfigError, match=r'--output .* cannot be written'):
-        predict.main(dataclasses.replace(settings, output=picture / 'overlays'))
+        predict.main(dataclasses.replace(settings, output=image_path / 'overlays'))
     (settings.output / 'kite-attention.png').mkdir(parents=True)
     with pytest.raises(ConfigError, match=r'--output: .*kite-attention.png cannot be written'):
         predict.main(settings)
@@ -212,8 +212,8 @@ def test_pretrained_is_passed_on_and_its_failure_is_a_sentence(settings):
         predict.main(dataclasses.replace(settings, model='coatnet_pico', pretrained=True))
 
 
-def test_a_name_with_a_tag_means_its_weights(picture, tmp_path, capsys):
-    settings = predict.Settings(images=(picture,), output=tmp_path / 'out', device='cpu')
+def test_a_name_with_a_tag_means_its_weights(image_path, tmp_path, capsys):
+    settings = predict.PredictionSettings(images=(image_path,), output=tmp_path / 'out', device='cpu')
     assert predict.main(settings) == 0
     said = capsys.readouterr().out
     assert f'{settings.model}: its own weights' in said and len(re.findall(r'n\d{8}  \w', said)) == 5
@@ -229,9 +229,10 @@ def test_a_name_with_a_tag_means_its_weights(picture, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_pictures(settings, picture, tmp_path, randomize, capsys):
+@pytest.mark.slow
+def test_two_processes_share_the_images(settings, image_path, tmp_path, randomize, capsys):
     name = write_run(tmp_path / 'run', randomize(zoo()), NAMES)
-    paths = [write_image(picture.parent / f'{i}.png', seed=i) for i in range(3)] + [tmp_path / 'missing.png']
+    paths = [write_image(image_path.parent / f'{i}.png', seed=i) for i in range(3)] + [tmp_path / 'missing.png']
     own = dict(images=tuple(paths), model=name, model_kwargs=(), num_classes=None, img_size=None)
     assert predict.main(dataclasses.replace(settings, **own)) == 1
     one = capsys.readouterr().out.splitlines()
@@ -257,7 +258,7 @@ def test_command_line_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
 
 
 def test_flags_are_read_in_any_order():
-    settings = tyro.cli(predict.Settings, args=[
+    settings = tyro.cli(predict.PredictionSettings, args=[
         'a.png', 'folder', '--model', 'test_vit', '--at', '0.25', '0.5', '--explain', 'gradcam', '--stage', '3',
         '--checkpoint', 'w.pth', '--output', 'out', '--pretrained', '--device', 'cpu'])
     assert settings.images == (Path('a.png'), Path('folder')) and settings.at == (0.25, 0.5)

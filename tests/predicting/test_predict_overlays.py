@@ -1,4 +1,4 @@
-"""What scripts/predict.py says and draws of a picture."""
+"""What scripts/predict.py says and draws of an image."""
 import dataclasses
 
 import matplotlib.image
@@ -20,7 +20,7 @@ from support.overlay_runs import NAMES, SMALL_FLAGS, Colours, shown_panels, writ
 
 
 def test_predictions_of_a_run_folder_are_those_of_the_model(
-        settings, picture, tmp_path, capsys, randomize, monkeypatch):
+        settings, image_path, tmp_path, capsys, randomize, monkeypatch):
     model = randomize(zoo())
     name = write_run(tmp_path / 'run', model, NAMES)
     drawn = shown_panels(monkeypatch)
@@ -28,10 +28,10 @@ def test_predictions_of_a_run_folder_are_those_of_the_model(
     assert predict.main(own) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f'{name}: its own weights; overlays: attention of stage 4 (T)'
-    assert lines[1] == f'{picture} -> {settings.output}/kite-attention.png'
+    assert lines[1] == f'{image_path} -> {settings.output}/kite-attention.png'
 
     transform = create_transform(**resolve_input_data_config(model, {}, use_test_size=True))
-    image = transform(Image.open(picture).convert('RGB'))
+    image = transform(Image.open(image_path).convert('RGB'))
     with torch.no_grad():
         shares, best = model(image[None])[0].softmax(-1).sort(descending=True)
     words = {'n01440764': 'n01440764  tench, Tinca tinca', 'my own class': 'my own class',
@@ -44,7 +44,7 @@ def test_predictions_of_a_run_folder_are_those_of_the_model(
     assert [panel['draw'] for panel in drawn] == ['draw_image', 'draw_heatmap', 'draw_top5']
     assert drawn[2]['probabilities'] == pytest.approx(shares.tolist())
     assert drawn[2]['labels'] == [words[NAMES[index]].split('  ')[-1].split(',')[0] for index in best]
-    # the picture is the crop that the model was given
+    # the image is the crop that the model was given
     config = resolve_input_data_config(model, {}, use_test_size=True)
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
     crop = (image * std + mean).clamp(0, 1)
@@ -126,7 +126,7 @@ def test_a_kernel_lies_on_what_its_taps_see(monkeypatch):
     assert shown[0][1]['vmax'] == 8 and shown[0][1]['frame'] == (0, 1)
 
 
-def test_maps_and_kernels_lie_upright_on_the_picture():
+def test_maps_and_kernels_lie_upright_on_the_image():
     _, row = overlay.create_panels('title', 2, 0.5)
     overlay.draw_heatmap(row[0], np.zeros((8, 16, 3)), np.eye(2, 4), 'title', 'subtitle', 'unit', frame=(1, 2))
     overlay.draw_kernels(row[1], np.zeros((8, 16, 3)), np.eye(3)[..., None, None], 'title', 'subtitle')
@@ -139,13 +139,14 @@ def test_maps_and_kernels_lie_upright_on_the_picture():
 
 
 def test_overlay_of_a_constructed_model_shows_the_deciding_quadrant(tmp_path, monkeypatch, capsys):
-    """From the picture to the pixels of the PNG."""
+    """From the image to the pixels of the PNG."""
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[32:, :32, 0] = 255
     Image.fromarray(pixels).save(tmp_path / 'red.png')
     config = dict(input_size=(3, 64, 64), mean=(0, 0, 0), std=(1, 1, 1), crop_pct=1, interpolation='bilinear')
     monkeypatch.setattr(panels, 'open_model', lambda *args, **kwargs: (Colours(), config))
-    settings = predict.Settings(images=(tmp_path / 'red.png',), model='colours', device='cpu', output=tmp_path / 'out')
+    settings = predict.PredictionSettings(
+        images=(tmp_path / 'red.png',), model='colours', device='cpu', output=tmp_path / 'out')
     drawn = shown_panels(monkeypatch)
     assert predict.main(settings) == 0
     assert '  1   ' in (out := capsys.readouterr().out) and out.splitlines()[2].endswith('red')
@@ -174,13 +175,13 @@ def test_grey_and_colour_models_of_timm_and_titles_with_dollars(settings, in_cha
         assert image.width > image.height > 300
 
 
-def test_picture_settings_reach_the_model(settings, picture, monkeypatch):
+def test_image_settings_reach_the_model(settings, image_path, monkeypatch):
     drawn = shown_panels(monkeypatch)
     flags = dict(crop_pct=0.5, interpolation='nearest', crop_mode='squash', mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     predict.main(dataclasses.replace(settings, **flags))
     flags |= dict(mean=None, std=None, normalize=False)
     transform = create_transform((3, 32, 32), **flags)
-    expected = transform(Image.open(picture).convert('RGB')).permute(1, 2, 0) / 255
+    expected = transform(Image.open(image_path).convert('RGB')).permute(1, 2, 0) / 255
     np.testing.assert_allclose(drawn[0]['pixels'], expected, atol=1e-6)
 
 
@@ -192,11 +193,11 @@ def test_orientation_tags_are_left_alone_as_in_evaluation(settings, monkeypatch)
     assert Image.open(path).getexif()[0x0112] == 6
     drawn = shown_panels(monkeypatch)
     predict.main(dataclasses.replace(settings, images=(settings.images[0], path)))
-    pictures = [panel['pixels'] for panel in drawn if panel['draw'] == 'draw_image']
-    np.testing.assert_array_equal(*pictures)
+    images = [panel['pixels'] for panel in drawn if panel['draw'] == 'draw_image']
+    np.testing.assert_array_equal(*images)
 
 
-def test_grey_pictures_of_16_bits_are_read_as_in_evaluation(settings, monkeypatch):
+def test_grey_images_of_16_bits_are_read_as_in_evaluation(settings, monkeypatch):
     pixels = np.linspace(10_000, 50_000, 32 * 32).reshape(32, 32).astype(np.uint16)
     path = settings.images[0].parent / 'deep.png'
     Image.fromarray(pixels).save(path)
@@ -221,7 +222,7 @@ def test_long_headline_stays_on_the_figure():
     assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and '\n' in title.get_text()
 
 
-def test_synsets_are_words_where_pictures_name_classes():
+def test_synsets_are_words_where_images_name_classes():
     synsets = ['n01440764', 'n02012849', 'n03126707']
     assert synset_names(synsets) == ['tench', 'crane n02012849', 'crane n03126707']
     assert synset_names(['n01440764', 'mine']) == ['n01440764', 'mine']

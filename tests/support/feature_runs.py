@@ -15,7 +15,7 @@ import extract_features
 from support.constants import CLASSES
 
 
-def run(settings: extract_features.Settings, **changes) -> Path:
+def run(settings: extract_features.ExtractionSettings, **changes) -> Path:
     """Extract and return the folder of --split."""
     settings = dataclasses.replace(settings, **changes)
     extract_features.main(settings)

@@ -1,4 +1,4 @@
-"""Tiny runs of scripts/finetune.py on generated pictures, and how two of them are compared."""
+"""Tiny runs of scripts/finetune.py on generated images, and how two of them are compared."""
 import csv
 import dataclasses
 import io
@@ -18,7 +18,7 @@ from support.constants import ROOT
 
 
 def write_shards(folder: Path, count: int = 24, held_out: int = 1) -> Path:
-    """Write two training shards and some of held-out pictures, with the info file that timm reads."""
+    """Write two training shards and some of held-out images, with the info file that timm reads."""
     folder.mkdir()
     splits = {}
     for split, shards in (('train', 2), ('validation', held_out)):
@@ -27,9 +27,9 @@ def write_shards(folder: Path, count: int = 24, held_out: int = 1) -> Path:
             with tarfile.open(folder / name, 'w') as tar:
                 for index in range(count):
                     label = index % 3
-                    picture, key = io.BytesIO(), f'{split}{number}_{index:03d}'
-                    Image.new('RGB', (40, 36), tuple(200 * (label == c) for c in range(3))).save(picture, 'PNG')
-                    for extension, content in (('png', picture.getvalue()), ('cls', str(label).encode())):
+                    image, key = io.BytesIO(), f'{split}{number}_{index:03d}'
+                    Image.new('RGB', (40, 36), tuple(200 * (label == c) for c in range(3))).save(image, 'PNG')
+                    for extension, content in (('png', image.getvalue()), ('cls', str(label).encode())):
                         info = tarfile.TarInfo(f'{key}.{extension}')
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))
@@ -39,7 +39,7 @@ def write_shards(folder: Path, count: int = 24, held_out: int = 1) -> Path:
     return folder
 
 
-def run(settings: finetune.Settings, **changes) -> Path:
+def run(settings: finetune.FinetuneSettings, **changes) -> Path:
     """Fine-tune and return the run folder."""
     settings = dataclasses.replace(settings, **changes)
     finetune.main(settings)

@@ -1,4 +1,4 @@
-"""Generated pictures of ImageNet's classes, models with random weights, and the steps of timm's validate.py."""
+"""Generated images of ImageNet's classes, models with random weights, and the steps of timm's validate.py."""
 import dataclasses
 from pathlib import Path
 
@@ -17,20 +17,20 @@ SYNSETS = ImageNetInfo('imagenet-1k').label_names()
 
 
 def write_images(folder: Path, classes, each: int = 2, seed: int = 0) -> Path:
-    """Write noisy pictures of many colours and shapes, so that a random model says something else of each."""
+    """Write noisy images of many colours and shapes, so that a random model says something else of each."""
     rng = np.random.default_rng(seed)
     for name in classes:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(each):
             coarse = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-            picture = Image.fromarray(coarse).resize((rng.integers(40, 60), rng.integers(40, 60)), Image.BICUBIC)
-            picture.save(folder / name / f'{index}.png')
+            image = Image.fromarray(coarse).resize((rng.integers(40, 60), rng.integers(40, 60)), Image.BICUBIC)
+            image.save(folder / name / f'{index}.png')
     return folder
 
 
 def random_model(randomize, name: str = 'test_resnet', seed: int = 0, **arguments) -> torch.nn.Module:
     model = randomize(timm.create_model(name, **arguments), seed).eval()
-    model.get_classifier().weight.data *= 10  # sure of itself: scores differ from picture to picture
+    model.get_classifier().weight.data *= 10  # sure of itself: scores differ from image to image
     return model
 
 
@@ -41,7 +41,7 @@ def write_fine_tune(folder: Path, randomize, labels: list[str]) -> tuple[str, to
     return f'local-dir:{folder}', model
 
 
-def run(settings: eval_imagenet.Settings, **changes) -> dict:
+def run(settings: eval_imagenet.EvaluationSettings, **changes) -> dict:
     """Evaluate and return the only row."""
     row, = eval_imagenet.main(dataclasses.replace(settings, **changes))
     return row

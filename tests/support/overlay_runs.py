@@ -1,4 +1,4 @@
-"""A picture, small models of the zoo, and the panels that scripts/predict.py draws."""
+"""An image, small models of the zoo, and the panels that scripts/predict.py draws."""
 import inspect
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ NAMES = ['n01440764', 'my own class', 'n02102040', 'n03888257']
 
 
 def write_image(path: Path, size: tuple[int, int] = (40, 36), seed: int = 0) -> Path:
-    """Write a noisy picture of (width, height)."""
+    """Write a noisy image of (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)

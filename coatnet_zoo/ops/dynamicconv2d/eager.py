@@ -1,10 +1,16 @@
-"""DynamicConv in torch operators: a sum of shifted views of x, one multiply-add a tap, in channels_last.
+"""DynamicConv in torch operators, in channels_last, with kernels (B, H, W, G, Kh * Kw) as the logits lie in memory.
 
-The K * K windows of a position are never gathered: x is padded once, and a tap is a view of it. Compiled, the sum is
-one loop. The kernels are laid out taps first, (Kh * Kw, B, H, W, G), so that the softmax over them and every step of
-the sum walk through memory in order, and they are divided by their total after the sum, which has fewer elements.
-On a CPU, a map hardly larger than its kernels takes the product with their band matrix instead, as fairseq's code does.
+The K * K windows of a position are never gathered: x is padded once, and a tap is a place in it. There are three forms:
+
+- `shifted_sum`: one multiply-add of the whole map a tap. Compiled, it is one loop, and the kernels are divided by their
+  total after it, which has fewer elements. Graphs (TorchScript, torch.export, ONNX) and GPUs take it too.
+- `weighted_bags`: on a CPU without a compiler, a sum of rows a position, by the operator of embedding bags, which keeps
+  the sum in registers.
+- `band_product`: on a CPU, a map hardly larger than its kernels takes the product with their band matrix, as fairseq's
+  code does.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -26,24 +32,28 @@ def dynamicconv2d_eager(
     G = logits.shape[1] // taps
     dtype = torch.promote_types(torch.promote_types(x.dtype, logits.dtype), torch.float32)
 
-    kernels = logits.permute(0, 2, 3, 1).reshape(B, H, W, G, taps).permute(4, 0, 1, 2, 3).to(dtype)
-    total = torch.ones(1, dtype=dtype, device=x.device)
-    if normalize == 'softmax':
-        kernels = _stored(kernels)
-        kernels = (kernels - kernels.detach().amax(0)).exp()
-        total = kernels.sum(0).unsqueeze(-1)
+    kernels = logits.permute(0, 2, 3, 1).reshape(B, H, W, G, taps).to(dtype)
+    learns = torch.is_grad_enabled() and (x.requires_grad or logits.requires_grad)
+    total: torch.Tensor | None = None
+    if normalize == 'softmax' and _is_compiling():
+        if learns:  # backward reads a tap at many positions, and is faster with the kernels taps first
+            kernels = _stored(kernels.permute(4, 0, 1, 2, 3)).permute(1, 2, 3, 4, 0)
+        kernels = (kernels - kernels.detach().amax(-1, keepdim=True)).exp()
+        kernels = kernels if learns else _stored(kernels)
+        total = kernels.sum(-1, keepdim=True)
+    elif normalize == 'softmax':
+        kernels = kernels.softmax(-1)
     if seed is not None:
-        scale = dropconnect_scale(seed, B * H * W * G * taps, dropconnect, dtype)
-        kernels = kernels * scale.view(B, H, W, G, taps).permute(4, 0, 1, 2, 3)
+        kernels = kernels * dropconnect_scale(seed, kernels.numel(), dropconnect, dtype).view(B, H, W, G, taps)
 
     heads = x.permute(0, 2, 3, 1).contiguous().reshape(B, H, W, G, C // G).to(dtype)
-    if x.is_cpu and H * W <= max(64, 3 * taps):  # beyond, the matrix outgrows what it saves
+    if x.is_cpu and H * W <= (max(64, 3 * taps) if learns else 64):  # beyond, the matrix outgrows what it saves
         out = band_product(heads, kernels, kernel_size)
     elif torch.jit.is_scripting() or torch.jit.is_tracing():  # their graphs cannot hold a backward written in Python
-        out = shifted_sum(heads, list(kernels.unbind(0)), kernel_size)
+        out = shifted_sum(heads, by_tap(kernels), kernel_size)
     else:
-        out = ShiftedSum.apply(heads, kernels, kernel_size)
-    if normalize == 'softmax':
+        out = WeightedSum.apply(heads, kernels, kernel_size)
+    if total is not None:
         out = out / total
     out = out.reshape(B, H, W, C)
     if bias is not None:
@@ -52,9 +62,9 @@ def dynamicconv2d_eager(
 
 
 def band_product(x: torch.Tensor, kernels: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tensor:
-    """`shifted_sum` of kernels (Kh * Kw, B, H, W, G): row i of a matrix is what position i takes of the others."""
+    """`shifted_sum` of kernels (B, H, W, G, Kh * Kw): row i of a matrix is what position i takes of the others."""
     B, H, W, G, c = x.shape
-    rows = kernels.permute(1, 4, 2, 3, 0).reshape(B, G, H * W, kernel_size[0] * kernel_size[1])
+    rows = kernels.permute(0, 3, 1, 2, 4).reshape(B, G, H * W, kernel_size[0] * kernel_size[1])
     band = torch.zeros([B, G, H * W, H * W + 1], dtype=x.dtype, device=x.device)  # one column for all outside
     band = band.scatter(3, sources(H, W, kernel_size, x.device).expand_as(rows), rows)[..., :H * W]
     out = band @ x.permute(0, 3, 1, 2, 4).reshape(B, G, H * W, c)
@@ -76,7 +86,7 @@ def shifted_sum(x: torch.Tensor, kernels: list[torch.Tensor], kernel_size: tuple
     windows = shifts(x, kernel_size)
     if torch.jit.is_scripting():
         return _accumulate(windows, kernels)
-    elif torch.compiler.is_compiling() and len(windows) > 1:
+    elif _is_compiling() and len(windows) > 1:
         # two sums at once, so that an addition need not wait for the one before it
         products = [window * kernel.unsqueeze(-1) for window, kernel in zip(windows, kernels, strict=True)]
         return sum(products[2::2], products[0]) + sum(products[3::2], products[1])
@@ -99,25 +109,56 @@ def shifts(x: torch.Tensor, kernel_size: tuple[int, int]) -> list[torch.Tensor]:
     return [x[:, tap // Kw:tap // Kw + H, tap % Kw:tap % Kw + W] for tap in range(Kh * Kw)]
 
 
+def by_tap(kernels: torch.Tensor) -> list[torch.Tensor]:
+    """Kh * Kw kernels (B, H, W, G) of (B, H, W, G, Kh * Kw); a compiled loop reads them where they are."""
+    kernels = kernels.permute(4, 0, 1, 2, 3)
+    return list((kernels if _is_compiling() else kernels.contiguous()).unbind(0))
+
+
+def weighted_bags(x: torch.Tensor, kernels: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tensor:
+    """`shifted_sum` of kernels (B, H, W, G, Kh * Kw): a bag is a position and head, its rows those of padded x."""
+    B, H, W, G, c = x.shape
+    Kh, Kw = kernel_size
+    wide = W + Kw - 1
+    # offsets within the indices have their dtype
+    numbers = partial(torch.arange, dtype=torch.int32 if H * W * G * Kh * Kw < 2**31 else torch.int64, device=x.device)
+    at = (numbers(H)[:, None, None] * wide + numbers(W)[:, None]) * G + numbers(G)
+    taps = (numbers(Kh)[:, None] * wide + numbers(Kw)) * G
+    rows = at.view(-1, 1) + taps.view(-1)
+    x = F.pad(x, [0, 0, 0, 0, Kw // 2, Kw // 2, Kh // 2, Kh // 2]).view(B, (H + Kh - 1) * wide * G, c)
+    kernels = kernels.reshape(B, H * W * G, Kh * Kw)
+    bags = [F.embedding_bag(rows, x[b], mode='sum', per_sample_weights=kernels[b]) for b in range(B)]
+    return torch.stack(bags).view(B, H, W, G, c) if B else x.new_empty(B, H, W, G, c)
+
+
+def _is_compiling() -> bool:
+    """Whether the inductor may fuse what follows: not in scripted or exported graphs."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def _stored(x: torch.Tensor) -> torch.Tensor:
     """x; the compiler is made to write it out once, where it would compute it again at each tap."""
-    if torch.jit.is_scripting():
-        return x
-    elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if _is_compiling():
         x = x.contiguous()
         return x.as_strided(x.shape, x.stride())
     else:
         return x
 
 
-class ShiftedSum(torch.autograd.Function):
-    """`shifted_sum` with a backward that gathers too; autograd's own would pad one gradient a tap."""
+class WeightedSum(torch.autograd.Function):
+    """`shifted_sum` of kernels (B, H, W, G, Kh * Kw) with a backward that gathers too; autograd's own would pad one
+    gradient a tap."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: torch.Tensor, kernels: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tensor:
-        return shifted_sum(x, list(kernels.unbind(0)), kernel_size)
+        if takes_bags(x):
+            return weighted_bags(x, kernels, kernel_size)
+        return shifted_sum(x, by_tap(kernels), kernel_size)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -132,9 +173,15 @@ class ShiftedSum(torch.autograd.Function):
         grad_x = grad_kernels = None
         if ctx.needs_input_grad[0]:
             # what a position took through a tap, its neighbour gets back through the opposite one
-            around = F.pad(kernels.flip(0), [0, 0, Kw // 2, Kw // 2, Kh // 2, Kh // 2])
+            around = F.pad(kernels.permute(4, 0, 1, 2, 3).flip(0), [0, 0, Kw // 2, Kw // 2, Kh // 2, Kh // 2])
             opposite = [around[tap, :, tap // Kw:tap // Kw + H, tap % Kw:tap % Kw + W] for tap in range(Kh * Kw)]
             grad_x = shifted_sum(grad, opposite, ctx.kernel_size)
         if ctx.needs_input_grad[1]:
-            grad_kernels = torch.stack([(grad * window).sum(-1) for window in shifts(x, ctx.kernel_size)])
+            products = [(grad * window).sum(-1) for window in shifts(x, ctx.kernel_size)]
+            grad_kernels = torch.stack(products).permute(1, 2, 3, 4, 0)
         return grad_x, grad_kernels, None
+
+
+def takes_bags(x: torch.Tensor) -> bool:
+    """Whether x, where no graph is made of it, is summed by `weighted_bags`."""
+    return x.is_cpu and not torch.compiler.is_compiling()

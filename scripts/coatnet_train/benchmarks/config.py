@@ -8,8 +8,8 @@ from coatnet_train.runtime.cli import ConfigError, flag
 
 __all__ = [
     'FORCED', 'Backend', 'DistillationSettings', 'InferenceFormSettings', 'LoaderSettings', 'ModelPairSettings',
-    'OpsSettings', 'Pass', 'ScalingSettings', 'check_benchmark', 'check_distillation', 'check_inference_form',
-    'check_ops', 'check_scaling']
+    'OpsSettings', 'Pass', 'RuntimesSettings', 'ScalingSettings', 'check_benchmark', 'check_distillation',
+    'check_inference_form', 'check_ops', 'check_runtimes', 'check_scaling']
 
 HEAD_DIM = 32  # channels that share a kernel
 MAX_DYNAMIC_KERNEL = 7  # side of the largest kernel that is predicted at every position
@@ -18,6 +18,7 @@ MAX_DYNAMIC_KERNEL = 7  # side of the largest kernel that is predicted at every 
 FORCED = ('direct', 'band')
 Backend = Literal['naive', 'eager', 'compiled', 'triton', 'direct', 'band', 'conv2d']
 Pass = Literal['forward', 'forward_backward']
+Runtime = Literal['eager', 'compiled', 'onnxruntime', 'openvino']
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,29 @@ class InferenceFormSettings:
 
 
 @dataclass(frozen=True)
+class RuntimesSettings:
+    """Time the inference form of models on a CPU in torch, eager and compiled, and exported to ONNX in other runtimes.
+
+        python scripts/benchmark.py runtimes
+        python scripts/benchmark.py runtimes --results-file results/runtimes_cpu.json
+
+    Logits are compared with eager's before anything is timed. All models and runtimes of a batch size take turns, a
+    window of at least --window seconds each, and the median window counts. Everything computes in float32 on the same
+    number of threads. A runtime that is not installed is named and left out: pip install '.[runtimes]'.
+    """
+
+    models: tuple[str, ...] = ('coatnet_0', 'coatnet_0_224')  # Names in timm.
+    runtimes: tuple[Runtime, ...] = ('eager', 'compiled', 'onnxruntime', 'openvino')  # Eager is the yardstick.
+    batch_sizes: tuple[int, ...] = (1, 8)  # Images of a batch.
+    img_size: int = 224  # Height and width in pixels.
+    threads: int = 1  # CPU threads of every runtime.
+    rounds: int = 7  # Windows of each; the median counts.
+    window: float = 0.6  # Least seconds a window lasts.
+    seed: int = 0  # Of weights and images.
+    results_file: str = ''  # JSON to write, with hardware and versions.
+
+
+@dataclass(frozen=True)
 class LoaderSettings:
     """Time the reading of images by itself, as finetune.py reads them, and training on them: which of the two waits?
 
@@ -191,6 +215,17 @@ def check_inference_form(settings: InferenceFormSettings) -> None:
     check_benchmark(settings, ('rounds',))
     if settings.rounds < 2:
         raise ConfigError(f'--rounds must be at least 2, got {settings.rounds}: quartiles need two rounds.')
+    if not settings.models or min(settings.batch_sizes, default=0) < 1:
+        raise ConfigError(f'--models and --batch-sizes must name at least one each, sizes above 0, got '
+                          f'{settings.models} and {settings.batch_sizes}.')
+
+
+def check_runtimes(settings: RuntimesSettings) -> None:
+    """Raise ConfigError without a yardstick, or for batches without images."""
+    check_benchmark(settings, ('img_size', 'threads', 'rounds', 'window'))
+    if 'eager' not in settings.runtimes:
+        raise ConfigError(f'--runtimes must have eager, which the others are compared with, got '
+                          f'{" ".join(settings.runtimes) or "none"}.')
     if not settings.models or min(settings.batch_sizes, default=0) < 1:
         raise ConfigError(f'--models and --batch-sizes must name at least one each, sizes above 0, got '
                           f'{settings.models} and {settings.batch_sizes}.')

@@ -20,9 +20,9 @@ from coatnet_train.runtime.accelerator import create_accelerator
 from coatnet_train.runtime.files import write_json
 from coatnet_train.runtime.progress import progress_bar
 from coatnet_train.runtime.provenance import provenance
-from coatnet_train.training.config import Settings
+from coatnet_train.training.config import FinetuneSettings
 from coatnet_train.training.run import create_trainer
-from coatnet_train.training.teach_config import Settings as TeachSettings
+from coatnet_train.training.teach_config import TeachSettings
 from coatnet_train.training.teaching import teach
 from coatnet_train.training.trainer import Trainer
 
@@ -71,8 +71,9 @@ def prepare(settings: DistillationSettings, folder: Path, accelerator: Accelerat
                 {'label_names': names}, safe_serialization=True)
     shared = dict(data_dir=str(folder / 'data'), img_size=settings.img_size, cache_images=settings.cache_images,
                   interpolation='bicubic', workers=0, device=settings.device, seed=settings.seed)
-    plain = Settings(**shared, model=settings.model, batch_size=settings.batch_size, epochs=1000, output=str(folder),
-                     warmup_epochs=0.)
+    plain = FinetuneSettings(
+        **shared, model=settings.model, batch_size=settings.batch_size, epochs=1000, output=str(folder),
+        warmup_epochs=0.)
     trainers = {}
     for name, top_k in (('labels', None), ('all_logits', None), (f'top_{settings.top_k}', settings.top_k)):
         run_settings = replace(plain, experiment=name)

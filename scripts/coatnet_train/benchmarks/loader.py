@@ -16,7 +16,7 @@ from coatnet_train.models.open_model import image_mode, open_model
 from coatnet_train.runtime.files import write_json
 from coatnet_train.runtime.progress import progress_bar
 from coatnet_train.runtime.provenance import provenance
-from coatnet_train.training.config import Settings
+from coatnet_train.training.config import FinetuneSettings
 from coatnet_train.training.loaders import create_datasets, training_transform
 from coatnet_train.training.recipes import recipe_settings
 
@@ -39,7 +39,7 @@ def main(settings: LoaderSettings) -> dict:
     check_benchmark(settings, ('batch_size', 'rounds', 'window', 'threads'))
     check_machine(settings.device, (settings.model,), settings.amp)
     torch.set_num_threads(settings.threads)
-    recipe = Settings(
+    recipe = FinetuneSettings(
         **recipe_settings(settings.recipe, settings.model) | dict(
             data_dir=settings.data_dir, model=settings.model, batch_size=settings.batch_size, cache_images=False))
     train_set, _, class_names = create_datasets(recipe)

@@ -6,7 +6,7 @@ from coatnet_train.data.config import DataSettings
 from coatnet_train.models.config import ModelSettings, check_model_settings
 from coatnet_train.runtime.cli import ConfigError, check_range
 
-__all__ = ['Settings', 'check_values']
+__all__ = ['EvaluationSettings', 'check_values']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings, EvaluationModelSettings, EvaluationDataSettings):
+class EvaluationSettings(RunSettings, EvaluationModelSettings, EvaluationDataSettings):
     """All settings of eval_imagenet.py."""
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: EvaluationSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     for name, minimum, maximum in (('batch_size', 1, 2**31), ('workers', 0, 2**10), ('max_bad_images', 0, 1)):
         check_range(settings, name, minimum, maximum)

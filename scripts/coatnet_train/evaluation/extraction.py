@@ -17,7 +17,7 @@ from tqdm import tqdm
 from coatnet_train.data.dataset import IndexedImageDataset, create_dataset, read_targets
 from coatnet_train.data.digest import data_digest
 from coatnet_train.data.loader import UnreadableImages
-from coatnet_train.evaluation.extraction_config import Settings, check_values
+from coatnet_train.evaluation.extraction_config import ExtractionSettings, check_values
 from coatnet_train.evaluation.feature_shards import read_column, write_shard
 from coatnet_train.evaluation.features import PooledFeatures, PyramidFeatures, knn_top1, linear_probe
 from coatnet_train.models.open_model import image_mode, means_weights, open_model
@@ -47,7 +47,7 @@ class Split:
         return printable(str(name or f'image {index}'))
 
 
-def open_split(settings: Settings, name: str) -> Split:
+def open_split(settings: ExtractionSettings, name: str) -> Split:
     """Open a split; a folder without sub-folders, or a hfds/ set without a column of labels, has no classes."""
     # 0: a set without names for its labels needs none here
     dataset, class_names = create_dataset(settings, name, num_classes=0)
@@ -65,7 +65,7 @@ def open_split(settings: Settings, name: str) -> Split:
     return Split(name, dataset, labels, class_names)
 
 
-def check_classes(settings: Settings, train: Split, val: Split) -> None:
+def check_classes(settings: ExtractionSettings, train: Split, val: Split) -> None:
     """Raise ConfigError for splits between which accuracy means nothing."""
     name = '--knn' if settings.knn else '--linear-probe'
     for split in (train, val):
@@ -84,7 +84,7 @@ def check_classes(settings: Settings, train: Split, val: Split) -> None:
 # Model
 
 
-def open_extractor(settings: Settings) -> tuple[nn.Module, dict, str, dict[str, list[int]]]:
+def open_extractor(settings: ExtractionSettings) -> tuple[nn.Module, dict, str, dict[str, list[int]]]:
     """The extractor, the data settings of its model, the digest of its weights, and the shape of each feature."""
     random_seed(settings.seed)  # weights that are not loaded are the same in every process
     model, data_config = open_model(settings, settings.checkpoint, num_classes=settings.num_classes)
@@ -108,7 +108,7 @@ def open_extractor(settings: Settings) -> tuple[nn.Module, dict, str, dict[str, 
 # Shards
 
 
-def shard_paths(settings: Settings, split: Split) -> dict[Path, range]:
+def shard_paths(settings: ExtractionSettings, split: Split) -> dict[Path, range]:
     """The file of each shard and the images that belong to it."""
     folder = Path(settings.output) / (safe_model_name(split.name, remove_source=False) or 'images')
     starts = range(0, len(split.labels), settings.shard_size)
@@ -135,8 +135,8 @@ def read_index(path: Path, signature: dict) -> dict:
     return index
 
 
-def extract(settings: Settings, accelerator: Accelerator, extractor: nn.Module, data_config: dict, split: Split,
-            signature: dict) -> dict:
+def extract(settings: ExtractionSettings, accelerator: Accelerator, extractor: nn.Module, data_config: dict,
+            split: Split, signature: dict) -> dict:
     """Write the shards of a split that are missing, and its index, which the main process returns complete."""
     shards = shard_paths(settings, split)
     index_path = next(iter(shards)).parent / 'index.json'
@@ -179,8 +179,8 @@ def extract(settings: Settings, accelerator: Accelerator, extractor: nn.Module, 
     return index
 
 
-def write_shards(settings: Settings, accelerator: Accelerator, extractor: nn.Module, data_config: dict, split: Split,
-                 shards: dict[Path, range], unreadable_images: UnreadableImages) -> None:
+def write_shards(settings: ExtractionSettings, accelerator: Accelerator, extractor: nn.Module, data_config: dict,
+                 split: Split, shards: dict[Path, range], unreadable_images: UnreadableImages) -> None:
     """Write these shards, one after the other."""
     dataset = IndexedImageDataset(
         split.dataset, create_transform(**data_config), settings.seed, image_mode(data_config))
@@ -213,14 +213,14 @@ def write_shards(settings: Settings, accelerator: Accelerator, extractor: nn.Mod
     bar.close()
 
 
-def read_split(settings: Settings, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+def read_split(settings: ExtractionSettings, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings (N, C) in float32 and labels (N,) of all shards of a split."""
     paths = shard_paths(settings, split)
     return (torch.cat([read_column(path, 'embedding').float() for path in paths]),
             torch.cat([read_column(path, 'label') for path in paths]))
 
 
-def extract_features(settings: Settings) -> dict:
+def extract_features(settings: ExtractionSettings) -> dict:
     """Extract as `settings` say; the main process returns the summary that is also written to summary.json."""
     check_values(settings)
     stored = means_weights(settings.model) and not settings.checkpoint
@@ -261,7 +261,7 @@ def extract_features(settings: Settings) -> dict:
     return summary
 
 
-def measure(settings: Settings, splits: list[Split], device: torch.device) -> dict:
+def measure(settings: ExtractionSettings, splits: list[Split], device: torch.device) -> dict:
     """Scores of --knn and --linear-probe."""
     if len(splits) == 1:
         return {}

@@ -5,7 +5,7 @@ from coatnet_train.data.config import DataSettings, is_stream
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.runtime.cli import ConfigError, check_range, flag
 
-__all__ = ['Settings', 'check_values']
+__all__ = ['ExtractionSettings', 'check_values']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings, FeatureSettings, CheckpointModelSettings, SplitDataSettings):
+class ExtractionSettings(RunSettings, FeatureSettings, CheckpointModelSettings, SplitDataSettings):
     """All settings of extract_features.py."""
 
 
@@ -60,7 +60,7 @@ CHOICES = {
     'features': ('pooled', 'pyramid'), 'dtype': ('float32', 'float16'), 'format': ('safetensors', 'parquet')}
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: ExtractionSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     for name, known in CHOICES.items():
         if getattr(settings, name) not in known:

@@ -16,7 +16,7 @@ from coatnet_train.data.config import is_stream
 from coatnet_train.data.dataset import IndexedImageDataset, StreamingImageDataset, create_dataset, image_name
 from coatnet_train.data.folder_dataset import SPLIT_FOLDERS
 from coatnet_train.data.loader import EpochSampler, UnreadableImages, create_loader
-from coatnet_train.evaluation.config import Settings, check_values
+from coatnet_train.evaluation.config import EvaluationSettings, check_values
 from coatnet_train.evaluation.evaluator import Predictions, expected_calibration_error, predict
 from coatnet_train.evaluation.imagenet_labels import (
     LabelMap,
@@ -49,7 +49,7 @@ class Part:
         return self.class_names == ['']
 
 
-def rows_of(settings: Settings) -> Iterator[tuple[ModelSettings, str]]:
+def rows_of(settings: EvaluationSettings) -> Iterator[tuple[ModelSettings, str]]:
     """The model and the checkpoint (or '') of each row of the table."""
     checkpoints = settings.checkpoint or [''] * len(settings.model)
     names = settings.model * len(checkpoints) if len(settings.model) == 1 else settings.model
@@ -59,7 +59,7 @@ def rows_of(settings: Settings) -> Iterator[tuple[ModelSettings, str]]:
         yield ModelSettings(**fields | {'model': name, 'pretrained': own}), checkpoint
 
 
-def open_parts(settings: Settings) -> list[Part]:
+def open_parts(settings: EvaluationSettings) -> list[Part]:
     """Open the images, of every corruption and severity if the folder has that layout."""
     options = dict(batch_size=settings.batch_size, num_classes=settings.num_classes, num_samples=settings.num_samples)
     root = Path(settings.data_dir)
@@ -74,7 +74,7 @@ def open_parts(settings: Settings) -> list[Part]:
     return [Part(*create_dataset(settings, '' if itself else settings.split, **options))]
 
 
-def check_class_map(settings: Settings, dataset: Dataset, accelerator: Accelerator) -> None:
+def check_class_map(settings: EvaluationSettings, dataset: Dataset, accelerator: Accelerator) -> None:
     """Raise ConfigError for a map whose labels are not 0, 1, ... without a gap; print the folders it leaves out."""
     reader = getattr(dataset, 'reader', None)
     given = getattr(reader, 'class_to_idx', None) or {}
@@ -86,7 +86,8 @@ def check_class_map(settings: Settings, dataset: Dataset, accelerator: Accelerat
                           f'{", ".join(left_out[:5])}{", ..." if len(left_out) > 5 else ""}')
 
 
-def open_scored_model(settings: Settings, model_settings: ModelSettings, checkpoint: str) -> tuple[nn.Module, dict]:
+def open_scored_model(
+        settings: EvaluationSettings, model_settings: ModelSettings, checkpoint: str) -> tuple[nn.Module, dict]:
     """Create one model in eval mode with its data settings, and load its checkpoint if it has one."""
     model, data_config = open_model(
         model_settings, checkpoint, use_train_size=settings.use_train_size, use_ema=settings.use_ema,
@@ -105,7 +106,7 @@ def open_scored_model(settings: Settings, model_settings: ModelSettings, checkpo
     return model, data_config
 
 
-def evaluate_part(settings: Settings, part: Part, model: nn.Module, data_config: dict, labels: LabelMap,
+def evaluate_part(settings: EvaluationSettings, part: Part, model: nn.Module, data_config: dict, labels: LabelMap,
                   accelerator: Accelerator, title: str) -> tuple[Predictions, int]:
     """Predictions for one folder as logit indices, and the number of images that could not be read."""
     try:
@@ -153,7 +154,7 @@ def pool(parts: list[Predictions]) -> Predictions:
                                  for name in ('labels', 'top5', 'confidence')))
 
 
-def evaluate_model(settings: Settings, model_settings: ModelSettings, checkpoint: str, parts: list[Part],
+def evaluate_model(settings: EvaluationSettings, model_settings: ModelSettings, checkpoint: str, parts: list[Part],
                    accelerator: Accelerator) -> tuple[dict, Predictions, LabelMap]:
     """The row of one model, what it predicted, and how its logits are named."""
     model, data_config = open_scored_model(settings, model_settings, checkpoint)
@@ -196,7 +197,7 @@ def evaluate_model(settings: Settings, model_settings: ModelSettings, checkpoint
     return row, predictions, labels
 
 
-def evaluate(settings: Settings) -> list[dict]:
+def evaluate(settings: EvaluationSettings) -> list[dict]:
     """Evaluate as `settings` say and return the rows of the table."""
     check_values(settings)
     runs = list(rows_of(settings))

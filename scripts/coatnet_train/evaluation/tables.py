@@ -5,7 +5,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from timm.models import safe_model_name
 
-from coatnet_train.evaluation.config import Settings
+from coatnet_train.evaluation.config import EvaluationSettings
 from coatnet_train.evaluation.evaluator import Predictions, reliability
 from coatnet_train.evaluation.imagenet_labels import LabelMap
 from coatnet_train.plotting.plots import reliability_figure
@@ -73,7 +73,7 @@ def write_results(path: Path, rows: list[dict], device: str) -> None:
     write_json(path, content[0] if len(content) == 1 else content)
 
 
-def make_output_dirs(settings: Settings) -> None:
+def make_output_dirs(settings: EvaluationSettings) -> None:
     """Make the folders that are written to, and refuse those that cannot be, before hours of evaluation."""
     try:
         for path in (settings.output and Path(settings.output), settings.results_file and
@@ -86,7 +86,7 @@ def make_output_dirs(settings: Settings) -> None:
                           f'choose another.') from error
 
 
-def write_row(settings: Settings, rows: list[dict], predictions: Predictions, labels: LabelMap,
+def write_row(settings: EvaluationSettings, rows: list[dict], predictions: Predictions, labels: LabelMap,
               accelerator: Accelerator) -> None:
     """Write the requested files after each row, so that nothing is lost if a later one fails."""
     row = rows[-1]

@@ -12,24 +12,24 @@ from matplotlib.figure import Figure
 
 from coatnet_train.benchmarks import models as benchmark_models
 from coatnet_train.benchmarks.config import ModelPairSettings
-from coatnet_train.experiments.ablation_config import GRIDS, Settings
+from coatnet_train.experiments.ablation_config import GRIDS, AblationSettings
 from coatnet_train.models.model_size import model_size
 from coatnet_train.plotting.style import BLUE, GREY, clean_axes
 from coatnet_train.runtime.accelerator import choose_device
 from coatnet_train.runtime.cli import check_output, parse_argument
 from coatnet_train.runtime.files import write_file, write_json
 from coatnet_train.runtime.provenance import provenance
-from coatnet_train.training.config import Settings as FinetuneSettings
+from coatnet_train.training.config import FinetuneSettings
 from coatnet_train.training.run import finetune
 
 
-def model_kwargs(settings: Settings, row: str) -> tuple[str, ...]:
+def model_kwargs(settings: AblationSettings, row: str) -> tuple[str, ...]:
     """Arguments of the model of a row, as key=value."""
     layout, *switches = row.split()
     return (*settings.model_kwargs, f'layout={layout}', *switches)
 
 
-def train(settings: Settings, row: str, seed: int) -> dict:
+def train(settings: AblationSettings, row: str, seed: int) -> dict:
     """One run; a finished one is read back from its metrics beside the results, a broken one goes on."""
     experiment = ''.join(c if c.isalnum() else '-' for c in row.replace('"', '')) + f'-seed{seed}'
     run_dir = Path(settings.output) / experiment
@@ -53,7 +53,7 @@ def train(settings: Settings, row: str, seed: int) -> dict:
     return dict(seed=seed, top1=float(last['eval_top1']), loss=float(last['eval_loss']), epochs=int(last['epoch']))
 
 
-def summarize(settings: Settings, rows: tuple[str, ...], runs: dict[str, list[dict]]) -> dict:
+def summarize(settings: AblationSettings, rows: tuple[str, ...], runs: dict[str, list[dict]]) -> dict:
     """The table: mean, standard error where there are two seeds or more, and the size of each row."""
     table = {}
     for row in rows:
@@ -71,7 +71,7 @@ def summarize(settings: Settings, rows: tuple[str, ...], runs: dict[str, list[di
                 rows=table, **provenance(str(choose_device(settings.device))))
 
 
-def measure_speed(settings: Settings, rows: list[str]) -> dict[str, float]:
+def measure_speed(settings: AblationSettings, rows: list[str]) -> dict[str, float]:
     """Images/s of every row in inference form, in turns, median of five windows."""
     device = str(choose_device(settings.device))
     timing = ModelPairSettings(
@@ -107,7 +107,7 @@ def plot(report: dict, path: Path) -> None:
     write_file(path, lambda temporary: figure.savefig(temporary, format='png', dpi=130))
 
 
-def write_report(settings: Settings, report: dict) -> None:
+def write_report(settings: AblationSettings, report: dict) -> None:
     for row, cells in report['rows'].items():
         error, throughput = cells['standard_error'], cells['images_per_second']
         print(f'{row:28s} {cells["top1"]:6.2f} % {"" if isinstance(error, str) else f"+- {error:.2f}":8s}'
@@ -117,7 +117,7 @@ def write_report(settings: Settings, report: dict) -> None:
         plot(report, Path(settings.results_file).with_suffix('.png'))
 
 
-def run(settings: Settings) -> dict:
+def run(settings: AblationSettings) -> dict:
     """Train what is missing, report, and return the report."""
     torch.set_num_threads(settings.threads)
     rows = settings.rows or GRIDS[settings.grid]

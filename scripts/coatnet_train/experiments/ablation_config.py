@@ -5,7 +5,7 @@ from typing import Literal
 
 from coatnet_train.runtime.cli import ConfigError
 
-__all__ = ['GRIDS', 'LAYOUTS', 'Settings', 'check_values']
+__all__ = ['GRIDS', 'LAYOUTS', 'AblationSettings', 'check_values']
 
 LAYOUTS = ('CCCC', 'CCTT', 'CCLL', 'CCDD', 'LLLL', 'DDDD', 'LLDD')
 # One switch at a time, each against its plain layout.
@@ -24,7 +24,7 @@ GRIDS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class AblationSettings:
     data_dir: str  # Folder with train/ and val/, a sub-folder a class.
     grid: Literal['layouts', 'cpu', 'full'] = 'layouts'  # Rows: seven layouts; with the two main switches; with all.
     rows: tuple[str, ...] = ()  # Other rows than those of --grid.
@@ -46,7 +46,7 @@ class Settings:
     speed: bool = False  # Only time the rows of an existing --results-file, and add that to it.
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: AblationSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     if settings.results_file and not Path(settings.results_file).parent.is_dir():
         raise ConfigError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from coatnet_train.experiments.compare_recipes_config import DEFAULTS, Settings
+from coatnet_train.experiments.compare_recipes_config import DEFAULTS, CompareRecipesSettings
 from coatnet_train.experiments.small_sets import MAKERS
 from coatnet_train.plotting.style import BLUE, DARK, GREY, clean_axes
 from coatnet_train.runtime.accelerator import choose_device
 from coatnet_train.runtime.cli import ConfigError, earlier_results
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
-from coatnet_train.training.config import Settings as FinetuneSettings
+from coatnet_train.training.config import FinetuneSettings
 from coatnet_train.training.recipes import recipe_settings
 from coatnet_train.training.run import finetune
 
@@ -28,7 +28,7 @@ def recipe_of(name: str, model: str) -> dict:
     return {**({} if name == DEFAULTS else recipe_settings(name, model)), 'amp': False}
 
 
-def train(settings: Settings, data: Path, name: str, model: str, recipe: str, seed: int) -> dict:
+def train(settings: CompareRecipesSettings, data: Path, name: str, model: str, recipe: str, seed: int) -> dict:
     """A row: what a run scores after its last epoch, with the settings that follow from the images."""
     experiment = f'{name}-{seed}-{model.split(".")[0]}-{recipe}'
     shutil.rmtree(Path(settings.output) / experiment, ignore_errors=True)
@@ -44,7 +44,7 @@ def train(settings: Settings, data: Path, name: str, model: str, recipe: str, se
                 top1=summary['top1'], loss=summary['loss'], train_seconds=round(summary['train_seconds'], 1))
 
 
-def summarize(settings: Settings, rows: list[dict]) -> dict:
+def summarize(settings: CompareRecipesSettings, rows: list[dict]) -> dict:
     """Mean and standard deviation of top-1 (%) over the seeds, by set, model and recipe; and the rows behind them."""
     table: dict = {}
     for row in rows:
@@ -64,7 +64,7 @@ def summarize(settings: Settings, rows: list[dict]) -> dict:
         settings=kept, recipes=recipes, table=table, rows=rows, **provenance(str(choose_device(settings.device))))))
 
 
-def check_same(settings: Settings, earlier: dict) -> None:
+def check_same(settings: CompareRecipesSettings, earlier: dict) -> None:
     """Raise ConfigError for rows that were made by other recipes of the same names."""
     for recipe, models in earlier['recipes'].items():
         for model, before in models.items():
@@ -96,7 +96,7 @@ def plot(report: dict) -> Figure:
     return figure
 
 
-def run(settings: Settings) -> dict:
+def run(settings: CompareRecipesSettings) -> dict:
     """Make the rows that are missing, and return the report."""
     torch.set_num_threads(settings.threads)
     path = Path(settings.results_file) if settings.results_file else None

@@ -5,14 +5,14 @@ from pathlib import Path
 from coatnet_train.runtime.cli import ConfigError, check_range, flag
 from coatnet_train.training.recipes import RECIPES
 
-__all__ = ['DEFAULTS', 'SETS', 'Settings', 'check_values']
+__all__ = ['DEFAULTS', 'SETS', 'CompareRecipesSettings', 'check_values']
 
 DEFAULTS = 'defaults'  # no recipe
 SETS = ('digits', 'imagenette_60', 'imagenet_groups', 'imagenette_2000')
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class CompareRecipesSettings:
     imagenette: str = ''  # Training split of Imagenette: a sub-folder a class.
     samples: str = ''  # Training images of ImageNet: a sub-folder a class, of which one image each is taken.
     sets: tuple[str, ...] = SETS[:3]  # Of these and imagenette_2000.
@@ -26,7 +26,7 @@ class Settings:
     results_file: str = ''  # JSON to write after every row; the plot takes its name.
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: CompareRecipesSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     for name, known in (('sets', SETS), ('recipes', (DEFAULTS, *RECIPES))):
         if unknown := sorted(set(getattr(settings, name)) - set(known)):

@@ -18,12 +18,12 @@ from sklearn.model_selection import train_test_split
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
-from coatnet_train.explain.config import Settings as PredictionSettings
+from coatnet_train.explain.config import PredictionSettings
 from coatnet_train.explain.prediction import predict_images
 from coatnet_train.plotting.style import BLUE, DARK, GREY, RED, clean_axes, use_integer_epochs
 from coatnet_train.runtime.files import write_json
 from coatnet_train.runtime.provenance import provenance
-from coatnet_train.training.config import Settings as FinetuneSettings
+from coatnet_train.training.config import FinetuneSettings
 from coatnet_train.training.run import finetune
 
 DEMO_DIR = Path('output/demo')

@@ -16,7 +16,7 @@ from coatnet_train.data.config import DataSettings
 from coatnet_train.data.dataset import IndexedImageDataset, create_dataset
 from coatnet_train.data.loader import EpochSampler, UnreadableImages, create_loader
 from coatnet_train.evaluation.evaluator import predict
-from coatnet_train.experiments.robustness_config import Settings
+from coatnet_train.experiments.robustness_config import RobustnessSettings
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import image_mode, open_model
 from coatnet_train.plotting.style import clean_axes
@@ -50,7 +50,7 @@ def noise(image: Image.Image) -> Image.Image:
 CORRUPTIONS: dict[str, Callable[[Image.Image], Image.Image]] = {'JPEG 30': jpeg, 'blur': blur, 'noise': noise}
 
 
-def check_model(settings: Settings, name: str) -> None:
+def check_model(settings: RobustnessSettings, name: str) -> None:
     """Raise ConfigError for a model that cannot take the sizes or has other classes, before any is measured."""
     _, class_names = create_dataset(DataSettings(data_dir=settings.data_dir), settings.val_split)
     for size in (*settings.sizes, None):
@@ -64,7 +64,8 @@ def check_model(settings: Settings, name: str) -> None:
             f'{model.num_classes} for {len(class_names)}{differ}; give the images it was made for.')
 
 
-def measure_top1(settings: Settings, accelerator: Accelerator, name: str, size: int | None, corruption: str) -> float:
+def measure_top1(
+        settings: RobustnessSettings, accelerator: Accelerator, name: str, size: int | None, corruption: str) -> float:
     """Top-1 (%) of a model at a size (its own if None), under a corruption ('' for none)."""
     model, data_config = open_model(ModelSettings(model=name, pretrained=True, img_size=size), use_train_size=True)
     dataset, _ = create_dataset(DataSettings(data_dir=settings.data_dir), settings.val_split)
@@ -97,7 +98,7 @@ def plot(report: dict) -> Figure:
     return figure
 
 
-def run(settings: Settings) -> dict:
+def run(settings: RobustnessSettings) -> dict:
     """Measure every row, and return the report."""
     path = Path(settings.results_file) if settings.results_file else None
     rows, made = {}, {}

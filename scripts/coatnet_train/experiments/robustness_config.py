@@ -3,11 +3,11 @@ from dataclasses import dataclass
 
 from coatnet_train.runtime.cli import ConfigError, check_range, flag
 
-__all__ = ['Settings', 'check_values']
+__all__ = ['RobustnessSettings', 'check_values']
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class RobustnessSettings:
     data_dir: str  # Folder with val/, a sub-folder a class.
     model: tuple[str, ...]  # With weights: names of releases, hf-hub:OWNER/NAME or local-dir:FOLDER.
     sizes: tuple[int, ...] = (48, 64, 96, 128)  # Heights and widths in pixels.
@@ -20,7 +20,7 @@ class Settings:
     results_file: str = ''  # JSON to write after every model; the plot takes its name.
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: RobustnessSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     check_range(settings, 'max_bad_images', 0, 1)
     if not settings.model or min(settings.sizes, default=0) < 1:

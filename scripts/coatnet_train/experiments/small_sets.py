@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from coatnet_train.experiments.compare_recipes_config import Settings
+from coatnet_train.experiments.compare_recipes_config import CompareRecipesSettings
 from coatnet_train.runtime.cli import ConfigError
 
 __all__ = ['MAKERS', 'images_in']
@@ -52,7 +52,8 @@ def link_images(folder: Path, seed: int, classes: dict[str, list[Path]], train: 
                 link.symlink_to(os.path.relpath(file, link.parent))
 
 
-def link_imagenette(settings: Settings, folder: Path, seed: int, classes: int, train: int, held_out: int) -> None:
+def link_imagenette(
+        settings: CompareRecipesSettings, folder: Path, seed: int, classes: int, train: int, held_out: int) -> None:
     folders = sorted(path for path in Path(settings.imagenette).glob('*') if path.is_dir())[:classes]
     found = {path.name: images_in(path) for path in folders}
     if len(found) < classes or min(map(len, found.values())) < train + held_out:
@@ -61,7 +62,7 @@ def link_imagenette(settings: Settings, folder: Path, seed: int, classes: int, t
     link_images(folder, seed, found, train, held_out)
 
 
-def link_groups(settings: Settings, folder: Path, seed: int) -> None:
+def link_groups(settings: CompareRecipesSettings, folder: Path, seed: int) -> None:
     synsets = ImageNetInfo('imagenet-1k').label_names()
     found = {name: [file for first, last in ranges for label in range(first, last + 1)
                     for file in images_in(Path(settings.samples) / synsets[label])[:1]]

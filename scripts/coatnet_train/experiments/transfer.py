@@ -15,9 +15,9 @@ import coatnet_zoo
 from coatnet_train.data.config import DataSettings
 from coatnet_train.data.dataset import create_dataset, read_targets
 from coatnet_train.evaluation import extraction
-from coatnet_train.evaluation.extraction_config import Settings as ExtractionSettings
+from coatnet_train.evaluation.extraction_config import ExtractionSettings
 from coatnet_train.evaluation.features import linear_probe
-from coatnet_train.experiments.transfer_config import METHODS, Settings
+from coatnet_train.experiments.transfer_config import METHODS, TransferSettings
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.plotting.style import BLUE, GREY, ORANGE, clean_axes
@@ -25,13 +25,13 @@ from coatnet_train.runtime.accelerator import choose_device
 from coatnet_train.runtime.cli import ConfigError, earlier_results, flag
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
-from coatnet_train.training.config import Settings as FinetuneSettings
+from coatnet_train.training.config import FinetuneSettings
 from coatnet_train.training.run import finetune
 
 COLORS = dict(zip(METHODS, (BLUE, ORANGE, GREY), strict=True))
 
 
-def check_same(settings: Settings, earlier: dict) -> None:
+def check_same(settings: TransferSettings, earlier: dict) -> None:
     """Raise ConfigError for rows that were made under other settings."""
     if 'fractions' not in earlier:
         raise ConfigError(f'--results-file {settings.results_file} was written by an earlier version of this script; '
@@ -58,7 +58,7 @@ def draw(labels: np.ndarray, fraction: float, subset: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def link_subset(settings: Settings, files: list[Path], folder: Path) -> Path:
+def link_subset(settings: TransferSettings, files: list[Path], folder: Path) -> Path:
     """A data folder of links: these training images, and the whole of the validation split."""
     shutil.rmtree(folder, ignore_errors=True)
     train, _ = create_dataset(DataSettings(data_dir=settings.data_dir), 'train')
@@ -72,12 +72,12 @@ def link_subset(settings: Settings, files: list[Path], folder: Path) -> Path:
     return folder
 
 
-def root_of(settings: Settings) -> Path:
+def root_of(settings: TransferSettings) -> Path:
     """Folder of the runs and features of these weights on this data."""
     return Path(settings.output) / f'{Path(settings.data_dir).name}-{safe_model_name(settings.model)}'
 
 
-def train(settings: Settings, architecture: str, data_dir: Path, count: int, updates: int, seed: int,
+def train(settings: TransferSettings, architecture: str, data_dir: Path, count: int, updates: int, seed: int,
           pretrained: bool) -> float:
     """Top-1 (%) after the last epoch of a run, which goes on where an earlier call was stopped."""
     epochs = -(-updates // max(1, count // settings.batch_size))
@@ -92,7 +92,7 @@ def train(settings: Settings, architecture: str, data_dir: Path, count: int, upd
     return summary['top1']
 
 
-def read_features(settings: Settings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_features(settings: TransferSettings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Features (N, C) and labels (N,) of both splits, before the classifier; extracted once."""
     options = ExtractionSettings(
         data_dir=settings.data_dir, model=settings.model, pretrained=True, img_size=settings.img_size, amp=settings.amp,
@@ -106,7 +106,7 @@ def read_features(settings: Settings) -> dict[str, tuple[np.ndarray, np.ndarray]
     return found
 
 
-def summarize(settings: Settings, rows: list[dict]) -> dict:
+def summarize(settings: TransferSettings, rows: list[dict]) -> dict:
     table = {}
     for method in settings.methods:
         for fraction in settings.fractions:
@@ -141,7 +141,7 @@ def plot(report: dict) -> Figure:
     return figure
 
 
-def run(settings: Settings) -> dict:
+def run(settings: TransferSettings) -> dict:
     """Make the rows that are missing, and return the report."""
     torch.set_num_threads(settings.threads)
     dataset, _ = create_dataset(DataSettings(data_dir=settings.data_dir), 'train')

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from coatnet_train.runtime.cli import ConfigError, flag, one_line
 
-__all__ = ['METHODS', 'Settings', 'check_values']
+__all__ = ['METHODS', 'TransferSettings', 'check_values']
 
 METHODS = ('fine-tuned', 'linear probe', 'random start')
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class TransferSettings:
     data_dir: str  # Folder with train/ and val/, a sub-folder a class in each.
     model: str  # With weights: NAME.TAG of a release, hf-hub:OWNER/NAME or local-dir:FOLDER.
     img_size: int | None = None  # Height and width in pixels (the model's own if not given).
@@ -30,7 +30,7 @@ class Settings:
     results_file: str = ''  # JSON to write after every row; the plot takes its name.
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: TransferSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     for name in ('batch_size', 'threads'):
         if getattr(settings, name) < 1:

@@ -6,7 +6,7 @@ from coatnet_train.models.config import ModelSettings, check_model_settings
 from coatnet_train.models.released import best_release
 from coatnet_train.runtime.cli import ConfigError, tyro
 
-__all__ = ['Settings', 'check_values']
+__all__ = ['PredictionSettings', 'check_values']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,11 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings, ExplanationSettings, CheckpointModelSettings):
+class PredictionSettings(RunSettings, ExplanationSettings, CheckpointModelSettings):
     """All settings of predict.py."""
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: PredictionSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     if not settings.images:
         raise ConfigError('IMAGES must name at least one image or folder of images, and names none; give one.')

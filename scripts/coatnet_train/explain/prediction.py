@@ -13,7 +13,7 @@ from torch import nn
 
 from coatnet_train.data.image_files import UNREADABLE, to_mode
 from coatnet_train.data.image_folder import find_images
-from coatnet_train.explain.config import Settings, check_values
+from coatnet_train.explain.config import PredictionSettings, check_values
 from coatnet_train.explain.maps import ExplainTarget, choose_target
 from coatnet_train.explain.panels import RANDOM, Label, explain_image, open_classifier, read_labels
 from coatnet_train.models.open_model import image_mode
@@ -48,8 +48,9 @@ def name_overlays(images: list[Path], output: Path, kind: str) -> list[Path]:
 
 
 def predict_image(
-        path: Path, image: torch.Tensor, overlay: Path, settings: Settings, model: nn.Module, target: ExplainTarget,
-        data_config: dict, labels: list[Label], title: str, device: torch.device) -> tuple[str, dict]:
+        path: Path, image: torch.Tensor, overlay: Path, settings: PredictionSettings, model: nn.Module,
+        target: ExplainTarget, data_config: dict, labels: list[Label], title: str, device: torch.device,
+) -> tuple[str, dict]:
     """Write the overlay of one image (C, H, W); return its lines of output and its row of predictions.csv."""
     pixels = to_pixels(image, data_config['mean'], data_config['std'])
     logits, draw_callbacks = explain_image(
@@ -78,7 +79,7 @@ def predict_image(
     return '\n'.join(lines), row
 
 
-def predict_images(settings: Settings) -> int:
+def predict_images(settings: PredictionSettings) -> int:
     """Predict and explain every image; returns the exit code."""
     check_values(settings)
     accelerator = create_accelerator(settings.device)

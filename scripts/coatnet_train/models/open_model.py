@@ -82,12 +82,13 @@ def open_model(
         'img_size': settings.img_size, 'interpolation': settings.interpolation, 'crop_pct': settings.crop_pct,
         'crop_mode': settings.crop_mode, 'mean': settings.mean or None, 'std': settings.std or None}
     changed = {name: value for name, value in changed.items() if value}
+    model_kwargs = dict(map(parse_argument, settings.model_kwargs))
     try:
         # timm's rule: img_size goes to models built for one size, others just get images of that size
         img_size = resolve_model_input_args(settings.model, {'img_size': settings.img_size}).get('img_size')
         model = timm.create_model(
             settings.model, pretrained=settings.pretrained, in_chans=settings.in_chans, img_size=img_size, **arguments,
-            **dict(map(parse_argument, settings.model_kwargs))).eval()
+            **model_kwargs).eval()
         data_config = resolve_input_data_config(model, changed, use_test_size=not use_train_size)
         channels = data_config['input_size'][0]
         with torch.no_grad():
@@ -101,5 +102,5 @@ def open_model(
         raise ConfigError(f'--model {settings.model} takes images of {channels} channels, and these scripts read RGB '
                           f'(3) or grey (1); give --in-chans.')
     if checkpoint:
-        load_weights(model, settings.model, checkpoint, checkpoint_flag, use_ema)
+        load_weights(model, settings.model, checkpoint, checkpoint_flag, use_ema, frozenset(model_kwargs))
     return model, data_config

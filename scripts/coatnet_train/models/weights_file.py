@@ -11,7 +11,7 @@ from torch import nn
 from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_zoo import kecam
 from coatnet_zoo.models.backbone import Backbone
-from coatnet_zoo.models.checkpoint import convert_state_dict, explain_misfit
+from coatnet_zoo.models.state_dict import convert_state_dict, explain_misfit
 
 __all__ = ['load_weights', 'read_weights', 'to_flags', 'weights_digest']
 
@@ -26,7 +26,9 @@ FLAGS = {
     'drop_rate': '--drop', 'drop_path_rate': '--drop-path', 'checkpoint_path': '--checkpoint'}
 
 
-def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkpoint', use_ema: bool = True) -> None:
+def load_weights(
+        model: nn.Module, name: str, file: str, option: str = '--checkpoint', use_ema: bool = True,
+        explicit: frozenset[str] = frozenset()) -> None:
     """Load a file into a model, every tensor of it.
 
     Args:
@@ -36,6 +38,7 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
             keras_cv_attention_models for coatnet_0_kecam; .npz where timm reads that for this model.
         option: The option that named the file, for messages.
         use_ema: Take averaged weights where the file has some.
+        explicit: Keywords of the model that the user has set (--model-kwargs).
 
     Raises ConfigError for a file without weights, or weights that do not fit.
     """
@@ -49,7 +52,7 @@ def load_weights(model: nn.Module, name: str, file: str, option: str = '--checkp
     state, model_state = read_weights(file, option, use_ema), model.state_dict()
     try:
         if Path(file).suffix == '.h5' and isinstance(model, Backbone):
-            kecam.check_choices(model.cfg, set())
+            kecam.check_choices(model.cfg, explicit)
         state = convert(strip_prefix(state, model_state), model)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f'{option} {file} does not fit --model {name}: {to_flags(one_line(error))}') from error
@@ -184,4 +187,5 @@ def to_flags(text: str) -> str:
     text = re.sub(rf'\b({"|".join(FLAGS)})=', lambda found: f'{FLAGS[found[1]]} ', text)
     text = re.sub(r"unexpected keyword argument '(\w+)'", lambda found: (
         f'unexpected argument {FLAGS.get(found[1], f"--model-kwargs {found[1]}")}'), text)
-    return re.sub(r"\b(flavor|stem_bias|dynamic_img_size)='?(\w+)'?", r'--model-kwargs \1=\2', text)
+    fields = '|'.join(('flavor', 'dynamic_img_size', *kecam.CHOICES))
+    return re.sub(rf"\b({fields})='?([\w.-]*\w)'?", r'--model-kwargs \1=\2', text)

@@ -15,7 +15,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
         models.choices, models.models,
         accuracy.transfer, accuracy.small_data, accuracy.robustness, accuracy.ablation, accuracy.weight_init,
         accuracy.training, accuracy.demo,
-        speed.speed, speed.inference_form, speed.scaling, speed.ops, speed.kernel_budgets, speed.loader, speed.budget,
+        speed.speed, speed.inference_form, speed.runtimes, speed.scaling, speed.ops, speed.kernel_budgets, speed.loader,
+        speed.budget, speed.make_times,
         gpu.ops_gpu, gpu.models_gpu, gpu.gpu_targets, gpu.gpu_checks)}
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from coatnet_train.report.tables import NOT_MEASURED, read_csv, read_json, table, threads_of
 
-__all__ = ['budget', 'inference_form', 'kernel_budgets', 'loader', 'ops', 'scaling', 'speed']
+__all__ = ['budget', 'inference_form', 'kernel_budgets', 'loader', 'make_times', 'ops', 'runtimes', 'scaling', 'speed']
 
 # epochs and images of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and of its 21k set
 PAPER_RUNS = {'ImageNet-1k, 300 epochs': (300, 1_281_167), 'ImageNet-21k, 90 epochs': (90, 14_197_122)}
@@ -21,6 +21,8 @@ def speed(root: Path) -> str:
             f'{settings["img_size"]}, torch {report["torch"]}, timm {report["timm"]}', None)
         for mode, row in report['results'].items():
             names = [f'`{" ".join((settings[side], *settings[f"{side}_kwargs"]))}`' for side in ('model', 'against')]
+            if settings['img_size'] != 224:
+                names[0] += f' at {settings["img_size"]} px'
             throughput, memory = row['images_per_second'], row['peak_memory_mib']
             rows.append([
                 f'{mode}{", compiled" * settings["compile"]}', *names, f'{row["ratio"]:.2f}',
@@ -47,6 +49,26 @@ def inference_form(root: Path) -> str:
     return (table(['model', 'batch', 'CPU ms', *variants], rows)
             + f'\n\nCPU time of a batch, and multiples of it with another form (quartiles in brackets); '
               f'{report["hardware"]}.')
+
+
+def runtimes(root: Path) -> str:
+    """The inference form in every runtime, beside the eager form of the first model."""
+    file = root / 'results' / 'runtimes_cpu.json'
+    if not file.exists():
+        return 'The inference form in other runtimes: not measured.'
+    report = read_json(file)
+    names, rows, yardsticks = report['settings']['runtimes'], [], {}
+    for row in report['rows']:
+        yardstick = yardsticks.setdefault(row['batch_size'], row['ms']['eager'])
+        times = [row['ms'][name] for name in names]
+        rows.append([f'`{row["model"]}`', str(row['batch_size']), *(
+            ms if ms == NOT_MEASURED else f'{ms:.0f} ({ms / yardstick:.2f})' for ms in times)])
+    versions = ', '.join(f'{name} {version}' for name, version in report['versions'].items())
+    settings = report['settings']
+    return (table(['model', 'batch', *names], rows)
+            + f'\n\nMilliseconds a batch at {settings["img_size"]} px, and in brackets multiples of eager '
+              f'`{settings["models"][0]}`; {report["hardware"]}, {threads_of(settings["threads"])}, '
+              f'torch {report["torch"]}, {versions}.')
 
 
 def scaling(root: Path) -> str:
@@ -142,3 +164,16 @@ def budget(root: Path) -> str:
         'images over images/s; times the price of an hour they are the cost. For another row:\n'
         '`python scripts/benchmark.py --model NAME --against OTHER --device cuda --amp --modes training\n'
         '--results-file results/benchmark_NAME_gpu.json`.')
+
+
+def make_times(root: Path) -> str:
+    """Time of each target of make that tests/time_targets.py was run for."""
+    file = root / 'results' / 'make_cpu.json'
+    if not file.exists():
+        return f'`make test`, `make demo`: {NOT_MEASURED}.'
+    report, rows = read_json(file), []
+    for target, row in report['targets'].items():
+        made = report['made'][target]
+        rows.append([f'`make {target}`', f'{row["seconds"] / 60:.1f}', str(row['passed'] or ''), str(row['cores']),
+                     made['hardware'], made['date']])
+    return table(['command', 'minutes', 'tests passed', 'cores', 'hardware', 'date'], rows)

@@ -38,7 +38,7 @@ __all__ = [
     'tyro',
 ]
 
-Settings = TypeVar('Settings')
+CommandSettings = TypeVar('CommandSettings')
 
 
 class Preempted(Exception):
@@ -116,9 +116,9 @@ def parse_argument(item: str) -> tuple[str, object]:
 
 
 def parse_flags(
-        settings: type[Settings], description: str | None, arguments: list[str] | None = None,
+        settings: type[CommandSettings], description: str | None, arguments: list[str] | None = None,
         defaults: dict[str, object] | None = None,
-) -> Settings:
+) -> CommandSettings:
     """Read a command line into a dataclass of settings; --help has a group of flags for each of its base classes.
 
     Args:

@@ -14,6 +14,7 @@ EXTRAS = {
     'kecam': ('h5py',),
     'space': ('gradio',),
     'transformers': ('transformers',),
+    'runtimes': ('openvino',),
     'test': ('onnx_ir', 'onnxruntime', 'onnxscript', 'tensorboard'),
 }
 

@@ -12,7 +12,7 @@ from coatnet_train.data.config import is_stream
 from coatnet_train.data.digest import data_digest
 from coatnet_train.runtime.accelerator import warn
 from coatnet_train.runtime.cli import ConfigError, one_line
-from coatnet_train.training.config import RESUME_IGNORED_FIELDS, Settings, upgrade_fields
+from coatnet_train.training.config import RESUME_IGNORED_FIELDS, FinetuneSettings, upgrade_fields
 
 __all__ = ['Progress', 'check_resume_signature', 'read_checkpoint', 'resume_signature', 'write_state']
 
@@ -46,7 +46,7 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint | {'resume_signature': {'teacher_outputs': ''} | upgrade_fields(signature)}
 
 
-def resume_signature(settings: Settings, train_set: Dataset, val_set: Dataset, class_names: list[str],
+def resume_signature(settings: FinetuneSettings, train_set: Dataset, val_set: Dataset, class_names: list[str],
                      accelerator: Accelerator) -> dict[str, object]:
     """Everything that the result of a run depends on: settings, data and the number of processes."""
     # streams divide their shards among the workers

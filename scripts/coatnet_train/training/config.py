@@ -1,5 +1,4 @@
 """Settings of finetune.py: all fields, the checks of their values, and the command line; without torch and timm."""
-import argparse
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -8,11 +7,17 @@ from typing import Annotated
 from coatnet_train.data.config import DataSettings, is_stream
 from coatnet_train.models.config import ModelSettings, check_model_settings
 from coatnet_train.runtime.cli import ConfigError, check_range, flag, parse_flags, tyro
-from coatnet_train.training.recipes import RECIPES, recipe_settings
+from coatnet_train.training.recipes import RECIPES, recipe_defaults
 
 __all__ = [
-    'RESUME_IGNORED_FIELDS', 'ImageAugmentationSettings', 'Settings', 'check_augmentation', 'check_values',
-    'read_settings', 'upgrade_fields']
+    'RESUME_IGNORED_FIELDS',
+    'FinetuneSettings',
+    'ImageAugmentationSettings',
+    'check_augmentation',
+    'check_values',
+    'read_settings',
+    'upgrade_fields',
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +118,7 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings, AugmentationSettings, TrainingSettings, ModelSettings, TrainingDataSettings):
+class FinetuneSettings(RunSettings, AugmentationSettings, TrainingSettings, ModelSettings, TrainingDataSettings):
     """All settings of finetune.py."""
 
 
@@ -143,7 +148,7 @@ def check_augmentation(settings: ImageAugmentationSettings, cache_images: bool) 
                           f'{settings.aa}; leave it out, or give --no-cache-images.')
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: FinetuneSettings) -> None:
     """Raise ConfigError for single values that cannot work; None is checked once the images are counted."""
     epochs = math.inf if settings.epochs is None else settings.epochs
     for name, value in asdict(settings).items():
@@ -190,7 +195,7 @@ def check_values(settings: Settings) -> None:
     check_model_settings(settings)
 
 
-def read_settings(arguments: list[str] | None = None, description: str | None = None) -> Settings:
+def read_settings(arguments: list[str] | None = None, description: str | None = None) -> FinetuneSettings:
     """Read the command line of finetune.py, over the settings of --recipe if there is one.
 
     Args:
@@ -198,14 +203,4 @@ def read_settings(arguments: list[str] | None = None, description: str | None = 
         description: Text above the flags of --help.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--recipe', default='')
-    first.add_argument('--model', default='')
-    first.add_argument('--amp', action=argparse.BooleanOptionalAction)
-    given, _ = first.parse_known_args(arguments)
-    defaults = {}
-    if given.recipe:
-        if given.recipe not in RECIPES:
-            raise ConfigError(f'--recipe must be one of {", ".join(RECIPES)}, got {given.recipe!r}.')
-        defaults = recipe_settings(given.recipe, given.model) | {'amp_if_native': given.amp is None}
-    return parse_flags(Settings, description, arguments, defaults)
+    return parse_flags(FinetuneSettings, description, arguments, recipe_defaults(arguments))

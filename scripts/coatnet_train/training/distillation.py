@@ -11,7 +11,8 @@ from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.runtime.cli import ConfigError, one_line
 
-__all__ = ['BatchMixup', 'ResizedInput', 'StoredLogitDistillationTask', 'create_teacher', 'stored_kl_div']
+__all__ = ['BatchMixup', 'ResizedInput', 'StoredLogitDistillationTask', 'check_teacher_classes', 'check_teacher_input',
+           'create_teacher', 'stored_kl_div']
 
 
 class ResizedInput(nn.Module):
@@ -31,43 +32,54 @@ class ResizedInput(nn.Module):
         return self.model(images)
 
 
-def create_teacher(
-        name: str, class_names: list[str], input_size: tuple[int, int, int] | None = None, *,
-        try_sizes: tuple[int, ...] = (), img_size: int | None = None, in_chans: int | None = None, student: str = '',
-) -> tuple[nn.Module, dict]:
-    """The model of --teacher and its data settings, once it is clear that it knows the classes and takes the images.
+def create_teacher(name: str, *, img_size: int | None = None, in_chans: int | None = None) -> tuple[nn.Module, dict]:
+    """The model of --teacher with weights, and its data settings.
 
     Args:
         name: As --teacher names it.
-        class_names: Of the data, in label order.
-        input_size: (C, H, W) of the images that it gets; its own if None.
-        try_sizes: Other sizes in pixels that they will have.
-        img_size: Size in pixels that they are resized to for it (--teacher-img-size).
+        img_size: Size in pixels that images are resized to for it (--teacher-img-size).
         in_chans: As --in-chans.
-        student: As --model names it, for messages.
     """
     try:
-        teacher, own = open_model(ModelSettings(model=name, pretrained=True, in_chans=in_chans, img_size=img_size))
+        teacher, data_config = open_model(
+            ModelSettings(model=name, pretrained=True, in_chans=in_chans, img_size=img_size))
     except ConfigError as error:
         reason = str(error).replace(f'--model {name}', 'it').replace('--img-size', '--teacher-img-size')
         raise ConfigError(f'--teacher {name} cannot be opened with weights: {reason}') from error
     if img_size:
         teacher = ResizedInput(teacher, img_size)
-    try:
-        input_size = input_size or own['input_size']
-        channels = input_size[0]
-        if own['input_size'][0] != channels:
-            raise ConfigError(f'it takes {own["input_size"][0]} channels, --model {student} takes {channels}; '
-                              f'--in-chans gives both the same')
-        with torch.no_grad():
-            teacher(torch.zeros(1, *input_size))
-            for size in try_sizes:
-                teacher(torch.zeros(1, channels, size, size))
-    except (ConfigError, RuntimeError, AssertionError) as error:
-        sizes = f'{input_size or img_size} {try_sizes or ""}'.strip()
-        raise ConfigError(f'--teacher {name} cannot look at images of {sizes}: {one_line(error)}') from error
     # timm's task normalises with these, and they must have a value for each channel that the teacher has now
-    teacher.pretrained_cfg = {**teacher.pretrained_cfg, 'mean': own['mean'], 'std': own['std']}
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, 'mean': data_config['mean'], 'std': data_config['std']}
+    return teacher, data_config
+
+
+def check_teacher_input(
+        teacher: nn.Module, name: str, channels: int, input_size: tuple[int, int, int],
+        try_sizes: tuple[int, ...] = (), student: str = '') -> None:
+    """Raise ConfigError for a teacher that does not take the images.
+
+    Args:
+        teacher: What `create_teacher` returned.
+        name: As --teacher names it.
+        channels: That the teacher takes.
+        input_size: (C, H, W) of the images.
+        try_sizes: Other sizes in pixels that they will have.
+        student: As --model names it, for messages.
+    """
+    try:
+        if channels != input_size[0]:
+            raise ConfigError(f'it takes {channels} channels, --model {student} takes {input_size[0]}; --in-chans '
+                              f'gives both the same')
+        with torch.no_grad():
+            for shape in (input_size, *((channels, size, size) for size in try_sizes)):
+                teacher(torch.zeros(1, *shape))
+    except (ConfigError, RuntimeError, AssertionError) as error:
+        sizes = f'{input_size} {try_sizes or ""}'.strip()
+        raise ConfigError(f'--teacher {name} cannot look at images of {sizes}: {one_line(error)}') from error
+
+
+def check_teacher_classes(teacher: nn.Module, name: str, class_names: list[str]) -> None:
+    """Raise ConfigError for a teacher of other classes, or of another order, than the data's `class_names`."""
     if teacher.num_classes != len(class_names):
         raise ConfigError(f'--teacher {name} has {teacher.num_classes} classes, the data have '
                           f'{len(class_names)}; fine-tune it on them first.')
@@ -75,7 +87,6 @@ def create_teacher(
     if names and list(names) != class_names:
         raise ConfigError(f'--teacher {name} must have the classes of the data in their order '
                           f'({", ".join(class_names[:3])}, ...), but has {", ".join(names[:3])}, ...; fine-tune it.')
-    return teacher, own
 
 
 class BatchMixup(Mixup):

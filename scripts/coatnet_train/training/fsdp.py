@@ -11,12 +11,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from coatnet_train.runtime.cli import ConfigError, one_line
-from coatnet_train.training.config import Settings
+from coatnet_train.training.config import FinetuneSettings
 
 __all__ = ['check_fsdp', 'gather_training_state', 'gather_weights', 'prepare_model', 'restore_training_state']
 
 
-def check_fsdp(settings: Settings, accelerator: Accelerator) -> None:
+def check_fsdp(settings: FinetuneSettings, accelerator: Accelerator) -> None:
     """Raise ConfigError for settings that need all weights at once in every step."""
     if accelerator.is_fsdp2 and settings.model_ema:
         raise ConfigError('--model-ema averages full weights after every step, which FSDP never holds; leave one '

@@ -12,14 +12,14 @@ from coatnet_train.data.image_folder import look_alikes
 from coatnet_train.data.loader import EpochSampler, create_loader
 from coatnet_train.models.open_model import image_mode
 from coatnet_train.runtime.cli import ConfigError, one_line
-from coatnet_train.training.config import Settings
-from coatnet_train.training.teach_config import Settings as TeachSettings
+from coatnet_train.training.config import FinetuneSettings
+from coatnet_train.training.teach_config import TeachSettings
 from coatnet_train.training.teacher_outputs import TeacherOutputs
 
 __all__ = ['create_datasets', 'create_loaders', 'create_train_images', 'training_transform']
 
 
-def create_datasets(settings: Settings) -> tuple[Dataset, Dataset, list[str]]:
+def create_datasets(settings: FinetuneSettings) -> tuple[Dataset, Dataset, list[str]]:
     """Open both splits and check that their classes agree with each other and with --num-classes."""
     shared = dict(batch_size=settings.batch_size, seed=settings.seed, num_classes=settings.num_classes)
     train_set, class_names = create_dataset(
@@ -42,7 +42,8 @@ def create_datasets(settings: Settings) -> tuple[Dataset, Dataset, list[str]]:
     return train_set, val_set, class_names
 
 
-def training_transform(settings: Settings | TeachSettings, data_config: dict, size: int | None = None) -> Callable:
+def training_transform(
+        settings: FinetuneSettings | TeachSettings, data_config: dict, size: int | None = None) -> Callable:
     """timm's augmentation, or that of cached images, at the model's size or at a size in pixels."""
     if settings.cache_images:
         return Augmentation(
@@ -55,7 +56,7 @@ def training_transform(settings: Settings | TeachSettings, data_config: dict, si
         auto_augment=settings.aa, re_prob=settings.reprob, re_mode='pixel')
 
 
-def create_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, data_config: dict,
+def create_loaders(settings: FinetuneSettings, train_set: Dataset, val_set: Dataset, data_config: dict,
                    accelerator: Accelerator, outputs: TeacherOutputs | None = None,
                    ) -> tuple[DataLoader, DataLoader, EpochSampler | None]:
     """Create loaders over both splits, whose batches the processes share, and the sampler of the training order.
@@ -85,8 +86,8 @@ def create_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, dat
     return train, val, sampler
 
 
-def stream_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, transforms: tuple[Callable, Callable],
-                   mode: str, accelerator: Accelerator) -> list[DataLoader]:
+def stream_loaders(settings: FinetuneSettings, train_set: Dataset, val_set: Dataset,
+                   transforms: tuple[Callable, Callable], mode: str, accelerator: Accelerator) -> list[DataLoader]:
     """Loaders over streams, which divide their images among the processes themselves."""
     batch_sizes = settings.batch_size, settings.validation_batch_size or settings.batch_size
     return [create_loader(
@@ -96,7 +97,7 @@ def stream_loaders(settings: Settings, train_set: Dataset, val_set: Dataset, tra
             (train_set, val_set), transforms, batch_sizes, (True, False), strict=True)]
 
 
-def total_batch_sizes(settings: Settings, images: int, processes: int) -> tuple[int, int, bool]:
+def total_batch_sizes(settings: FinetuneSettings, images: int, processes: int) -> tuple[int, int, bool]:
     """Batch sizes of training and evaluation over all processes, and whether an incomplete training batch is dropped.
 
     Raises ConfigError where there are fewer images than a batch needs.
@@ -110,7 +111,7 @@ def total_batch_sizes(settings: Settings, images: int, processes: int) -> tuple[
 
 
 def create_train_images(
-        settings: Settings | TeachSettings, dataset: Dataset, data_config: dict, accelerator: Accelerator,
+        settings: FinetuneSettings | TeachSettings, dataset: Dataset, data_config: dict, accelerator: Accelerator,
         sizes: tuple[int, ...] = (), outputs: TeacherOutputs | None = None,
 ) -> IndexedImageDataset | DeviceImageCache:
     """Augmented training images by (epoch, index), or by (view, index) of stored outputs.
@@ -140,7 +141,7 @@ def create_train_images(
                             quiet=not accelerator.is_main_process, outputs=outputs)
 
 
-def indexed_loaders(settings: Settings, train: IndexedImageDataset, val_set: Dataset, transform: Callable,
+def indexed_loaders(settings: FinetuneSettings, train: IndexedImageDataset, val_set: Dataset, transform: Callable,
                     data_config: dict, sampler: EpochSampler, accelerator: Accelerator) -> list[DataLoader]:
     """Loaders that decode and augment each image in a worker."""
     train_batch, val_batch, drop_last = total_batch_sizes(settings, len(train), accelerator.num_processes)
@@ -150,7 +151,7 @@ def indexed_loaders(settings: Settings, train: IndexedImageDataset, val_set: Dat
             create_loader(val, EpochSampler(len(val_set)), val_batch, settings.workers, pin_memory=pin_memory)]
 
 
-def cached_loaders(settings: Settings, train: DeviceImageCache, val_set: Dataset, _: Callable,
+def cached_loaders(settings: FinetuneSettings, train: DeviceImageCache, val_set: Dataset, _: Callable,
                    data_config: dict, sampler: EpochSampler, accelerator: Accelerator) -> list[DataLoader]:
     """Loaders over images that are decoded once and stay on the device."""
     train_batch, val_batch, drop_last = total_batch_sizes(settings, len(train), accelerator.num_processes)

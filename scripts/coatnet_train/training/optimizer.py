@@ -4,13 +4,13 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
 from coatnet_train.runtime.cli import ConfigError, did_you_mean, one_line
-from coatnet_train.training.config import Settings
+from coatnet_train.training.config import FinetuneSettings
 from coatnet_train.training.task import classifier_of
 
 __all__ = ['build_optimizer']
 
 
-def build_optimizer(settings: Settings, model: nn.Module, batch_size: int) -> torch.optim.Optimizer:
+def build_optimizer(settings: FinetuneSettings, model: nn.Module, batch_size: int) -> torch.optim.Optimizer:
     """timm's optimizer; its learning rate is --lr times images per update / --lr-base-size, where that is given.
 
     Args:

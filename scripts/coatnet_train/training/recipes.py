@@ -4,7 +4,11 @@
 step really has, as in timm's train.py; so a recipe is the same on one GPU and on sixty-four.
 """
 
-__all__ = ['RECIPES', 'recipe_settings']
+import argparse
+
+from coatnet_train.runtime.cli import ConfigError
+
+__all__ = ['RECIPES', 'recipe_defaults', 'recipe_settings']
 
 # CoAtNet, appendix A.2 (https://arxiv.org/abs/2106.04803): 4096 images a step, 10,000 steps of warm-up (32 epochs).
 # What the paper leaves open follows the same group's MaxViT settings.
@@ -150,3 +154,21 @@ def recipe_settings(recipe: str, model: str) -> dict[str, object]:
                 continue
         found[name] = value
     return found
+
+
+def recipe_defaults(arguments: list[str]) -> dict[str, object]:
+    """The settings of the --recipe that a command line names, to be read over; none without one.
+
+    The flags that a recipe depends on are read first: --recipe, --model, and --amp, which a CPU without bfloat16
+    overrides unless it was given.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--recipe', default='')
+    parser.add_argument('--model', default='')
+    parser.add_argument('--amp', action=argparse.BooleanOptionalAction)
+    given, _ = parser.parse_known_args(arguments)
+    if not given.recipe:
+        return {}
+    if given.recipe not in RECIPES:
+        raise ConfigError(f'--recipe must be one of {", ".join(RECIPES)}, got {given.recipe!r}.')
+    return recipe_settings(given.recipe, given.model) | {'amp_if_native': given.amp is None}

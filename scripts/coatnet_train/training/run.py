@@ -18,8 +18,8 @@ from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
 from coatnet_train.training.checkpoint import check_resume_signature, read_checkpoint, resume_signature
-from coatnet_train.training.config import Settings, check_values
-from coatnet_train.training.distillation import create_teacher
+from coatnet_train.training.config import FinetuneSettings, check_values
+from coatnet_train.training.distillation import check_teacher_classes, check_teacher_input, create_teacher
 from coatnet_train.training.fsdp import check_fsdp, prepare_model
 from coatnet_train.training.loaders import create_datasets, create_loaders
 from coatnet_train.training.optimizer import build_optimizer
@@ -32,7 +32,7 @@ from coatnet_train.training.trainer import Trainer
 __all__ = ['finetune']
 
 
-def finetune(settings: Settings) -> dict:
+def finetune(settings: FinetuneSettings) -> dict:
     """Fine-tune as `settings` say, and return the summary that is also written to summary.json."""
     check_values(settings)
     check_tracker(settings)
@@ -69,13 +69,13 @@ def finetune(settings: Settings) -> dict:
     return summary
 
 
-def check_tracker(settings: Settings) -> None:
+def check_tracker(settings: FinetuneSettings) -> None:
     if settings.tracker and settings.tracker not in (known := [str(t) for t in get_available_trackers()]):
         raise ConfigError(f'--tracker must be the name of an installed tracker ({", ".join(known) or "none is"}), '
                           f'got {settings.tracker!r}; pip install it.')
 
 
-def keep_precision(settings: Settings, checkpoint: dict | None) -> Settings:
+def keep_precision(settings: FinetuneSettings, checkpoint: dict | None) -> FinetuneSettings:
     """Resume in the precision that the run began in, whatever its recipe takes on this machine."""
     if checkpoint is None or not settings.amp_if_native:
         return settings
@@ -86,7 +86,7 @@ def keep_precision(settings: Settings, checkpoint: dict | None) -> Settings:
     return replace(settings, amp=amp, amp_if_native=False)
 
 
-def create_trainer(settings: Settings, accelerator: Accelerator, run_dir: Path,
+def create_trainer(settings: FinetuneSettings, accelerator: Accelerator, run_dir: Path,
                    checkpoint: dict | None) -> tuple[Trainer, list[str], str]:
     """Create datasets, loaders, model and run directory; invalid configurations fail here.
 
@@ -119,9 +119,11 @@ def create_trainer(settings: Settings, accelerator: Accelerator, run_dir: Path,
     optimizer = build_optimizer(settings, model, settings.batch_size * accelerator.num_processes)
     teacher = None
     if settings.teacher:
-        teacher, _ = create_teacher(
-            settings.teacher, class_names, data_config['input_size'], try_sizes=settings.train_img_sizes,
-            img_size=settings.teacher_img_size, in_chans=settings.in_chans, student=settings.model)
+        teacher, teacher_config = create_teacher(
+            settings.teacher, img_size=settings.teacher_img_size, in_chans=settings.in_chans)
+        check_teacher_input(teacher, settings.teacher, teacher_config['input_size'][0], data_config['input_size'],
+                            settings.train_img_sizes, student=settings.model)
+        check_teacher_classes(teacher, settings.teacher, class_names)
     if accelerator.is_main_process:
         try:
             (run_dir / 'last').mkdir(parents=True, exist_ok=True)

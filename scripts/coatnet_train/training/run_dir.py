@@ -14,7 +14,7 @@ from coatnet_train.plotting.plots import draw_curves
 from coatnet_train.runtime.cli import ConfigError, check_output
 from coatnet_train.runtime.console import check_utf8
 from coatnet_train.runtime.files import write_csv, write_figure, write_file, write_json
-from coatnet_train.training.config import Settings
+from coatnet_train.training.config import FinetuneSettings
 
 __all__ = [
     'find_run', 'loading_line', 'score_key', 'write_config', 'write_curves', 'write_metrics', 'write_predictions',
@@ -70,7 +70,7 @@ def score_key(row: dict) -> tuple[float, float]:
     return row['eval_top1'], -row['eval_loss']
 
 
-def find_run(settings: Settings) -> tuple[Path, Path | None]:
+def find_run(settings: FinetuneSettings) -> tuple[Path, Path | None]:
     """Return the run folder and its checkpoint, if any; raises ConfigError for a run that would be overwritten."""
     run_dir = Path(settings.output) / (settings.experiment or safe_model_name(settings.model))
     if settings.resume not in ('', 'auto'):

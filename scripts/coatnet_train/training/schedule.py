@@ -3,7 +3,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from coatnet_train.training.config import Settings
+from coatnet_train.training.config import FinetuneSettings
 
 __all__ = ['MIN_UPDATES', 'advice', 'with_schedule']
 
@@ -11,7 +11,7 @@ MIN_UPDATES = 300  # of the weights: fewer leave a new classifier, and BatchNorm
 MIN_EPOCHS = 10  # of a schedule that follows from the number of images
 
 
-def with_schedule(settings: Settings, images: int, processes: int = 1) -> Settings:
+def with_schedule(settings: FinetuneSettings, images: int, processes: int = 1) -> FinetuneSettings:
     """Fill in --batch-size, --epochs and --warmup-epochs where they are None.
 
     The batch is a power of two near a twentieth of the images, from 8 to 64 over all processes; the epochs are those

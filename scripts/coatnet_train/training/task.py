@@ -7,7 +7,7 @@ from timm.task.task import TrainingTask
 from torch import nn
 
 from coatnet_train.runtime.cli import ConfigError, one_line
-from coatnet_train.training.config import Settings
+from coatnet_train.training.config import FinetuneSettings
 from coatnet_train.training.distillation import StoredLogitDistillationTask
 
 __all__ = ['build_task', 'check_training', 'classifier_of', 'freeze_trunk', 'set_bn_momentum', 'set_trunk_to_eval']
@@ -41,7 +41,7 @@ def set_bn_momentum(model: nn.Module, momentum: float) -> None:
             module.momentum = momentum
 
 
-def check_training(settings: Settings, model: nn.Module, data_config: dict) -> None:
+def check_training(settings: FinetuneSettings, model: nn.Module, data_config: dict) -> None:
     """Raise ConfigError for what would fail in the first step."""
     if settings.batch_size > 1:
         return
@@ -53,7 +53,7 @@ def check_training(settings: Settings, model: nn.Module, data_config: dict) -> N
                           f'{one_line(error)}; give at least 2.') from error
 
 
-def build_task(settings: Settings, model: nn.Module, teacher: nn.Module | None, data_config: dict,
+def build_task(settings: FinetuneSettings, model: nn.Module, teacher: nn.Module | None, data_config: dict,
                device: torch.device) -> TrainingTask:
     """Cross-entropy, on soft targets where images are mixed, plus the distillation loss where there is a teacher."""
     loss = dict(soft_targets=True) if settings.mixup or settings.cutmix else dict(smoothing=settings.smoothing)

@@ -1,5 +1,4 @@
 """Settings of teach.py and their checks, without torch and timm."""
-import argparse
 import sys
 from dataclasses import dataclass, fields
 from typing import Annotated
@@ -8,9 +7,9 @@ from coatnet_train.data.config import DataSettings, is_stream
 from coatnet_train.models.config import INTERPOLATIONS
 from coatnet_train.runtime.cli import ConfigError, check_range, flag, parse_flags, tyro
 from coatnet_train.training.config import ImageAugmentationSettings, check_augmentation
-from coatnet_train.training.recipes import RECIPES, recipe_settings
+from coatnet_train.training.recipes import recipe_defaults
 
-__all__ = ['Settings', 'check_values', 'read_settings']
+__all__ = ['TeachSettings', 'check_values', 'read_settings']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings, OutputSettings, AugmentationSettings, TeacherSettings, TaughtDataSettings):
+class TeachSettings(RunSettings, OutputSettings, AugmentationSettings, TeacherSettings, TaughtDataSettings):
     """All settings of teach.py."""
 
 
@@ -75,7 +74,7 @@ class Settings(RunSettings, OutputSettings, AugmentationSettings, TeacherSetting
 RECIPE_FIELDS = {field.name for field in fields(AugmentationSettings)} | {'cache_images', 'teacher_img_size'}
 
 
-def check_values(settings: Settings) -> None:
+def check_values(settings: TeachSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     for name in ('views', 'top_k', 'shard_size', 'batch_size', 'img_size', 'teacher_img_size'):
         value = getattr(settings, name)
@@ -95,7 +94,7 @@ def check_values(settings: Settings) -> None:
                           f'a folder, torch/ or hfds/.')
 
 
-def read_settings(arguments: list[str] | None = None, description: str | None = None) -> Settings:
+def read_settings(arguments: list[str] | None = None, description: str | None = None) -> TeachSettings:
     """Read the command line of teach.py, over what --recipe says of the images.
 
     Args:
@@ -103,11 +102,5 @@ def read_settings(arguments: list[str] | None = None, description: str | None = 
         description: Text above the flags of --help.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--recipe', default='')
-    recipe = first.parse_known_args(arguments)[0].recipe
-    if recipe and recipe not in RECIPES:
-        raise ConfigError(f'--recipe must be one of {", ".join(RECIPES)}, got {recipe!r}.')
-    found = recipe_settings(recipe, '') if recipe else {}
-    return parse_flags(Settings, description, arguments,
-                       {name: value for name, value in found.items() if name in RECIPE_FIELDS})
+    defaults = {name: value for name, value in recipe_defaults(arguments).items() if name in RECIPE_FIELDS}
+    return parse_flags(TeachSettings, description, arguments, defaults)

@@ -23,8 +23,8 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 
 from coatnet_train.runtime.cli import ConfigError, one_line
-from coatnet_train.training.config import Settings
-from coatnet_train.training.teach_config import Settings as TeachSettings
+from coatnet_train.training.config import FinetuneSettings
+from coatnet_train.training.teach_config import TeachSettings
 
 __all__ = [
     'TeacherOutputs', 'compress', 'differences', 'file_digest', 'open_outputs', 'read_manifest', 'shard_members',
@@ -33,7 +33,8 @@ __all__ = [
 COLUMNS = ('logits', 'classes', 'rest')
 
 
-def view_signature(settings: Settings | TeachSettings, data_config: dict, device: torch.device) -> dict[str, object]:
+def view_signature(
+        settings: FinetuneSettings | TeachSettings, data_config: dict, device: torch.device) -> dict[str, object]:
     """What view v of an image follows from, beside the image, the seed and v.
 
     The size is no part of it, as the crop is the same at every size, except where random erasing draws pixels; nor is
@@ -150,7 +151,7 @@ class TeacherOutputs:
         return tuple(column[indices, views] for column in self.columns)
 
 
-def open_outputs(settings: Settings, data_config: dict, class_names: list[str], data: str,
+def open_outputs(settings: FinetuneSettings, data_config: dict, class_names: list[str], data: str,
                  accelerator: Accelerator) -> TeacherOutputs:
     """Open --teacher-outputs, once it is clear that they are whole and of these images and views.
 

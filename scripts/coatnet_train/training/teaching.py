@@ -22,9 +22,9 @@ from coatnet_train.runtime.console import check_utf8
 from coatnet_train.runtime.files import write_file, write_json
 from coatnet_train.runtime.progress import progress_bar
 from coatnet_train.runtime.provenance import provenance
-from coatnet_train.training.distillation import create_teacher
+from coatnet_train.training.distillation import check_teacher_classes, check_teacher_input, create_teacher
 from coatnet_train.training.loaders import create_train_images
-from coatnet_train.training.teach_config import Settings, check_values
+from coatnet_train.training.teach_config import TeachSettings, check_values
 from coatnet_train.training.teacher_outputs import (
     compress,
     differences,
@@ -60,7 +60,7 @@ class Teacher:
             return self.teacher(self.teacher.normalize_input(images, self.mean, self.std)).float()
 
 
-def teach(settings: Settings) -> dict:
+def teach(settings: TeachSettings) -> dict:
     """Store the outputs of a teacher as `settings` say, and return the manifest that is written beside them."""
     check_values(settings)
     check_utf8(settings.output, '--output')
@@ -73,16 +73,19 @@ def teach(settings: Settings) -> dict:
     accelerator = create_accelerator(settings.device, settings.amp, settings.amp_dtype)
     with accelerator.main_process_first():  # a download is done once
         dataset, class_names = create_dataset(settings, settings.train_split)
-    sizes = () if settings.img_size is None else (settings.img_size,)
-    model, own = create_teacher(settings.teacher, class_names, try_sizes=sizes, img_size=settings.teacher_img_size,
-                                in_chans=settings.in_chans)
+    model, teacher_config = create_teacher(
+        settings.teacher, img_size=settings.teacher_img_size, in_chans=settings.in_chans)
+    channels, *size = teacher_config['input_size']
+    if settings.img_size is not None:
+        size = [settings.img_size, settings.img_size]
+    check_teacher_input(model, settings.teacher, channels, (channels, *size))
+    check_teacher_classes(model, settings.teacher, class_names)
     if settings.top_k is not None and settings.top_k >= len(class_names):
         raise ConfigError(f'--top-k must be below the number of classes, {len(class_names)}, got {settings.top_k}; '
                           f'leave it out to keep all.')
     data_config = {
-        'input_size': (own['input_size'][0], *sizes, *sizes) if sizes else own['input_size'],
-        'interpolation': settings.interpolation, 'mean': settings.mean or own['mean'],
-        'std': settings.std or own['std']}
+        'input_size': (channels, *size), 'interpolation': settings.interpolation,
+        'mean': settings.mean or teacher_config['mean'], 'std': settings.std or teacher_config['std']}
     try:
         images = create_train_images(settings, dataset, data_config, accelerator)
     except ConfigError:
@@ -136,7 +139,7 @@ def finished_shards(folder: Path, signature: dict) -> dict[str, str]:
     return {name: digest for name, digest in manifest['shards'].items() if name not in damaged}
 
 
-def write_shards(settings: Settings, folder: Path, manifest: dict, shards: dict[str, range], images: Dataset,
+def write_shards(settings: TeachSettings, folder: Path, manifest: dict, shards: dict[str, range], images: Dataset,
                  teacher: Teacher) -> None:
     """Write these shards, one a process at a time, and each of them into the manifest."""
     accelerator = teacher.accelerator
@@ -174,7 +177,7 @@ def write_shards(settings: Settings, folder: Path, manifest: dict, shards: dict[
     bar.close()
 
 
-def batches_of(images: range, settings: Settings) -> Iterator[list[tuple[int, int]]]:
+def batches_of(images: range, settings: TeachSettings) -> Iterator[list[tuple[int, int]]]:
     """(view, index) of each batch of a shard, view after view; a batch is of one view."""
     for view in range(settings.views):
         for first in range(0, len(images), settings.batch_size):

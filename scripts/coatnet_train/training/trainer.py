@@ -27,7 +27,7 @@ from coatnet_train.runtime.cli import Preempted
 from coatnet_train.runtime.files import write_file
 from coatnet_train.runtime.progress import progress_bar
 from coatnet_train.training.checkpoint import Progress, write_state
-from coatnet_train.training.config import Settings
+from coatnet_train.training.config import FinetuneSettings
 from coatnet_train.training.distillation import BatchMixup
 from coatnet_train.training.fsdp import gather_training_state, gather_weights, restore_training_state
 from coatnet_train.training.loaders import training_transform
@@ -58,7 +58,7 @@ class Trainer:
     """
 
     def __init__(
-            self, settings: Settings, accelerator: Accelerator, task: TrainingTask,
+            self, settings: FinetuneSettings, accelerator: Accelerator, task: TrainingTask,
             full_model: nn.Module | None, optimizer: AcceleratedOptimizer,
             loaders: tuple[DataLoader, DataLoader, EpochSampler | None], data_config: dict, num_classes: int,
             run_dir: Path, resume_signature: dict, checkpoint: dict | None = None) -> None:

@@ -43,13 +43,15 @@ _OTHER_TIMM = (
 
 
 def checkpoint_filter_fn(
-        state_dict: dict[str, torch.Tensor], model: Backbone, fresh_stages: bool = False) -> dict[str, torch.Tensor]:
+        state_dict: dict[str, torch.Tensor], model: Backbone, fresh_stages: bool = False,
+        features_only: bool = False) -> dict[str, torch.Tensor]:
     """Convert a state dict to the names, layouts and bias-table sizes of `model`, or raise.
 
     Args:
         state_dict: Tensors by name, of this package or of timm's `coatnet_N_224`, told apart by the names.
         model: The backbone to load into.
         fresh_stages: Leave stages as they are initialised whose block type is another in the state dict.
+        features_only: The head is about to be removed, so that the number of classes does not matter.
 
     Raises:
         RuntimeError: The names or shapes do not fit; what is missing, unexpected and misshapen is listed. Classifier
@@ -61,7 +63,8 @@ def checkpoint_filter_fn(
         state_dict = keep_other_stages(state_dict, model)
     if misfit := explain_misfit(state_dict, model, max_names=12, adapted=('head.fc.', 'stem.conv1.weight')):
         raise RuntimeError(f'The checkpoint does not fit the model: {misfit}')
-    _check_classes(state_dict, model)
+    if not features_only:
+        _check_classes(state_dict, model)
     return state_dict
 
 

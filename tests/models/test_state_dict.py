@@ -4,7 +4,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from coatnet_zoo.models.checkpoint import checkpoint_filter_fn
+from coatnet_zoo.models.state_dict import checkpoint_filter_fn
 from support.closeness import assert_same_up_to_rounding
 
 IMAGES = torch.randn(2, 3, 64, 64)
@@ -178,3 +178,14 @@ def test_local_dir_round_trip_keeps_ablation_and_size(tmp_path, randomize):
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     images = torch.randn(1, 3, 32, 48)
     assert_same_up_to_rounding(loaded(images), model(images))
+
+
+def test_features_need_no_classes_of_the_model(tmp_path):
+    name, overlay = 'lightconvnet_pico_64.untrained', dict(file=str(tmp_path / 'three.safetensors'))
+    save_file(timm.create_model(name, num_classes=3).state_dict(), overlay['file'])
+    with pytest.raises(RuntimeError, match='a classifier of 3 classes'):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    features = timm.create_model(name, pretrained=True, features_only=True, pretrained_cfg_overlay=overlay)
+    whole = timm.create_model(name, pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+    image = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(features.eval()(image)[-1], whole.eval().forward_intermediates(image)[1][-1])
