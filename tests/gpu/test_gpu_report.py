@@ -193,29 +193,52 @@ if sys.argv[2] == 'dynamic-7':
     assert [row['step'] for row in results(tmp_path / 'out', 'checks')] == ['versions', 'compare', 'kernel-tests']
 
 
-TEST_LINES = '''
-tests/ops/test_a.py::test_x[a] PASSED                      [ 50%]
-[gw1] [ 75%] FAILED tests/ops/test_a.py::test_x[b c]
-tests/ops/test_a.py::test_y SKIPPED (needs a CUDA GPU)     [100%]
-FAILED tests/ops/test_a.py::test_x[b c] - AssertionError
+FOUND_TESTS = '''
+import pytest
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize('case', ['a', 'b c'])
+def test_kernel(case):
+    assert case == 'a' or not FAILS
+
+def test_an_image_above_2_31_elements():
+    assert False
+
+@pytest.mark.skip(reason='needs a card')
+def test_other():
+    pass
 '''
 
 
-@pytest.mark.parametrize('lines,code,result,value', [
-    (TEST_LINES, 1, 'failed', '1'), (TEST_LINES.replace('FAILED', 'PASSED'), 0, 'passed', '2'),
-    ('tests/ops/test_a.py::test_y SKIPPED  [100%]\n', 0, 'skipped', '0')], ids=['failed', 'passed', 'skipped'])
-def test_kernel_tests_are_counted_line_by_line(tmp_path, monkeypatch, lines, code, result, value):
+# on a GPU in several processes, whose lines differ
+@pytest.mark.parametrize('device,text,result,value', [
+    ('cuda', f'FAILS = True\n{FOUND_TESTS}', 'failed', '1'), ('cpu', f'FAILS = False\n{FOUND_TESTS}', 'passed', '2'),
+    ('cpu', f'FAILS = False\n{FOUND_TESTS}pytestmark = [pytestmark, pytest.mark.skip]', 'skipped', '0')],
+    ids=['failed', 'passed', 'skipped'])
+def test_kernel_tests_are_counted_line_by_line(tmp_path, monkeypatch, device, text, result, value):
     from coatnet_train.benchmarks import gpu_steps
-    (tmp_path / 'pytest.py').write_text(f'import sys\nprint({lines!r})\nsys.exit({code})')
-    monkeypatch.setattr(gpu_steps, 'ROOT', tmp_path)  # from where python -m pytest finds this one
-    steps = gpu_steps.Steps(settings(tmp_path, run_step='kernel-tests'))
+    (tmp_path / 'tests' / 'ops').mkdir(parents=True)
+    (tmp_path / 'tests' / 'ops' / 'test_kernels.py').write_text(text)
+    (tmp_path / 'pyproject.toml').write_text((ROOT / 'pyproject.toml').read_text())
+    monkeypatch.setattr(gpu_steps, 'ROOT', tmp_path)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+    steps = gpu_steps.Steps(settings(tmp_path / 'out', run_step='kernel-tests'))
+    (tmp_path / 'out').mkdir()
+    steps.device = device
     steps.run_kernel_tests()
-    row, = results(tmp_path, 'checks')
+    row, = results(tmp_path / 'out', 'checks')
     assert (row['result'], row['value']) == (result, value)
-    assert ('test_x[b c]' in row['detail']) == (result == 'failed')
-    (tmp_path / 'pytest.py').write_text('import sys; sys.exit(4)')
-    with pytest.raises(RuntimeError, match='exit code 4'):
-        steps.run_kernel_tests()
+    assert ('test_kernel[b c]' in row['detail']) == (result == 'failed')
+    assert f'{3 if result == "skipped" else 1} skipped' in row['detail']
+
+
+@pytest.mark.parametrize('body,message', [('sys.exit(4)', 'exit code 4'), ('print("......")', 'no result was found')])
+def test_kernel_tests_that_did_not_run_are_no_result(tmp_path, monkeypatch, body, message):
+    from coatnet_train.benchmarks import gpu_steps
+    (tmp_path / 'pytest.py').write_text(f'import sys; {body}')
+    monkeypatch.setattr(gpu_steps, 'ROOT', tmp_path)  # from where python -m pytest finds this one
+    with pytest.raises(RuntimeError, match=message):
+        gpu_steps.Steps(settings(tmp_path, run_step='kernel-tests')).run_kernel_tests()
 
 
 @pytest.mark.parametrize('body,result', [
@@ -271,7 +294,7 @@ def test_the_whole_command_with_a_process_a_step(tmp_path):
     (tmp_path / 'bin' / 'compute-sanitizer').write_text(
         '#!/bin/sh\nshift 4\n"$@" && echo "========= ERROR SUMMARY: 0 errors"\n')
     (tmp_path / 'bin' / 'compute-sanitizer').chmod(stat.S_IRWXU)
-    steps = [step.name for step in STEPS if step.name not in ('racecheck', 'convnet-training-compiled')]
+    steps = [step.name for step in STEPS if not step.name.endswith(('racecheck', 'training-compiled'))]
     done = subprocess.run(
         [sys.executable, 'scripts/gpu_report.py', '--tiny', '--device', 'cpu', '--output', str(tmp_path / 'out'),
          '--steps', *steps], capture_output=True, text=True, cwd=ROOT,
@@ -281,4 +304,5 @@ def test_the_whole_command_with_a_process_a_step(tmp_path):
     assert {row['step'] for row in checks if row['result'] == 'done'} == set(steps)
     assert {row['check']: row['result'] for row in checks if row['step'] in ('kernel-tests', 'memcheck')} == {
         'tests/ops -m gpu': 'skipped', 'memcheck': 'passed', 'step': 'done'}
+    assert all(' 0 skipped' not in row['detail'] for row in checks if row['check'] == 'tests/ops -m gpu')
     assert {row['form'] for row in results(tmp_path / 'out', 'models')} == {'eager', 'compiled'}

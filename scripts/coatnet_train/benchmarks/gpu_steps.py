@@ -94,14 +94,16 @@ class Steps:
         from coatnet_train.benchmarks.gpu_checks import Check
         several = ['-n', str(min(12, os.cpu_count() or 1)), '--dist', 'load'] if find_spec('xdist') else []
         several = several if self.device == 'cuda' else []  # on a CPU all are skipped, which one process does sooner
-        command = [sys.executable, '-m', 'pytest', 'tests/ops', '-m', 'gpu', '-k', 'not above_2_31', '-v', '--tb',
-                   'short', '-p', 'no:cacheprovider', *several]
+        command = [sys.executable, '-m', 'pytest', 'tests/ops', '-m', 'gpu', '-k', 'not above_2_31', '-vv',
+                   '--tb', 'short', '-p', 'no:cacheprovider', *several]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         counts, failed, last = dict.fromkeys(('PASSED', 'FAILED', 'ERROR', 'SKIPPED'), 0), [], 0.
 
         def result(finished: bool) -> Check:
             bad, good = counts['FAILED'] + counts['ERROR'], counts['PASSED']
             verdict = 'failed' if bad else 'unfinished' if not finished else 'passed' if good else 'skipped'
+            if finished and not sum(counts.values()):
+                raise RuntimeError(f'no result was found in what {" ".join(command)} printed.')
             figures = ', '.join(f'{count} {name.lower()}' for name, count in counts.items())
             return Check('tests/ops -m gpu', verdict, good, sum(counts.values()) - counts['SKIPPED'],
                          f'{figures}{"; " * bool(failed)}{", ".join(failed[:5])}')
