@@ -8,6 +8,8 @@ penalty in the accumulator masks what is no tap. Weights then move from taps to 
 of 8 neighbours, which is one shuffle a weight, and to the slot row for free. A program keeps P of its head in shared
 memory. The backward pass is that of `band.py`, on logits that a matrix product computes again.
 """
+# Tuples grow in loops that Triton unrolls, which mypy takes for ones of fixed length.
+# mypy: disable-error-code="assignment,misc"
 import torch
 import triton.language as tl
 from triton import jit
