@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from ..band_ops import takes_band, why_not
+from ..band_ops import band_obstacle, takes_band
 from ..triton_ops import empty_channels_last, not_implemented, require_triton
 from . import band, direct
 
@@ -16,7 +16,7 @@ __all__ = ['lightconv2d_triton']
 def _implementation(x: torch.Tensor, weight: torch.Tensor, kernels: str) -> ModuleType:
     require_triton(x, 'lightconv2d')
     G, Kh, Kw = weight.shape
-    return band if takes_band('lightconv2d', kernels, why_not(x, (Kh, Kw), x.shape[1] // G)) else direct
+    return band if takes_band('lightconv2d', kernels, band_obstacle(x, (Kh, Kw), G)) else direct
 
 
 @torch.library.custom_op('coatnet_zoo::lightconv2d', mutates_args=())
