@@ -18,7 +18,7 @@ from .triton_ops import needs_int64
 
 HEAD_WIDTHS = (16, 32, 64)
 LOG2E = tl.constexpr(1.4426950408889634)
-MAX_KERNEL_SIZE = 7
+MAX_KERNEL_SIZE = 7  # of the band kernels
 PROGRAMS = 4096  # programs of one warp that keep a Hopper GPU busy
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's dot takes bfloat16 for integers
 
@@ -126,7 +126,7 @@ def grid(x: torch.Tensor, tiles: int, launch: Launch) -> tuple[int, int, int, in
 
 
 def takes_band(op: str, kernels: str, obstacle: str) -> bool:
-    """Whether the band kernels run: with 'auto' where there is no obstacle; 'band' and 'direct' force one.
+    """Whether the kernels for tensor cores run: 'auto' where there is no obstacle; 'band' and 'direct' force a choice.
 
     Raises ValueError if they are asked for and cannot run.
     """
@@ -147,11 +147,13 @@ def operand(x: torch.Tensor, channels: int, slots: int, launch: Launch) -> torch
     if not launch.tma:
         return x
     B, C, H, W = x.shape
-    return TensorDescriptor(x, [B, H, W, C], [H * W * C, W * C, C, 1], [1, slots // 8, 8, channels])
+    return TensorDescriptor(x, [B, H, W, C], [x.stride(0), W * C, C, 1], [1, slots // 8, 8, channels])
 
 
 def band_obstacle(x: torch.Tensor, kernel: tuple[int, int], heads: int, logits: torch.Tensor | None = None) -> str:
-    """What keeps the band kernels from a call: '' if nothing, so that they run where no others are asked for.
+    """What keeps the kernels for tensor cores from a call: '' if nothing, so that they run unless others are forced.
+
+    They are `band.py` of both operators up to 7 x 7, and `lightconv2d/toeplitz.py` for larger kernels.
 
     Args:
         x: (B, C, H, W), whose dtype, layout, size and device decide.
@@ -163,7 +165,7 @@ def band_obstacle(x: torch.Tensor, kernel: tuple[int, int], heads: int, logits: 
         return f'they take float16 or bfloat16, got {x.dtype}'
     if logits is not None and logits.dtype != x.dtype:
         return f'x and logits must have one dtype, got {x.dtype} and {logits.dtype}'
-    if max(kernel) > MAX_KERNEL_SIZE:
+    if logits is not None and max(kernel) > MAX_KERNEL_SIZE:
         return f'they take kernels up to {MAX_KERNEL_SIZE} x {MAX_KERNEL_SIZE}, got {kernel[0]} x {kernel[1]}'
     if x.shape[1] // heads not in HEAD_WIDTHS:
         return f'they take heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {x.shape[1] // heads}'

@@ -45,7 +45,7 @@ def test_kernels_match_the_reference(part):
 def test_tolerance_catches_one_shifted_tap():
     assert in_interpreter('tests/ops/interpreted.py', '--shifted').splitlines() == [
         *['light out x weight'] * 2, *['dynamic out x weight'] * 2, 'band light out x weight',
-        'band dynamic out x weight']
+        'band dynamic out x weight', 'toeplitz light out x weight']
 
 
 def channels_last(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
