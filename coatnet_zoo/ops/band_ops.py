@@ -18,7 +18,7 @@ from .triton_ops import needs_int64
 
 HEAD_WIDTHS = (16, 32, 64)
 LOG2E = tl.constexpr(1.4426950408889634)
-MAX_KERNEL_SIZE = 7
+MAX_KERNEL_SIZE = 7  # of the band kernels
 PROGRAMS = 4096  # programs of one warp that keep a Hopper GPU busy
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's dot takes bfloat16 for integers
 
@@ -125,16 +125,16 @@ def grid(x: torch.Tensor, tiles: int, launch: Launch) -> tuple[int, int, int, in
     return B * across * down * tiles, across, down, height
 
 
-def takes_band(op: str, kernels: str, reason: str) -> bool:
-    """Whether the band kernels run, which `reason` may forbid: 'auto' where they can, 'band' and 'direct' force one.
+def takes_band(op: str, kernels: str, obstacle: str) -> bool:
+    """Whether the kernels for tensor cores run: 'auto' where there is no obstacle; 'band' and 'direct' force a choice.
 
     Raises ValueError if they are asked for and cannot run.
     """
     if kernels not in ('auto', 'band', 'direct'):
         raise ValueError(f"{op}: kernels must be 'auto', 'band' or 'direct', got {kernels!r}.")
-    if kernels == 'band' and reason:
-        raise ValueError(f"{op}: the band kernels cannot run: {reason}; use kernels='auto'.")
-    return kernels != 'direct' and not reason
+    if kernels == 'band' and obstacle:
+        raise ValueError(f"{op}: the band kernels cannot run: {obstacle}; use kernels='auto'.")
+    return kernels != 'direct' and not obstacle
 
 
 def slots_of_span(Kh: int) -> int:
@@ -147,21 +147,35 @@ def operand(x: torch.Tensor, channels: int, slots: int, launch: Launch) -> torch
     if not launch.tma:
         return x
     B, C, H, W = x.shape
-    return TensorDescriptor(x, [B, H, W, C], [H * W * C, W * C, C, 1], [1, slots // 8, 8, channels])
+    return TensorDescriptor(x, [B, H, W, C], [x.stride(0), W * C, C, 1], [1, slots // 8, 8, channels])
 
 
-def why_not(x: torch.Tensor, kernel: tuple[int, int], head: int) -> str:
-    """Why the band kernels cannot take a call with heads of that many channels, '' if they can."""
+def band_obstacle(x: torch.Tensor, kernel: tuple[int, int], heads: int, logits: torch.Tensor | None = None) -> str:
+    """What keeps the kernels for tensor cores from a call: '' if nothing, so that they run unless others are forced.
+
+    They are `band.py` of both operators up to 7 x 7, and `lightconv2d/toeplitz.py` for larger kernels.
+
+    Args:
+        x: (B, C, H, W), whose dtype, layout, size and device decide.
+        kernel: (Kh, Kw).
+        heads: G, whose width C // G decides.
+        logits: (B, G * Kh * Kw, H, W) of DynamicConv, which takes them as they are; None for LightConv.
+    """
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f'they take float16 or bfloat16, got {x.dtype}'
-    if max(kernel) > MAX_KERNEL_SIZE:
+    if logits is not None and logits.dtype != x.dtype:
+        return f'x and logits must have one dtype, got {x.dtype} and {logits.dtype}'
+    if logits is not None and max(kernel) > MAX_KERNEL_SIZE:
         return f'they take kernels up to {MAX_KERNEL_SIZE} x {MAX_KERNEL_SIZE}, got {kernel[0]} x {kernel[1]}'
-    if head not in HEAD_WIDTHS:
-        return f'they take heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {head}'
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return f'x must be dense in channels_last, got strides {x.stride()}'
-    if needs_int64(x):
-        return f'an image must stay below 2^31 elements, got shape {tuple(x.shape)}'
+    if x.shape[1] // heads not in HEAD_WIDTHS:
+        return f'they take heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {x.shape[1] // heads}'
+    for name, tensor in (('x', x), ('logits', logits)):
+        if tensor is None:
+            continue
+        if not tensor.is_contiguous(memory_format=torch.channels_last):
+            return f'{name} must be dense in channels_last, got strides {tensor.stride()}'
+        if needs_int64(tensor):
+            return f'{name} must stay below 2^31 elements an image, got shape {tuple(tensor.shape)}'
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return f'they need compute capability 8.0, got {torch.cuda.get_device_capability(x.device)}'
     return ''

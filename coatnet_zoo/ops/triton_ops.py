@@ -116,6 +116,12 @@ def empty_channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((B, H, W, C)).permute(0, 3, 1, 2)
 
 
+def dense_images(x: torch.Tensor) -> torch.Tensor:
+    """x, copied unless each of its images is dense in channels_last; they may lie apart."""
+    dense = x[:1].is_contiguous(memory_format=torch.channels_last)
+    return x if dense else x.contiguous(memory_format=torch.channels_last)
+
+
 def require_triton(x: torch.Tensor, op: str) -> None:
     """Kernels run on CUDA, and on CPUs in Triton's interpreter."""
     if not (x.is_cuda or (x.device.type == 'cpu' and INTERPRETED)):

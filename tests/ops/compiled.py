@@ -26,6 +26,7 @@ from coatnet_zoo.ops.dynamicconv2d import direct as dynamic_direct
 from coatnet_zoo.ops.dynamicconv2d import projected_band
 from coatnet_zoo.ops.lightconv2d import band as light_band
 from coatnet_zoo.ops.lightconv2d import direct as light_direct
+from coatnet_zoo.ops.lightconv2d import toeplitz
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = ROOT / 'results/kernel_budgets.csv'

@@ -5,8 +5,10 @@ same cases on a GPU. With `--shifted` one tap of each kernel looks one position 
 than allowed is printed.
 """
 import sys
+import tempfile
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from coatnet_zoo.ops.dynamicconv2d.kernels import dynamicconv2d_triton
 from coatnet_zoo.ops.dynamicconv2d.naive import dynamicconv2d_naive
 from coatnet_zoo.ops.lightconv2d import band as light_band
 from coatnet_zoo.ops.lightconv2d import direct as light_direct
+from coatnet_zoo.ops.lightconv2d import toeplitz
 from coatnet_zoo.ops.lightconv2d.eager import lightconv2d_eager
 from coatnet_zoo.ops.lightconv2d.kernels import lightconv2d_triton
 from coatnet_zoo.ops.lightconv2d.naive import lightconv2d_naive
@@ -58,7 +61,7 @@ CASES = [
     Case(2, 1, 1, (15, 7), (1, 7), bf16, dropconnect=.1),
     Case(1, 4, 4, (7, 9), (7, 1), bf16, normalize='none', layout='sliced'),
     Case(1, 32, 1, (14, 15), (1, 1), f16, layout='contiguous'),
-    Case(1, 32, 1, (7, 7), (13, 13), f16, f32, dropconnect=.3),
+    Case(1, 32, 1, (7, 7), (13, 13), f16, f32, dropconnect=.3, kernels='direct'),
     Case(1, 16, 1, (7, 7), (31, 31), layout='sliced', only='light'),
     Case(1, 3, 1, (7, 9), (31, 1), bf16, f32, only='light'),
     Case(1, 4, 2, (9, 9), (13, 13), only='light'),
@@ -83,6 +86,20 @@ BAND_CASES = [
     band(1, 32, 1, (6, 10), (1, 1), f16),
     band(1, 32, 2, (7, 7), (7, 7), bf16, scale=1e4),
     band(1, 32, 1, (7, 7), (7, 3), f16, layout='expanded'),
+]
+
+# larger kernels on tensor cores; the first is for the fast tests
+large = partial(Case, kernels='band', only='light')
+TOEPLITZ_CASES = [
+    large(1, 32, 1, (7, 7), (13, 13), bf16, f32, dropconnect=.3),
+    large(3, 32, 2, (14, 14), (13, 13), f16, dropconnect=.3),
+    large(1, 32, 1, (15, 15), (9, 9), f16, normalize='none'),
+    large(1, 32, 1, (9, 17), (13, 13), bf16, bias=False),
+    large(2, 96, 3, (1, 5), (31, 31), f16),
+    large(1, 64, 1, (40, 9), (31, 11), f16),
+    large(2, 32, 1, (5, 40), (1, 31), f16, layout='expanded'),
+    large(1, 16, 1, (20, 33), (31, 31), f16),
+    large(1, 32, 1, (18, 9), (15, 3), bf16, scale=30.),
 ]
 
 
@@ -200,6 +217,18 @@ def shifted_slot_column(v, px):
     return (v + px + 1) & 7
 
 
+@jit
+def shifted_columns_between(slot, position):
+    """`columns_between`, one more."""
+    return slot % 8 - position % 8 + 1
+
+
+@jit
+def shifted_column_of_slot(dv, position):
+    """`column_of_slot`, one more."""
+    return dv + position % 8 + 1
+
+
 def run_shifted() -> None:
     """Print which tensors the tolerance refuses when the last row and column of taps look one position too far."""
     for kernels in (light_direct, dynamic_direct):
@@ -211,6 +240,9 @@ def run_shifted() -> None:
     light_band.slot_column = shifted_slot_column
     for op in ('light', 'dynamic'):
         print('band', op, *check(op, BAND_CASES[0]))
+    toeplitz.columns_between = shifted_columns_between
+    toeplitz.column_of_slot = shifted_column_of_slot
+    print('toeplitz light', *check('light', TOEPLITZ_CASES[0]))
 
 
 @jit
@@ -231,11 +263,12 @@ def check_mask() -> None:
         single = torch.ones(2, 2, 9, 5, dtype=f16).contiguous(memory_format=torch.channels_last)
         ours = dynamicconv2d_triton(wide, single, (1, 1), None, 'none', p, seed, kernels='band')
         assert torch.equal(ours, dynamicconv2d_naive(wide, single, (1, 1), None, 'none', p, seed))
-        point = torch.zeros(1, 4, 5, 5)
-        point[..., 2, 2] = 1
-        weight = torch.ones(2, 5, 5)
-        ours = lightconv2d_triton(point, weight, None, 'none', p, seed)
-        assert torch.equal(ours, lightconv2d_naive(point, weight, None, 'none', p, seed))
+        for kernels, dtype, K in (('direct', f32, 5), ('band', f16, 5), ('band', f16, 9)):
+            point = torch.zeros(1, K, K, 32, dtype=dtype).permute(0, 3, 1, 2)
+            point[..., K // 2, K // 2] = 1
+            weight = torch.ones(2, K, K)
+            ours = lightconv2d_triton(point, weight, None, 'none', p, seed, kernels)
+            assert torch.equal(ours, lightconv2d_naive(point, weight, None, 'none', p, seed)), (kernels, K)
 
     index = torch.arange(64) * 0x3456789ab
     out = torch.empty(64)
@@ -272,6 +305,28 @@ def check_wide() -> None:
             assert check(op, case) == [], (op, case)
 
 
+def check_far() -> None:
+    """The gradient of LightConv's weight from batches of more than 2^31 elements, in a file that has almost none."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 3, 3, generator=generator)
+    x, grad = (torch.randn(2, 3, 4, 32, generator=generator).to(f16).permute(0, 3, 1, 2) for _ in range(2))
+    with tempfile.TemporaryDirectory() as folder:
+        memory = torch.from_file(str(Path(folder) / 'far'), shared=True, size=2 ** 31 + 2 ** 20, dtype=f16)
+        far = memory.as_strided(x.shape, (2 ** 31 + 512, 1, 4 * 32, 32))  # from image to image
+        rows = memory.as_strided((1, 32, 2, 4), (1, 1, 2 ** 31 + 512, 32))  # from row to row
+        for name, run in (('direct', light_direct.launch_bwd_weight), ('toeplitz', toeplitz.launch_bwd_weight),
+                          ('band', partial(light_band.launch_bwd_weight, launch=LAUNCHES[0])),
+                          ('band, copy engine', partial(light_band.launch_bwd_weight, launch=LAUNCHES[1]))):
+            expected = run(grad, x, weight, None, 0., True)
+            assert expected.abs().max() > 0
+            assert torch.equal(run(grad, far.copy_(x), weight, None, 0., True), expected), name
+            assert torch.equal(run(far.copy_(grad), x, weight, None, 0., True), expected), name
+        x, grad = x[:1, :, :2], grad[:1, :, :2]
+        expected = light_direct.launch_bwd_weight(grad, x, weight, None, 0., True)
+        assert torch.equal(light_direct.launch_bwd_weight(grad, rows.copy_(x), weight, None, 0., True), expected)
+        assert torch.equal(light_direct.launch_bwd_weight(rows.copy_(grad), x, weight, None, 0., True), expected)
+
+
 def run_part(part: str) -> None:
     """'direct' (kernels below 13), 'large' (from 13 up, which take seconds), 'band', or what else must hold: 'rest'."""
     large = part == 'large'
@@ -283,10 +338,14 @@ def run_part(part: str) -> None:
     for (i, case), (j, op) in product(enumerate(BAND_CASES), enumerate(('light', 'dynamic'))) if part == 'band' else ():
         wrong = check_band(op, case, LAUNCHES[(i + j) % 2])
         assert not wrong, f'band {op} {case}: {wrong} are further from the reference than the tolerance allows'
+    for case in {'band': TOEPLITZ_CASES[:1], 'large': TOEPLITZ_CASES[1:]}.get(part, ()):
+        wrong = check('light', case, twice=False)
+        assert not wrong, f'toeplitz {case}: {wrong} are further from the reference than the tolerance allows'
     if part == 'rest':
         check_mask()
         check_edges()
         check_wide()
+        check_far()
 
 
 if __name__ == '__main__':

@@ -17,7 +17,6 @@ import torch
 import triton.language as tl
 from triton import jit
 
-from .. import band_ops
 from ..band_ops import (
     LOG2E,
     Launch,
@@ -32,9 +31,9 @@ from ..band_ops import (
     taps_of_slots,
 )
 from ..dropconnect import threshold
-from ..triton_ops import dropconnect_factor, empty_channels_last, needs_int64, on_device_of
+from ..triton_ops import dropconnect_factor, empty_channels_last, on_device_of
 
-__all__ = ['launch_bwd_input', 'launch_bwd_logits', 'launch_fwd', 'why_not']
+__all__ = ['launch_bwd_input', 'launch_bwd_logits', 'launch_fwd']
 
 
 @jit
@@ -238,17 +237,6 @@ def _dynamicconv2d_band_bwd_input_kernel(
     row = first + (last - first + 1) // 2 * 2 - Kh // 2
     _store_rows(acc0, out_ptr, row, top, bottom, left, W, scale, G, HEAD)
     _store_rows(acc1, out_ptr, row + 2, top, bottom, left, W, scale, G, HEAD)
-
-
-def why_not(x: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int]) -> str:
-    """Why these kernels cannot take a call, '' if they can."""
-    if logits.dtype != x.dtype:
-        return f'x and logits must have one dtype, got {x.dtype} and {logits.dtype}'
-    if not logits.is_contiguous(memory_format=torch.channels_last):
-        return f'logits must be dense in channels_last, got strides {logits.stride()}'
-    if needs_int64(logits):
-        return f'the logits of an image must stay below 2^31 elements, got shape {tuple(logits.shape)}'
-    return band_ops.why_not(x, kernel, x.shape[1] * kernel[0] * kernel[1] // logits.shape[1])
 
 
 def bounded(launch: Launch, seed: torch.Tensor | None) -> Launch:

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from ..band_ops import takes_band
+from ..band_ops import band_obstacle, takes_band
 from ..triton_ops import empty_channels_last, not_implemented, require_triton
 from . import band, direct
 
@@ -15,7 +15,8 @@ __all__ = ['dynamicconv2d_triton']
 
 def _implementation(x: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int], kernels: str) -> ModuleType:
     require_triton(x, 'dynamicconv2d')
-    return band if takes_band('dynamicconv2d', kernels, band.why_not(x, logits, kernel)) else direct
+    obstacle = band_obstacle(x, kernel, logits.shape[1] // (kernel[0] * kernel[1]), logits)
+    return band if takes_band('dynamicconv2d', kernels, obstacle) else direct
 
 
 @torch.library.custom_op('coatnet_zoo::dynamicconv2d', mutates_args=())

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton import cdiv, jit, next_power_of_2
 
 from ..band_ops import (
+    LOG2E,
     Launch,
     default_launch,
     grid,
@@ -26,7 +27,7 @@ from ..band_ops import (
     taps_of_slots,
 )
 from ..dropconnect import threshold
-from ..triton_ops import dropconnect_factor, empty_channels_last, on_device_of
+from ..triton_ops import dense_images, dropconnect_factor, empty_channels_last, on_device_of
 from .direct import reduce_weight_grad
 
 __all__ = ['launch_bwd_weight', 'launch_fwd']
@@ -36,7 +37,7 @@ WEIGHT_PROGRAMS = 2048
 
 @jit
 def _slice_of_band(
-        weight_ptr, seed_ptr, row_max, row_sum, head, threshold, scale, j: tl.constexpr, Kh: tl.constexpr,
+        weight_ptr, seed_ptr, row_max, norm, head, threshold, scale, j: tl.constexpr, Kh: tl.constexpr,
         Kw: tl.constexpr, SOFTMAX: tl.constexpr, TRANSPOSED: tl.constexpr, dtype: tl.constexpr,
 ):
     """Weights (16 positions, 16 slots) of rows 2 j and 2 j + 1 of the span: of its left half, and of its right one."""
@@ -48,7 +49,7 @@ def _slice_of_band(
         tap = Kh * Kw - 1 - tap
     weight = tl.load(weight_ptr + head * (Kh * Kw) + tap).to(tl.float32)
     if SOFTMAX:
-        weight = tl.exp(weight - row_max) / row_sum
+        weight = tl.exp2((weight - row_max) * LOG2E) * norm
     if seed_ptr is not None:
         weight *= dropconnect_factor((head * (Kh * Kw) + tap).to(tl.int64), tl.load(seed_ptr), threshold, scale)
     weight = tl.where(exists, weight, 0.0)
@@ -69,22 +70,22 @@ def _lightconv2d_band_fwd_kernel(
     out_ptr += tl.cast(image, tl.int64) * H * W * C + head * HEAD
     channel = tl.arange(0, HEAD)
     row_max = 0.0
-    row_sum = 1.0
+    norm = 1.0
     if SOFTMAX:
         tap = tl.arange(0, TAPS)
         logits = tl.load(weight_ptr + head * (Kh * Kw) + tap, mask=tap < Kh * Kw, other=float('-inf')).to(tl.float32)
         row_max = tl.max(logits, 0)
-        row_sum = tl.sum(tl.exp(logits - row_max), 0)
+        norm = 1 / tl.sum(tl.exp2((logits - row_max) * LOG2E), 0)
     bias = tl.zeros((HEAD,), tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + head * HEAD + channel).to(tl.float32)
-    near0, far0 = _slice_of_band(weight_ptr, seed_ptr, row_max, row_sum, head, threshold, scale, 0, Kh, Kw, SOFTMAX,
+    near0, far0 = _slice_of_band(weight_ptr, seed_ptr, row_max, norm, head, threshold, scale, 0, Kh, Kw, SOFTMAX,
                                  TRANSPOSED, dtype)
-    near1, far1 = _slice_of_band(weight_ptr, seed_ptr, row_max, row_sum, head, threshold, scale, 1, Kh, Kw, SOFTMAX,
+    near1, far1 = _slice_of_band(weight_ptr, seed_ptr, row_max, norm, head, threshold, scale, 1, Kh, Kw, SOFTMAX,
                                  TRANSPOSED, dtype)
-    near2, far2 = _slice_of_band(weight_ptr, seed_ptr, row_max, row_sum, head, threshold, scale, 2, Kh, Kw, SOFTMAX,
+    near2, far2 = _slice_of_band(weight_ptr, seed_ptr, row_max, norm, head, threshold, scale, 2, Kh, Kw, SOFTMAX,
                                  TRANSPOSED, dtype)
-    near3, far3 = _slice_of_band(weight_ptr, seed_ptr, row_max, row_sum, head, threshold, scale, 3, Kh, Kw, SOFTMAX,
+    near3, far3 = _slice_of_band(weight_ptr, seed_ptr, row_max, norm, head, threshold, scale, 3, Kh, Kw, SOFTMAX,
                                  TRANSPOSED, dtype)
 
     # output rows under way: of the last step, of the one before, of the third last. Each a tensor of its own: Triton
@@ -117,8 +118,8 @@ def _lightconv2d_band_fwd_kernel(
 
 @jit
 def _lightconv2d_band_bwd_weight_kernel(
-        x, grad_ptr, partial_ptr, H, W, across, share, total, C: tl.constexpr, Kh: tl.constexpr, Kw: tl.constexpr,
-        HEAD: tl.constexpr, SLOTS: tl.constexpr, TAPS: tl.constexpr, TMA: tl.constexpr,
+        x, grad_ptr, partial_ptr, x_b, grad_b, H, W, across, share, total, C: tl.constexpr, Kh: tl.constexpr,
+        Kw: tl.constexpr, HEAD: tl.constexpr, SLOTS: tl.constexpr, TAPS: tl.constexpr, TMA: tl.constexpr,
 ):
     """partial (programs of a head, G, Kh * Kw): sums over `share` of the `total` pairs of rows of all images."""
     G: tl.constexpr = C // HEAD
@@ -137,10 +138,14 @@ def _lightconv2d_band_bwd_weight_kernel(
         image = index // pairs
         row = index % pairs * 2
         offs, mask = positions_of_tile(row, left, H, H, W)
-        grad = tl.load(grad_ptr + tl.cast(image, tl.int64) * H * W * C + head * HEAD
+        grad = tl.load(grad_ptr + tl.cast(image, tl.int64) * grad_b + head * HEAD
                        + ((offs * C)[:, None] + channel[None, :]), mask=mask[:, None], other=0.0)
-        x_left = half_of_span(x, image, row - Kh // 2, left - Kw // 2, head * HEAD, H, W, C, HEAD, SLOTS, TMA)
-        x_right = half_of_span(x, image, row - Kh // 2, left - Kw // 2 + 8, head * HEAD, H, W, C, HEAD, SLOTS, TMA)
+        source = x
+        if not TMA:
+            source += tl.cast(image, tl.int64) * x_b
+            image = 0
+        x_left = half_of_span(source, image, row - Kh // 2, left - Kw // 2, head * HEAD, H, W, C, HEAD, SLOTS, TMA)
+        x_right = half_of_span(source, image, row - Kh // 2, left - Kw // 2 + 8, head * HEAD, H, W, C, HEAD, SLOTS, TMA)
         from_left = product(grad, tl.trans(x_left), from_left)
         from_right = product(grad, tl.trans(x_right), from_right)
     band = tl.where(slot % 8 >= i % 8, from_left, from_right)
@@ -180,7 +185,7 @@ def launch_bwd_weight(
     G, Kh, Kw = weight.shape
     if x.numel() == 0:
         return torch.zeros((G, Kh, Kw), dtype=weight.dtype, device=x.device)
-    grad = grad.contiguous(memory_format=torch.channels_last)
+    grad, x = dense_images(grad), dense_images(x)
     launch, slots = launch or default_launch(x), slots_of_span(Kh)
     across, total = cdiv(W, 8), B * cdiv(H, 2)
     share = cdiv(total, cdiv(launch.strips or WEIGHT_PROGRAMS, across * G))
@@ -188,6 +193,6 @@ def launch_bwd_weight(
     partial = torch.empty((parts, G, Kh * Kw), dtype=torch.float32, device=x.device)
     with on_device_of(x):
         _lightconv2d_band_bwd_weight_kernel[parts * G,](
-            operand(x, C // G, slots, launch), grad, partial, H, W, across, share, total, C=C, Kh=Kh, Kw=Kw,
+            operand(x, C // G, slots, launch), grad, partial, x.stride(0), grad.stride(0), H, W, across, share, total, C=C, Kh=Kh, Kw=Kw,
             HEAD=C // G, SLOTS=slots, TAPS=max(16, next_power_of_2(Kh * Kw)), TMA=launch.tma, **launch.options)
     return reduce_weight_grad(partial, weight, seed, dropconnect, softmax, per_head=1)

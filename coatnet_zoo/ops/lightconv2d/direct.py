@@ -32,6 +32,7 @@ from ..triton_ops import (
 __all__ = ['launch_bwd_weight', 'launch_fwd', 'reduce_weight_grad']
 
 SCRATCH = 1 << 20  # float32 elements of partial weight gradients, 4 MB
+SUMMED = 32  # partial weight gradients that one program sums
 
 
 @jit
@@ -170,6 +171,18 @@ def _lightconv2d_bwd_weight_partial_kernel(
 
 
 @jit
+def _lightconv2d_bwd_weight_sum_kernel(
+        partial_ptr, out_ptr, parts, columns, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """out (groups, columns): sums over PARTS of the rows of partial (parts, columns)."""
+    part = tl.program_id(1) * PARTS + tl.arange(0, PARTS)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(partial_ptr + part.to(tl.int64)[:, None] * columns + column[None, :],
+                     mask=(part < parts)[:, None] & (column < columns)[None, :], other=0.0)
+    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * columns + column, tl.sum(values, 0), mask=column < columns)
+
+
+@jit
 def _lightconv2d_bwd_weight_reduce_kernel(
         partial_ptr, weight_ptr, seed_ptr, out_ptr, weight_g, weight_u, weight_v, splits, G, per_head, threshold, scale,
         Kh: tl.constexpr, Kw: tl.constexpr, SOFTMAX: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -250,8 +263,18 @@ def launch_bwd_weight(
 def reduce_weight_grad(
         partial: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor | None, dropconnect: float, softmax: bool,
         per_head: int) -> torch.Tensor:
-    """(G, Kh, Kw) in the dtype of weight from partial sums (parts, G * per_head, Kh * Kw)."""
+    """(G, Kh, Kw) in the dtype of weight from partial sums (parts, G * per_head, Kh * Kw).
+
+    Parts are summed by many programs; the last step, of one program a head, has at most SUMMED of them.
+    """
     G, Kh, Kw = weight.shape
+    with on_device_of(weight):
+        while len(partial) > SUMMED:
+            parts, columns = len(partial), partial[0].numel()
+            sums = partial.new_empty((cdiv(parts, SUMMED), *partial.shape[1:]))
+            _lightconv2d_bwd_weight_sum_kernel[cdiv(columns, 64), len(sums)](
+                partial, sums, parts, columns, PARTS=SUMMED, BLOCK=64, **OPTIONS)
+            partial = sums
     out = torch.empty((G, Kh, Kw), dtype=weight.dtype, device=weight.device)
     taps = next_power_of_2(Kh * Kw)
     with on_device_of(weight):

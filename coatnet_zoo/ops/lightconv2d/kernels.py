@@ -1,14 +1,15 @@
-"""LightConv in Triton as operators of torch: registration, autograd and the choice between two sets of kernels.
+"""LightConv in Triton as operators of torch: registration, autograd and the choice between three sets of kernels.
 
-`band.py` runs on tensor cores and covers the usual call; `direct.py` covers every other.
+`band.py` (up to 7 x 7) and `toeplitz.py` (above) run on tensor cores and cover the usual call; `direct.py` covers every
+other.
 """
 from types import ModuleType
 
 import torch
 
-from ..band_ops import takes_band, why_not
+from ..band_ops import MAX_KERNEL_SIZE, band_obstacle, takes_band
 from ..triton_ops import empty_channels_last, not_implemented, require_triton
-from . import band, direct
+from . import band, direct, toeplitz
 
 __all__ = ['lightconv2d_triton']
 
@@ -16,7 +17,9 @@ __all__ = ['lightconv2d_triton']
 def _implementation(x: torch.Tensor, weight: torch.Tensor, kernels: str) -> ModuleType:
     require_triton(x, 'lightconv2d')
     G, Kh, Kw = weight.shape
-    return band if takes_band('lightconv2d', kernels, why_not(x, (Kh, Kw), x.shape[1] // G)) else direct
+    if not takes_band('lightconv2d', kernels, band_obstacle(x, (Kh, Kw), G)):
+        return direct
+    return band if max(Kh, Kw) <= MAX_KERNEL_SIZE else toeplitz
 
 
 @torch.library.custom_op('coatnet_zoo::lightconv2d', mutates_args=())
@@ -84,7 +87,7 @@ def lightconv2d_triton(
 ) -> torch.Tensor:
     """(B, C, H, W), (G, Kh, Kw) -> (B, C, H, W), channels_last; a seed switches DropConnect on.
 
-    kernels: 'auto', or one of 'band' and 'direct' to force the kernels of one file.
+    kernels: 'auto', or 'band' and 'direct' to force the kernels with or without tensor cores.
     """
     weight, bias = weight.contiguous(), bias if bias is None else bias.contiguous()  # small, and read without strides
     return _lightconv2d_op(x, weight, bias, seed, float(dropconnect), normalize == 'softmax', kernels)
