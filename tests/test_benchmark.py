@@ -23,6 +23,7 @@ def settings(**changes) -> ModelPairSettings:
         'window': 0.01, **changes})
 
 
+@pytest.mark.slow
 def test_both_sides_are_measured(tmp_path, capsys):
     file = tmp_path / 'results.json'
     report = benchmark_models.main(settings(results_file=str(file)))

@@ -100,6 +100,7 @@ def test_photographs_are_looked_at_by_the_weights_that_ship(tmp_path, monkeypatc
     assert said.index('coffee.png') < said.index('espresso') < said.index('cat.png')
 
 
+@pytest.mark.slow
 def test_demo_fails_on_low_accuracy_and_starts_afresh(tmp_path, monkeypatch, capsys):
     digits, photograph = load_digits(), tmp_path / 'photograph.png'
     Image.new('RGB', (64, 32)).save(photograph)

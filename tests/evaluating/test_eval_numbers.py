@@ -28,6 +28,7 @@ def learn(model: torch.nn.Module, logits: torch.Tensor, labels: torch.Tensor, sh
 
 
 @needs_images('imagenet-1k-samples-128')  # one of each class
+@pytest.mark.slow
 def test_agrees_with_timm_on_every_image_of_a_real_set(settings, tmp_path, randomize, classes_of):
     data = unpack_images('imagenet-1k-samples-128', tmp_path / 'in1k')
     model = random_model(randomize)

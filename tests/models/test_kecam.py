@@ -218,6 +218,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(published, monkeypatch, tmp_path) -> Iterator[Server]:
     """The publisher of a random file, whose address and MD5 the package takes for the real ones."""
     state = Server(published.read_bytes())
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, state)) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         state.url = f'http://127.0.0.1:{http.server_port}/coatnet0_224_imagenet.h5'

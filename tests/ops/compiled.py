@@ -48,6 +48,7 @@ class Usage(NamedTuple):
     instructions: int
     loop: int
     lanes_inner: bool
+    warps: int
 
 
 def compile_for(arch: int, kernel: JITFunction, arguments: dict, options: dict) -> CompiledKernel:
@@ -91,7 +92,8 @@ def usage(compiled: CompiledKernel) -> Usage:
     ir = compiled.asm['ttgir']
     layouts = {match[1] for match in re.finditer(r'tt\.(?:load|store) .*tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>', ir)}
     inner = all(re.search(rf'^{layout} = .*order = \[1, 0\]', ir, re.MULTILINE) for layout in layouts)
-    return Usage(compiled.metadata.name, registers, stack + local, compiled.metadata.shared, count, loop, inner)
+    return Usage(compiled.metadata.name, registers, stack + local, compiled.metadata.shared, count, loop, inner,
+                 compiled.metadata.num_warps)
 
 
 @contextmanager
@@ -152,6 +154,15 @@ def launch_projected(
     projected_band.launch_fwd(x, projection, (K, K), None, seed, p, True, Launch(tma=tma))
 
 
+def launch_toeplitz(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: int = 32, tma: bool = False) -> None:
+    """LightConv's kernels for tensor cores and large K, likewise; they read through plain pointers."""
+    x = channels_last(size, C, dtype)
+    seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
+    weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, dtype=dtype, device='meta')
+    toeplitz.launch_fwd(x, weight, bias, seed, p, True, transposed=False)
+    toeplitz.launch_bwd_weight(x, x, weight, seed, p, True)
+
+
 class Build(NamedTuple):
     """One set of launches whose cost is kept."""
 
@@ -171,23 +182,40 @@ class Build(NamedTuple):
     def usages(self) -> list[Usage]:
         with compiling_for(self.arch) as seen:
             self.launch(self.size, self.C, self.K, torch.bfloat16, self.dropconnect, self.head, tma=self.arch >= 90)
-        return [used for used in seen if '_band_' in used.kernel]
+        return [used for used in seen if re.search('_band_|_toeplitz_(fwd|bwd)', used.kernel)]
+
+    def outputs_a_turn(self, used: Usage) -> float:
+        """Outputs, or for the gradient of weight elements of grad, that a warp finishes in a turn of the loop.
+
+        A program of the band kernels, one warp, takes a tile of 16 positions of a head a turn. A Toeplitz program takes
+        several turns for its tiles, over slices, octets and windows of x; all of them lie inside a large image.
+        """
+        if 'toeplitz' not in used.kernel:
+            return 16 * self.head
+        pairs, _, _, reach, reach_w = toeplitz.tiles(self.size, self.size, self.K, self.K)
+        if 'fwd' in used.kernel:
+            part, images = toeplitz.slice_of(pairs, reach), 256 // self.head
+        else:
+            part, images = pairs, max(1, 64 // self.head)
+        turns = (2 * reach_w + 1) * -(-(pairs + 2 * reach) // part)
+        return pairs * 16 * images * self.head / (turns * used.warps)
 
     def row(self, used: Usage) -> dict[str, str]:
-        """A row of the file. A tile is 16 positions of a head, which a program of one warp takes once a loop."""
-        outputs = 16 * self.head
+        """A row of the file."""
         return {
             'kernel': used.kernel, 'arch': f'sm_{self.arch}', 'shape': f'{self.size}x{self.size}x{self.C}',
             'kernel_size': str(self.K), 'head_dim': str(self.head), 'dropconnect': str(self.dropconnect),
             'triton': '.'.join(triton.__version__.split('.')[:2]),
-            'instructions_per_output': f'{32 * used.loop / outputs:.1f}', 'registers': str(used.registers),
-            'spilled_bytes': str(used.spilled), 'shared_bytes': str(used.shared)}
+            'instructions_per_output': f'{32 * used.loop / self.outputs_a_turn(used):.1f}',
+            'registers': str(used.registers), 'spilled_bytes': str(used.spilled), 'shared_bytes': str(used.shared)}
 
 
 BUILDS = [Build(90, 56, 96, 7, 32, 0.), Build(90, 14, 384, 7, 32, .1), Build(90, 28, 192, 3, 64, 0.),
           Build(80, 28, 192, 7, 32, 0.), Build(80, 14, 384, 5, 16, 0.),
           Build(90, 56, 96, 7, 32, 0., launch_projected), Build(90, 28, 128, 3, 64, .1, launch_projected),
-          Build(80, 56, 64, 5, 16, 0., launch_projected)]
+          Build(80, 56, 64, 5, 16, 0., launch_projected),
+          Build(90, 56, 96, 13, 32, 0., launch_toeplitz), Build(90, 14, 384, 13, 32, .1, launch_toeplitz),
+          Build(90, 28, 192, 31, 64, 0., launch_toeplitz), Build(80, 56, 96, 31, 32, 0., launch_toeplitz)]
 
 
 def read_budgets() -> list[dict[str, str]]:

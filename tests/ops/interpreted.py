@@ -181,6 +181,8 @@ def check(op: str, case: Case, device: str = 'cpu', twice: bool = True) -> list[
         ulp = torch.finfo(ours[name].dtype).eps * 2 ** exact.abs().max().log2().floor().item()
         # a sum of thousands of products, of which the softmax then takes away almost all
         ulps = 16 if op == 'light' and name == 'weight' else 2
+        if ours[name].dtype == torch.float32:
+            ulps = max(ulps, 4)  # eager's sum over taps, by embedding_bag, rounds less than a loop over taps
         if not distance(ours[name], exact) <= max(2 * distance(rival[name], exact), ulps * ulp):
             wrong.append(name)
     return wrong
@@ -327,18 +329,24 @@ def check_far() -> None:
         assert torch.equal(light_direct.launch_bwd_weight(rows.copy_(grad), x, weight, None, 0., True), expected)
 
 
+def is_quick(case: Case) -> bool:
+    """Whether the interpreter takes no more than a second or two for it."""
+    return max(case.kernel) < 13 and case.B * case.C * case.size[0] * case.size[1] <= 2500
+
+
 def run_part(part: str) -> None:
-    """'direct' (kernels below 13), 'large' (from 13 up, which take seconds), 'band', or what else must hold: 'rest'."""
-    large = part == 'large'
-    for case in CASES if part in ('direct', 'large') else ():
+    """'direct', 'band', and what else must hold, 'rest'; 'slow' has those cases of both that take seconds."""
+    slow = part == 'slow'
+    for case in CASES if part in ('direct', 'slow') else ():
         for op in ('light', 'dynamic'):
-            if case.only in ('', op) and (max(case.kernel) >= 13) == large:
-                wrong = check(op, case, twice=not large)
+            if case.only in ('', op) and is_quick(case) != slow:
+                wrong = check(op, case, twice=max(case.kernel) < 13)
                 assert not wrong, f'{op} {case}: {wrong} are further from the reference than the tolerance allows'
-    for (i, case), (j, op) in product(enumerate(BAND_CASES), enumerate(('light', 'dynamic'))) if part == 'band' else ():
-        wrong = check_band(op, case, LAUNCHES[(i + j) % 2])
-        assert not wrong, f'band {op} {case}: {wrong} are further from the reference than the tolerance allows'
-    for case in {'band': TOEPLITZ_CASES[:1], 'large': TOEPLITZ_CASES[1:]}.get(part, ()):
+    for (i, case), (j, op) in product(enumerate(BAND_CASES), enumerate(('light', 'dynamic'))):
+        if part in ('band', 'slow') and is_quick(case) != slow:
+            wrong = check_band(op, case, LAUNCHES[(i + j) % 2])
+            assert not wrong, f'band {op} {case}: {wrong} are further from the reference than the tolerance allows'
+    for case in {'band': TOEPLITZ_CASES[:1], 'slow': TOEPLITZ_CASES[1:]}.get(part, ()):
         wrong = check('light', case, twice=False)
         assert not wrong, f'toeplitz {case}: {wrong} are further from the reference than the tolerance allows'
     if part == 'rest':

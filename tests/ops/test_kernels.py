@@ -37,7 +37,7 @@ def in_interpreter(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize('part', ['direct', 'band', 'rest', pytest.param('large', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('part', ['direct', 'band', 'rest', pytest.param('slow', marks=pytest.mark.slow)])
 def test_kernels_match_the_reference(part):
     assert in_interpreter('tests/ops/interpreted.py', part) == 'ok\n'
 

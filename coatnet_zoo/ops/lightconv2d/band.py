@@ -193,6 +193,7 @@ def launch_bwd_weight(
     partial = torch.empty((parts, G, Kh * Kw), dtype=torch.float32, device=x.device)
     with on_device_of(x):
         _lightconv2d_band_bwd_weight_kernel[parts * G,](
-            operand(x, C // G, slots, launch), grad, partial, x.stride(0), grad.stride(0), H, W, across, share, total, C=C, Kh=Kh, Kw=Kw,
-            HEAD=C // G, SLOTS=slots, TAPS=max(16, next_power_of_2(Kh * Kw)), TMA=launch.tma, **launch.options)
+            operand(x, C // G, slots, launch), grad, partial, x.stride(0), grad.stride(0), H, W, across, share, total,
+            C=C, Kh=Kh, Kw=Kw, HEAD=C // G, SLOTS=slots, TAPS=max(16, next_power_of_2(Kh * Kw)), TMA=launch.tma,
+            **launch.options)
     return reduce_weight_grad(partial, weight, seed, dropconnect, softmax, per_head=1)

@@ -217,6 +217,11 @@ def tiles(H: int, W: int, Kh: int, Kw: int) -> Tiles:
     return Tiles(pairs, down, octets, (Kh // 2 + 1) // 2 if down > 1 else 0, min(cdiv(Kw // 2, 8), octets - 1))
 
 
+def slice_of(pairs: int, reach: int) -> int:
+    """Tiles of x that are read at once: none of these slices passes the last tile by more than the table does."""
+    return min(4, pairs) if (pairs + 2 * reach) % 4 == 0 else min(2, pairs)
+
+
 def _table(x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor | None, dropconnect: float, softmax: bool,
            transposed: bool, first: int, blocks: int, reach_w: int) -> torch.Tensor:
     """A (G, 2 * reach_w + 1, blocks, 16, 16) in the dtype of x."""
@@ -239,8 +244,7 @@ def launch_fwd(
     if out.numel() == 0:
         return out
     pairs, down, octets, reach, reach_w = tiles(H, W, Kh, Kw)
-    # no slice may pass the last pair that is needed by more than the table does
-    part = min(4, pairs) if (pairs + 2 * reach) % 4 == 0 else min(2, pairs)
+    part = slice_of(pairs, reach)
     images = min(256 * G // C, next_power_of_2(B))
     blocks = 2 * (pairs + reach) - 1 + part
     with on_device_of(x):
