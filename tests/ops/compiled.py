@@ -215,7 +215,8 @@ BUILDS = [Build(90, 56, 96, 7, 32, 0.), Build(90, 14, 384, 7, 32, .1), Build(90,
           Build(90, 56, 96, 7, 32, 0., launch_projected), Build(90, 28, 128, 3, 64, .1, launch_projected),
           Build(80, 56, 64, 5, 16, 0., launch_projected),
           Build(90, 56, 96, 13, 32, 0., launch_toeplitz), Build(90, 14, 384, 13, 32, .1, launch_toeplitz),
-          Build(90, 28, 192, 31, 64, 0., launch_toeplitz), Build(80, 56, 96, 31, 32, 0., launch_toeplitz)]
+          Build(90, 28, 192, 31, 64, 0., launch_toeplitz), Build(90, 56, 96, 31, 32, 0., launch_toeplitz),
+          Build(80, 56, 96, 31, 32, 0., launch_toeplitz)]
 
 
 def read_budgets() -> list[dict[str, str]]:

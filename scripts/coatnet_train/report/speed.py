@@ -115,14 +115,15 @@ def kernel_budgets(root: Path) -> str:
     file = root / 'results' / 'kernel_budgets.csv'
     if not file.exists():
         return 'Machine code of the band kernels: not measured.'
-    cells = [cell for cell in read_csv(file) if cell['shape'] == '56x56x96']
+    cells = [cell for cell in read_csv(file) if cell['shape'] == '56x56x96' and cell['arch'] == 'sm_90']
     rows = [
-        [f'`{cell["kernel"].strip("_").removesuffix("_kernel")}`', cell['triton'], cell['instructions_per_output'],
-         cell['registers'], cell['spilled_bytes'], cell['shared_bytes']] for cell in cells]
-    one = cells[0]
-    return (table(['kernel', 'Triton', 'instructions per output', 'registers', 'spilled bytes', 'shared bytes'], rows)
-            + f'\n\n{one["arch"]}, map 56 x 56 x 96, kernel {one["kernel_size"]} x {one["kernel_size"]}, heads of '
-              f'{one["head_dim"]} channels; more shapes are in results/kernel_budgets.csv.')
+        [f'`{cell["kernel"].strip("_").removesuffix("_kernel")}`', cell['kernel_size'], cell['triton'],
+         cell['instructions_per_output'], cell['registers'], cell['spilled_bytes'], cell['shared_bytes']]
+        for cell in cells]
+    header = ['kernel', 'K', 'Triton', 'instructions per output', 'registers', 'spilled bytes', 'shared bytes']
+    return (table(header, rows)
+            + f'\n\nsm_90, map 56 x 56 x 96, kernels K x K, heads of {cells[0]["head_dim"]} channels; more shapes are '
+              f'in results/kernel_budgets.csv.')
 
 
 def loader(root: Path) -> str:
