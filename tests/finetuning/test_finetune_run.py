@@ -163,8 +163,17 @@ def test_command_trains_and_a_bad_one_ends_with_code_2(settings):
 
 @pytest.mark.parametrize('recipe', recipes.RECIPES)
 def test_recipe_holds_settings_that_can_work(recipe):
-    finetune.check_values(finetune.FinetuneSettings(
-        model='coatnet_0', data_dir='images', **recipes.recipe_settings(recipe, 'coatnet_0')))
+    found = recipes.recipe_settings(recipe, 'coatnet_0')
+    teacher = 'a_teacher' if 'kd_loss_weight' in found else ''
+    finetune.check_values(finetune.FinetuneSettings(model='coatnet_0', data_dir='images', teacher=teacher, **found))
+
+
+def test_recipe_with_a_teacher_does_not_train_from_labels_alone():
+    arguments = ['--recipe', 'tin200_dist', '--data-dir', 'images', '--model', 'coatnet_pico_64']
+    with pytest.raises(ConfigError, match=r'--recipe tin200_dist sets --kd-loss-weight 0\.9 and needs a teacher'):
+        finetune.check_values(finetune.read_settings(arguments))
+    with pytest.raises(ConfigError, match=r'The command line sets --kd-temperature 3\.0 and needs a teacher'):
+        finetune.check_values(finetune.read_settings([*arguments[2:], '--kd-temperature', '3']))
 
 
 def test_recipe_is_taken_from_the_command_line_and_flags_win():

@@ -229,6 +229,25 @@ def test_gradients_and_second_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x, w: lightconv2d(x, w, backend='eager'), (x, weight))
 
 
+def test_a_column_of_one_channel():
+    """Strides of dimensions of size one say nothing of the layout."""
+    x, logits = rand(1, 1, 70, 1, grad=True), rand(1, 9, 70, 1, grad=True)
+    agree(lambda backend: dynamicconv2d(x, logits, (3, 3), backend=backend), [x, logits])
+
+
+@pytest.mark.parametrize('size', [(3, 4), (9, 10)], ids=['small', 'large'])
+def test_forward_mode_of_eager_dynamicconv(size):
+    x, logits = rand(2, 4, *size), rand(2, 2 * 9, *size)
+    tangents = rand(2, 4, *size), rand(2, 2 * 9, *size)
+    found = {}
+    for backend in ('naive', 'eager'):
+        op = functools.partial(dynamicconv2d, kernel_size=(3, 3), backend=backend)
+        slopes = torch.func.grad(lambda x, op=op: op(x, logits).pow(3).sum())
+        found[backend] = (*torch.func.jvp(op, (x, logits), tangents), *torch.func.jvp(slopes, (x,), tangents[:1]))
+    for ours, theirs in zip(found['eager'], found['naive'], strict=True):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
 class Largest(TorchDispatchMode):
     """Notes the size of the largest tensor that any operator makes."""
 

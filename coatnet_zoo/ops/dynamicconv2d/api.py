@@ -53,7 +53,8 @@ def dynamicconv2d(
         training: Whether DropConnect acts.
         backend: 'naive', 'eager', 'triton', or None for Triton where it runs and eager elsewhere.
 
-    Returns (B, C, H, W) in the dtype of `x` (under autocast its dtype), channels_last in memory.
+    Returns (B, C, H, W) in the dtype of `x` (under autocast its dtype), channels_last in memory. A position of x that
+    is not finite makes its whole map NaN where `eager` takes a product with a band matrix: small maps.
 
     Raises TypeError or ValueError for what is outside this contract, RuntimeError if Triton is asked for and missing.
     With 'triton', the choice on CUDA, vmap and double backward raise NotImplementedError; 'eager' has both.

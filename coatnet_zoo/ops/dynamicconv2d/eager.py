@@ -125,7 +125,8 @@ def weighted_bags(x: torch.Tensor, kernels: torch.Tensor, kernel_size: tuple[int
     at = (numbers(H)[:, None, None] * wide + numbers(W)[:, None]) * G + numbers(G)
     taps = (numbers(Kh)[:, None] * wide + numbers(Kw)) * G
     rows = at.view(-1, 1) + taps.view(-1)
-    x = F.pad(x, [0, 0, 0, 0, Kw // 2, Kw // 2, Kh // 2, Kh // 2]).view(B, (H + Kh - 1) * wide * G, c)
+    x = F.pad(x, [0, 0, 0, 0, Kw // 2, Kw // 2, Kh // 2, Kh // 2])
+    x = x.reshape(B, (H + Kh - 1) * wide * G, c)
     kernels = kernels.reshape(B, H * W * G, Kh * Kw)
     bags = [F.embedding_bag(rows, x[b], mode='sum', per_sample_weights=kernels[b]) for b in range(B)]
     return torch.stack(bags).view(B, H, W, G, c) if B else x.new_empty(B, H, W, G, c)
@@ -164,6 +165,17 @@ class WeightedSum(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, kernels, ctx.kernel_size = inputs
         ctx.save_for_backward(x, kernels)
+        ctx.save_for_forward(x, kernels)
+
+    @staticmethod
+    def jvp(ctx, x_tangent: torch.Tensor | None, kernels_tangent: torch.Tensor | None, _) -> torch.Tensor:
+        x, kernels = ctx.saved_tensors
+        out = torch.zeros_like(x)
+        if x_tangent is not None:
+            out = out + shifted_sum(x_tangent, by_tap(kernels), ctx.kernel_size)
+        if kernels_tangent is not None:
+            out = out + shifted_sum(x, by_tap(kernels_tangent), ctx.kernel_size)
+        return out
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):

@@ -181,6 +181,12 @@ def check_values(settings: FinetuneSettings) -> None:
     if settings.teacher and settings.teacher_outputs:
         raise ConfigError(f'--teacher {settings.teacher} and --teacher-outputs {settings.teacher_outputs} are two '
                           f'teachers; give one of them.')
+    if not (settings.teacher or settings.teacher_outputs):
+        for name in ('kd_loss_weight', 'kd_temperature', 'teacher_img_size'):
+            if getattr(settings, name) != getattr(FinetuneSettings, name):
+                source = f'--recipe {settings.recipe}' if settings.recipe else 'The command line'
+                raise ConfigError(f'{source} sets {flag(name)} {getattr(settings, name)} and needs a teacher; give '
+                                  f'--teacher or --teacher-outputs.')
     if settings.teacher_outputs and is_stream(settings):
         raise ConfigError(f'--teacher-outputs needs images with an index, which the stream --dataset '
                           f'{settings.dataset} does not have; give --teacher.')

@@ -87,8 +87,9 @@ def check_values(settings: TeachSettings) -> None:
     if settings.interpolation not in INTERPOLATIONS:
         raise ConfigError(f'--interpolation must be one of {", ".join(INTERPOLATIONS)}, got '
                           f'{settings.interpolation!r}.')
-    if not settings.temperatures or min(settings.temperatures) <= 0:
-        raise ConfigError(f'--temperatures must be one or more above 0, got {settings.temperatures}.')
+    # within these, float16 holds logits divided by them
+    if not settings.temperatures or not all(0.05 <= value <= 100 for value in settings.temperatures):
+        raise ConfigError(f'--temperatures must be one or more from 0.05 to 100, got {settings.temperatures}.')
     if is_stream(settings):
         raise ConfigError(f'--dataset {settings.dataset} is a stream, whose images have no index to know them by; use '
                           f'a folder, torch/ or hfds/.')
