@@ -311,11 +311,11 @@ def check_far() -> None:
     """The gradient of LightConv's weight from batches of more than 2^31 elements, in a file that has almost none."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2, 3, 3, generator=generator)
-    x, grad = (torch.randn(2, 3, 4, 32, generator=generator).to(f16).permute(0, 3, 1, 2) for _ in range(2))
+    x, grad = (torch.randn(3, 3, 4, 32, generator=generator).to(f16).permute(0, 3, 1, 2) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
         memory = torch.from_file(str(Path(folder) / 'far'), shared=True, size=2 ** 31 + 2 ** 20, dtype=f16)
-        far = memory.as_strided(x.shape, (2 ** 31 + 512, 1, 4 * 32, 32))  # from image to image
-        rows = memory.as_strided((1, 32, 2, 4), (1, 1, 2 ** 31 + 512, 32))  # from row to row
+        far = memory.as_strided(x.shape, (2 ** 30 + 512, 1, 4 * 32, 32))  # the third image
+        rows = memory.as_strided((1, 32, 3, 4), (1, 1, 2 ** 30 + 512, 32))  # the third row
         for name, run in (('direct', light_direct.launch_bwd_weight), ('toeplitz', toeplitz.launch_bwd_weight),
                           ('band', partial(light_band.launch_bwd_weight, launch=LAUNCHES[0])),
                           ('band, copy engine', partial(light_band.launch_bwd_weight, launch=LAUNCHES[1]))):
@@ -323,7 +323,7 @@ def check_far() -> None:
             assert expected.abs().max() > 0
             assert torch.equal(run(grad, far.copy_(x), weight, None, 0., True), expected), name
             assert torch.equal(run(far.copy_(grad), x, weight, None, 0., True), expected), name
-        x, grad = x[:1, :, :2], grad[:1, :, :2]
+        x, grad = x[:1], grad[:1]
         expected = light_direct.launch_bwd_weight(grad, x, weight, None, 0., True)
         assert torch.equal(light_direct.launch_bwd_weight(grad, rows.copy_(x), weight, None, 0., True), expected)
         assert torch.equal(light_direct.launch_bwd_weight(rows.copy_(grad), x, weight, None, 0., True), expected)
