@@ -13,6 +13,7 @@ import torch
 import triton.language as tl
 from triton import cdiv, jit, next_power_of_2
 
+from ..band_ops import LOG2E
 from ..dropconnect import threshold
 from ..triton_ops import (
     OPTIONS,
@@ -78,7 +79,8 @@ def _dynamicconv2d_fwd_kernel(
             for u in range(Kh):
                 partial_sum = tl.zeros((BLOCK_P,), tl.float32)  # a sum of sums rounds less
                 for v in range(Kw):
-                    partial_sum += tl.exp(tl.load(logits + (first + (u * Kw + v)) * logits_c).to(tl.float32) - row_max)
+                    logit = tl.load(logits + (first + (u * Kw + v)) * logits_c).to(tl.float32)
+                    partial_sum += tl.exp2((logit - row_max) * LOG2E)
                 row_sum += partial_sum
             tl.store(stats_ptr + index * 2, row_max, mask=mask_p)
             tl.store(stats_ptr + index * 2 + 1, 1 / row_sum, mask=mask_p)
@@ -99,7 +101,7 @@ def _dynamicconv2d_fwd_kernel(
                                  mask=inside[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
                 weight = tl.load(logits + (first + (u * Kw + v)) * logits_c).to(tl.float32)
                 if SOFTMAX:
-                    weight = tl.exp(weight - row_max)
+                    weight = tl.exp2((weight - row_max) * LOG2E)
                 if seed_ptr is not None:
                     weight *= dropconnect_factor((before + index) * (Kh * Kw) + (u * Kw + v), seed, threshold, scale)
                 acc += weight[:, None] * window
@@ -157,7 +159,8 @@ def _dynamicconv2d_bwd_input_kernel(
                 if SOFTMAX:
                     stats = stats_ptr + away * 2
                     row_max = tl.load(stats + index * 2, mask=inside, other=0.0)
-                    weight = tl.exp(weight - row_max) * tl.load(stats + 1 + index * 2, mask=inside, other=0.0)
+                    weight = tl.exp2((weight - row_max) * LOG2E)
+                    weight *= tl.load(stats + 1 + index * 2, mask=inside, other=0.0)
                 if seed_ptr is not None:
                     there = before + away + index
                     weight *= dropconnect_factor(there * (Kh * Kw) + (u * Kw + v), seed, threshold, scale)
@@ -223,7 +226,7 @@ def _dynamicconv2d_bwd_logits_kernel(
                              mask=stored, other=float('-inf')).to(tl.float32)
             row_max = tl.load(stats_ptr + index * 2, mask=mask_p, other=0.0)
             norm = tl.load(stats_ptr + index * 2 + 1, mask=mask_p, other=0.0)
-            weight = tl.exp(weight - row_max[:, None]) * norm[:, None]
+            weight = tl.exp2((weight - row_max[:, None]) * LOG2E) * norm[:, None]
             dw = weight * (dw - tl.sum(weight * dw, 1)[:, None])
         tl.store(out_ptr + offs, dw.to(out_ptr.dtype.element_ty), mask=stored)
 

@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 from triton import cdiv, jit, next_power_of_2
 
+from ..band_ops import LOG2E
 from ..dropconnect import threshold
 from ..triton_ops import (
     ENOUGH_PROGRAMS,
@@ -76,7 +77,7 @@ def _lightconv2d_fwd_kernel(
             logits = tl.load(weight_ptr + tap // Kw * weight_u + tap % Kw * weight_v,
                              mask=tap < Kh * Kw, other=float('-inf')).to(tl.float32)
             row_max = tl.max(logits, 0)
-            row_sum = tl.sum(tl.exp(logits - row_max), 0)
+            row_sum = tl.sum(tl.exp2((logits - row_max) * LOG2E), 0)
         else:
             row_max = tl.full((BLOCK_C,), float('-inf'), tl.float32)
             for tap in range(Kh * Kw):
@@ -86,7 +87,8 @@ def _lightconv2d_fwd_kernel(
             for u in range(Kh):
                 partial_sum = tl.zeros((BLOCK_C,), tl.float32)  # a sum of sums rounds less
                 for v in range(Kw):
-                    partial_sum += tl.exp(tl.load(weight_ptr + u * weight_u + v * weight_v).to(tl.float32) - row_max)
+                    logit = tl.load(weight_ptr + u * weight_u + v * weight_v).to(tl.float32)
+                    partial_sum += tl.exp2((logit - row_max) * LOG2E)
                 row_sum += partial_sum
 
     for start in range(0, count, BLOCK_P):
@@ -104,7 +106,7 @@ def _lightconv2d_fwd_kernel(
                                  mask=inside[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
                 weight = tl.load(weight_ptr + u * weight_u + v * weight_v).to(tl.float32)
                 if SOFTMAX:
-                    weight = tl.exp(weight - row_max)
+                    weight = tl.exp2((weight - row_max) * LOG2E)
                 if seed_ptr is not None:
                     weight *= dropconnect_factor(first + (u * Kw + v), seed, threshold, scale)
                 acc += weight * window
@@ -202,7 +204,7 @@ def _lightconv2d_bwd_weight_reduce_kernel(
     if SOFTMAX:
         logits = tl.load(weight_ptr + head * weight_g + tap // Kw * weight_u + tap % Kw * weight_v,
                          mask=tap < Kh * Kw, other=float('-inf')).to(tl.float32)
-        weight = tl.exp(logits - tl.max(logits, 0))
+        weight = tl.exp2((logits - tl.max(logits, 0)) * LOG2E)
         weight = weight / tl.sum(weight, 0)
         grad = weight * (grad - tl.sum(weight * grad, 0))
     tl.store(out_ptr + head * (Kh * Kw) + tap, grad.to(out_ptr.dtype.element_ty), mask=tap < Kh * Kw)
