@@ -81,7 +81,7 @@ def test_one_seed_has_no_standard_error(tmp_path, runs):
 
 def test_speed_is_added_to_what_was_trained(tmp_path, runs, monkeypatch):
     ablation.main(settings(tmp_path))
-    monkeypatch.setattr(ablation_run.benchmark_models, 'measure_window', lambda step, timing: step() or 7.)
+    monkeypatch.setattr(ablation_run.benchmark_models, 'images_per_second', lambda step, timing: step() or 7.)
     report = ablation.main(settings(tmp_path, speed=True, batch_size=1))
     assert report['rows']['DDDD glu=False']['images_per_second'] == 7 and report['rows']['LLLL']['top1'] == 50
     assert report['speed']['batch_size'] == 1 and report['settings']['batch_size'] == 64

@@ -109,7 +109,13 @@ def test_runtime_with_other_logits_is_not_timed():
 
 @pytest.mark.parametrize('changes,message', [
     (dict(runtimes=('compiled',)), '--runtimes must have eager'), (dict(batch_sizes=()), 'must name at least one each'),
-    (dict(models=('coatnett',)), 'coatnett is not a name')], ids=str)
+    (dict(models=('coatnett',)), 'coatnett is not a name'),
+    (dict(models=('test_vit', 'test_vit')), '--models must be different from each other, got test_vit test_vit'),
+    (dict(batch_sizes=(1, 1)), '--batch-sizes must be different from each other, got 1 1'),
+    (dict(results_file='runtimes.csv'), '--results-file must end in .json, got runtimes.csv'),
+    (dict(results_file='.'), '--results-file must be a file, got the folder .; give a name in it'),
+    (dict(models=('coatnet_pico',), img_size=33), '--img-size 33: coatnet_pico: img_size must be a multiple'),
+], ids=str)
 def test_runtimes_that_cannot_be_compared_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         benchmark_runtimes.main(RuntimesSettings(**changes))

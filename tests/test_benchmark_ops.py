@@ -171,6 +171,7 @@ def test_several_input_sets_are_one_measurement(known_ceilings):
     (dict(shapes=('28',)), '--shapes must be .* got 28'), (dict(backends=()), '--backends must name one or more'),
     (dict(device='cuda'), '--device cuda needs CUDA'), (dict(results_file='no/such/ops.csv'), 'folder does not exist'),
     (dict(results_file='ops.json'), '--results-file must end in .csv, got ops.json'),
+    (dict(results_file='.'), '--results-file must be a file, got the folder .; give a name in it'),
 ], ids=str)
 def test_bad_settings_of_ops_end_in_one_sentence(changes, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)

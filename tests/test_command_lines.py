@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import time_targets
 from coatnet_train.runtime import packages
 from support.constants import ROOT
 
@@ -147,3 +148,12 @@ def test_a_reader_of_help_may_leave_early():
         f'{sys.executable} {ROOT / "scripts" / "finetune.py"} --help | head -n 1', shell=True, capture_output=True,
         text=True, cwd=ROOT)
     assert done.stdout.startswith('usage:') and done.stderr == ''
+
+
+@pytest.mark.parametrize('words', [[], ['--help'], ['test', 'tests'], ['help', '-n']], ids=str)
+def test_only_targets_of_make_are_timed(words, monkeypatch, capsys):
+    monkeypatch.setattr(time_targets, 'time_target', lambda target: pytest.fail(f'{target} was started'))
+    with pytest.raises(SystemExit) as stopped:
+        time_targets.main(words)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and 'python tests/time_targets.py test demo' in said and 'demo test test-all' in said

@@ -1,5 +1,6 @@
 """scripts/gpu_report.py on a CPU: all steps at tiny sizes, limits, crashes, and what a killed run leaves."""
 import csv
+import json
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 
 from coatnet_train.benchmarks import gpu_report
 from coatnet_train.benchmarks.gpu_plan import BUDGETS, STEPS, GpuReportSettings, check_gpu_report, plan
-from coatnet_train.benchmarks.rows import card_slug, merge_rows, read_rows
+from coatnet_train.benchmarks.rows import KEYS, card_slug, merge_rows, read_rows
 from coatnet_train.runtime.cli import ConfigError
 from support.commands import environment, needs_inductor
 from support.constants import ROOT
@@ -45,11 +47,22 @@ def test_every_budget_holds_its_steps():
 @pytest.mark.parametrize('changes,message', [
     (dict(steps=('dynamic',)), r"--steps must be among versions, .*got 'dynamic'; did you mean dynamic-"),
     (dict(collect='no/where'), '--collect no/where must be a folder'),
-    (dict(output='results'), '--device cpu and --tiny rehearse, .*--output results; give another'),
+    (dict(output=f'{__file__}/x'), r'--output .*test_gpu_report.py/x must be a folder that can be written: .*; give'),
+    (dict(output=__file__), r'--output .*test_gpu_report.py must be a folder that can be written: .*; give another'),
+    (dict(device='cpu'), r'--device cpu needs the environment variable TRITON_INTERPRET=1, .* got none; set it'),
+    (dict(output='results', device='cpu'), '--device cpu and --tiny rehearse, .*--output results; give another'),
 ], ids=str)
-def test_bad_settings_end_in_one_sentence(changes, message):
+def test_bad_settings_end_in_one_sentence(changes, message, monkeypatch):
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     with pytest.raises(ConfigError, match=message):
-        check_gpu_report(settings(Path('x'), **changes))
+        gpu_report.main(settings(Path('x'), **{'device': 'cuda', **changes}))
+
+
+def test_a_rehearsal_needs_the_interpreter_only_where_it_runs_kernels(monkeypatch):
+    monkeypatch.setenv('TRITON_INTERPRET', 'True')
+    check_gpu_report(settings(Path('x')))
+    monkeypatch.delenv('TRITON_INTERPRET')
+    check_gpu_report(settings(Path('x'), list=True))
 
 
 @pytest.fixture(scope='module')
@@ -148,7 +161,7 @@ if sys.argv[2] == 'light-7':
     monkeypatch.setattr(gpu_report, 'plan', lambda settings: [
         (step, 1 / 60) for step in STEPS if step.name in ('versions', 'compare', 'light-7', 'agreement')])
     start = time.monotonic()
-    assert gpu_report.main(settings(tmp_path / 'out')) == 2 and time.monotonic() - start < 10
+    assert gpu_report.main(settings(tmp_path / 'out', device='cuda')) == 2 and time.monotonic() - start < 10
     rows = {row['step']: row for row in results(tmp_path / 'out', 'checks')}
     # a step has what those before it left: one or two seconds
     assert {name: re.sub('[12] s$', 'N s', row['result']) for name, row in rows.items()} == {
@@ -160,10 +173,30 @@ if sys.argv[2] == 'light-7':
     assert '    a reason' in capsys.readouterr().out
 
 
+def test_only_checks_of_this_run_count(tmp_path):
+    pytest.importorskip('triton', reason='needs the triton package')
+    from coatnet_train.benchmarks.gpu_checks import Check
+    from coatnet_train.benchmarks.gpu_steps import Steps
+
+    def run(check: str, result: str) -> int:
+        def start(step, chosen, log, limit) -> str:
+            steps = Steps(replace(chosen, device='cpu', run_step=step.name))
+            with log.open('a') as file, redirect_stdout(file):
+                steps.record([Check(check, result)] if step.name == 'compare' else [Check('card', 'x')])
+                print(json.dumps(steps.origin))
+            return 'done'
+
+        return gpu_report.main(settings(tmp_path, steps=('compare',), device='cuda'), start)
+
+    assert [run('a', 'failed'), run('a', 'failed'), run('b', 'passed'), run('b', 'failed')] == [1, 1, 0, 1]
+    assert {row['check']: row['result'] for row in results(tmp_path, 'checks') if row['step'] == 'compare'} == {
+        'a': 'failed', 'step': 'done', 'b': 'failed'}  # what an earlier run left stays in the file
+
+
 def test_without_a_card_nothing_is_started(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, 'SCRIPT', tmp_path / 'none.py')
     with pytest.raises(ConfigError, match='the first step, which looks at the card, ended with exit code 2'):
-        gpu_report.main(settings(tmp_path / 'out'))
+        gpu_report.main(settings(tmp_path / 'out', device='cuda'))
 
 
 @pytest.mark.parametrize('kind', [signal.SIGKILL, signal.SIGTERM], ids=str)
@@ -176,7 +209,7 @@ if sys.argv[2] == 'dynamic-7':
     code = (f'import sys; sys.path.insert(0, {str(ROOT / "scripts")!r})\nfrom pathlib import Path\n'
             f'from coatnet_train.benchmarks import gpu_report\nfrom coatnet_train.benchmarks.gpu_plan import '
             f'GpuReportSettings\ngpu_report.SCRIPT = Path({str(tmp_path / "bin" / "stub.py")!r})\n'
-            f'gpu_report.main(GpuReportSettings(budget=8, output={str(tmp_path / "out")!r}, device="cpu", tiny=True))')
+            f'gpu_report.main(GpuReportSettings(budget=8, output={str(tmp_path / "out")!r}, tiny=True))')
     process, log, found = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE), None, None
     deadline = time.monotonic() + 30
     while found is None and time.monotonic() < deadline:
@@ -284,6 +317,22 @@ def test_what_a_visit_measured_is_collected(tmp_path, capsys):
     assert len(rows) == len(old) + 1  # rows that another timer measured stay
     with pytest.raises(ConfigError, match='must hold files such as'):
         gpu_report.main(settings(tmp_path, **changes | {'collect': str(tmp_path)}))
+
+
+@pytest.mark.parametrize('content,message', [
+    ('hardware,ms\n\xe9,1\n'.encode('latin-1'), 'must be a CSV file in UTF-8'),
+    (b'name,ms\na,1\n', 'must have the columns hardware, op, .*, ms, but lacks hardware, op, '),
+    (b'', 'but lacks hardware'), ('one cell too many', 'cells in every row, but row 2 has not')], ids=str)
+def test_nothing_is_collected_where_a_file_is_no_result(tmp_path, content, message):
+    (tmp_path / 'visit').mkdir()
+    columns = [*KEYS['ops'][0], 'ms']
+    good = '\n'.join([','.join(columns), ','.join('x' * len(columns)), ''])
+    (tmp_path / 'visit' / 'ops_a.csv').write_text(good)
+    (tmp_path / 'visit' / 'ops_b.csv').write_bytes(
+        content if isinstance(content, bytes) else f'{good}{"x," * len(columns)}x\n'.encode())
+    with pytest.raises(ConfigError, match=message):
+        gpu_report.main(settings(tmp_path / 'out', collect=str(tmp_path / 'visit')))
+    assert not list((tmp_path / 'out').glob('*.csv'))
 
 
 @pytest.mark.slow

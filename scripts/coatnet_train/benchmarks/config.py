@@ -1,10 +1,11 @@
 """Settings of benchmark.py and its other tables, and the checks that need neither torch nor timm."""
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from coatnet_train.runtime.cli import ConfigError, flag
+from coatnet_train.runtime.cli import ConfigError, flag, one_line
 
 __all__ = [
     'FORCED', 'Backend', 'DistillationSettings', 'InferenceFormSettings', 'LoaderSettings', 'ModelPairSettings',
@@ -77,7 +78,7 @@ class OpsSettings:
     window: float = 0.5  # Least seconds a window lasts.
     seed: int = 0  # Of the tensors.
     input_sets: int | None = None  # Sets of inputs that calls take in turn; None: 1 on a CPU, 3 or more on a GPU.
-    results_file: str = ''  # CSV to write, with hardware and versions in every row.
+    results_file: str = ''  # CSV to write, in place of a file that is there; hardware and versions in every row.
 
 
 @dataclass(frozen=True)
@@ -202,12 +203,21 @@ class DistillationSettings:
 
 
 def check_benchmark(settings: Any, counts: tuple[str, ...]) -> None:
-    """Raise ConfigError where one of the fields `counts` is not above 0, or there is no folder for the results."""
+    """Raise ConfigError where one of the fields `counts` is not above 0, or the results cannot be written."""
     for name in counts:
         if (value := getattr(settings, name)) is not None and not value > 0:
             raise ConfigError(f'{flag(name)} must be greater than 0, got {value}.')
-    if settings.results_file and not Path(settings.results_file).parent.is_dir():
-        raise ConfigError(f'--results-file {settings.results_file}: its folder does not exist; make it first.')
+    if not settings.results_file:
+        return
+    path = Path(settings.results_file)
+    if not path.parent.is_dir():
+        raise ConfigError(f'--results-file {path}: its folder does not exist; make it first.')
+    if path.is_dir():
+        raise ConfigError(f'--results-file must be a file, got the folder {path}; give a name in it.')
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(f'--results-file {path} cannot be written: {one_line(error)}; give another.') from error
 
 
 def check_inference_form(settings: InferenceFormSettings) -> None:
@@ -221,7 +231,7 @@ def check_inference_form(settings: InferenceFormSettings) -> None:
 
 
 def check_runtimes(settings: RuntimesSettings) -> None:
-    """Raise ConfigError without a yardstick, or for batches without images."""
+    """Raise ConfigError without a yardstick, for batches without images, or for what would be timed twice."""
     check_benchmark(settings, ('img_size', 'threads', 'rounds', 'window'))
     if 'eager' not in settings.runtimes:
         raise ConfigError(f'--runtimes must have eager, which the others are compared with, got '
@@ -229,6 +239,12 @@ def check_runtimes(settings: RuntimesSettings) -> None:
     if not settings.models or min(settings.batch_sizes, default=0) < 1:
         raise ConfigError(f'--models and --batch-sizes must name at least one each, sizes above 0, got '
                           f'{settings.models} and {settings.batch_sizes}.')
+    for name in ('models', 'runtimes', 'batch_sizes'):
+        values = getattr(settings, name)
+        if len(set(values)) < len(values):
+            raise ConfigError(f'{flag(name)} must be different from each other, got {" ".join(map(str, values))}.')
+    if settings.results_file and Path(settings.results_file).suffix != '.json':
+        raise ConfigError(f'--results-file must end in .json, got {settings.results_file}.')
 
 
 def check_distillation(settings: DistillationSettings) -> None:

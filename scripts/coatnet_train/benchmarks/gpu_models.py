@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from coatnet_train.benchmarks.config import ModelPairSettings
-from coatnet_train.benchmarks.models import build, measure_window
+from coatnet_train.benchmarks.models import build, images_per_second
 from coatnet_train.benchmarks.rows import NOT_MEASURED
 from coatnet_train.benchmarks.timing import peak_memory
 from coatnet_train.runtime.cli import one_line
@@ -47,12 +47,12 @@ def measure_models(names: tuple[str, ...], mode: str, timing: ModelPairSettings,
         if peak is not None:
             rows[name]['peak_mib'] = round(peak, 1)
         steps[name] = made[0]
-        rows[name] |= dict(images_per_second=round(measure_window(steps[name], timing), 2), rounds=1)
+        rows[name] |= dict(images_per_second=round(images_per_second(steps[name], timing), 2), rounds=1)
         store(list(rows.values()))
     windows: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(timing.rounds):
         for name in sorted(steps, reverse=bool(index % 2)):  # none always comes after the same other
-            windows[name].append(measure_window(steps[name], timing))
+            windows[name].append(images_per_second(steps[name], timing))
             rows[name] |= dict(images_per_second=round(statistics.median(windows[name]), 2), rounds=index + 1)
         store(list(rows.values()))
     for row in rows.values():

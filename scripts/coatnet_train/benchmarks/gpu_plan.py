@@ -1,4 +1,6 @@
 """What gpu_report.py does, in which order and in how many minutes; neither torch nor timm is imported here."""
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,11 +8,13 @@ from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
 from coatnet_train.benchmarks.config import FORCED
-from coatnet_train.runtime.cli import ConfigError, did_you_mean, tyro
+from coatnet_train.runtime.cli import ConfigError, did_you_mean, one_line, tyro
 
-__all__ = ['BUDGETS', 'FULL', 'STEPS', 'TINY', 'GpuReportSettings', 'Sizes', 'Step', 'check_gpu_report', 'plan']
+__all__ = [
+    'BUDGETS', 'FULL', 'STEPS', 'TINY', 'GpuReportSettings', 'Sizes', 'Step', 'check_gpu_report', 'make_output', 'plan']
 
 BUDGETS = (8, 25, 60)  # minutes
+INTERPRETING = ('1', 'true', 'on', 'yes', 'y')  # values of TRITON_INTERPRET, as Triton reads them
 
 
 class Step(NamedTuple):
@@ -130,7 +134,7 @@ class GpuReportSettings:
 
 
 def check_gpu_report(settings: GpuReportSettings) -> None:
-    """Raise ConfigError for unknown steps, and for rehearsals among the results."""
+    """Raise ConfigError for unknown steps, for rehearsals among the results, and for kernels that cannot run."""
     known = [step.name for step in STEPS]
     for name in (*settings.steps, *filter(None, [settings.run_step])):
         if name not in known:
@@ -141,6 +145,22 @@ def check_gpu_report(settings: GpuReportSettings) -> None:
     if rehearsal and not settings.list and Path(settings.output).name == 'results':
         raise ConfigError(f'--device cpu and --tiny rehearse, and their figures do not belong into --output '
                           f'{settings.output}; give another folder.')
+    runs = not (settings.list or settings.collect)
+    if runs and settings.device == 'cpu' and os.environ.get('TRITON_INTERPRET', '').lower() not in INTERPRETING:
+        raise ConfigError('--device cpu needs the environment variable TRITON_INTERPRET=1, for kernels that run on a '
+                          f'CPU, got {os.environ.get("TRITON_INTERPRET", "none")}; set it before the command.')
+
+
+def make_output(settings: GpuReportSettings) -> Path:
+    """The folder of --output, made if there is none; raises ConfigError where no file can be written."""
+    output = Path(settings.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise ConfigError(f'--output {output} must be a folder that can be written: {one_line(error)}; give '
+                          f'another.') from error
+    return output
 
 
 def plan(settings: GpuReportSettings) -> list[tuple[Step, float]]:

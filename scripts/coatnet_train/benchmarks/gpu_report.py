@@ -13,7 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from coatnet_train.benchmarks.gpu_plan import BUDGETS, STEPS, GpuReportSettings, Step, check_gpu_report, plan
+from coatnet_train.benchmarks.gpu_plan import (
+    BUDGETS,
+    STEPS,
+    GpuReportSettings,
+    Step,
+    check_gpu_report,
+    make_output,
+    plan,
+)
 from coatnet_train.benchmarks.rows import KEYS, card_slug, merge_rows, read_rows
 from coatnet_train.runtime.cli import ConfigError
 
@@ -56,13 +64,12 @@ def main(settings: GpuReportSettings, start: Start = start_step) -> int:
     if settings.list:
         print_plan()
         return 0
-    output = Path(settings.output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = make_output(settings)
     if settings.collect:
         return collect(Path(settings.collect), output)
     signal.signal(signal.SIGTERM, stop)
     log, begun, bad, planned = output / 'gpu_report.log', time.monotonic(), 0, 0.
-    steps, origin, card = plan(settings), {'hardware': 'unknown'}, 'unknown'
+    steps, origin, card, earlier = plan(settings), {'hardware': 'unknown'}, 'unknown', {''}
     print(f'{len(steps)} steps, at most {sum(minutes for _, minutes in steps):.1f} minutes; all output: {log}')
     for step, minutes in steps:
         started, before = time.monotonic(), log.stat().st_size if log.exists() else 0
@@ -81,11 +88,12 @@ def main(settings: GpuReportSettings, start: Start = start_step) -> int:
                 raise ConfigError(f'the first step, which looks at the card, {ended}; see above and {log}.')
             origin = json.loads(text[-1])
             card = card_slug(origin['hardware'])
+            earlier |= {row.get('written', '') for row in read_rows(output / f'checks_{card}.csv')}
         row = dict(step=step.name, check='step', result=ended, value='', limit=f'{limit:.0f} s', detail='',
                    seconds=round(seconds, 1), **origin)
         merge_rows(output / f'checks_{card}.csv', [row], *KEYS['checks'])
     failed = [row for row in read_rows(output / f'checks_{card}.csv')
-              if row['result'] == 'failed' and row['step'] in {step.name for step, _ in steps}]
+              if row['result'] == 'failed' and row.get('written', '') not in earlier]
     for row in failed:
         print(f'failed: {row["step"]}: {row["check"]}: {row["value"]}, at most {row["limit"]}; {row["detail"]}')
     print(f'{len(steps) - bad} of {len(steps)} steps ended well, {len(failed)} checks failed, '
@@ -110,8 +118,11 @@ def collect(source: Path, output: Path) -> int:
     files = [(path, kind) for kind in KEYS for path in sorted(source.glob(f'{kind}_*.csv'))]
     if not files:
         raise ConfigError(f'--collect {source} must hold files such as ops_h200.csv, but has none.')
-    for path, kind in files:
-        rows = read_rows(path)
-        merge_rows(output / path.name, rows, *KEYS[kind])
-        print(f'{len(rows)} rows of {path} -> {output / path.name}')
+    found = []
+    for path, (key, value) in ((path, KEYS[kind]) for path, kind in files):  # all are read before any is written
+        found.append((output / path.name, read_rows(path, (*key, value)), key, value))
+        read_rows(output / path.name, ('hardware', value))  # an older file may lack the other columns
+    for path, rows, key, value in found:
+        merge_rows(path, rows, key, value)
+        print(f'{len(rows)} rows of {source / path.name} -> {path}')
     return 0

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ import torch
 from coatnet_train.benchmarks import ops
 from coatnet_train.benchmarks.config import ModelPairSettings, OpsSettings
 from coatnet_train.benchmarks.gpu_models import measure_models
-from coatnet_train.benchmarks.gpu_plan import FULL, STEPS, TINY, GpuReportSettings
+from coatnet_train.benchmarks.gpu_plan import FULL, STEPS, TINY, GpuReportSettings, make_output
 from coatnet_train.benchmarks.models import check_machine
 from coatnet_train.benchmarks.rows import KEYS, card_slug, merge_rows
 from coatnet_train.runtime.provenance import hardware, provenance
@@ -53,7 +54,8 @@ class Steps:
         for check in checks:
             row = {'step': self.name, **check._asdict(), 'seconds': round(time.perf_counter() - start, 1)}
             print(*(f'{value}' for value in row.values() if value != ''), sep='  ', flush=True)
-            self.store('checks', [row | self.origin])
+            written = datetime.now(timezone.utc).isoformat()  # tells this run's rows from those of earlier runs
+            self.store('checks', [row | self.origin | {'written': written}])
             start = time.perf_counter()
 
     def show_versions(self) -> None:
@@ -164,6 +166,6 @@ class Steps:
 
 def run_step(settings: GpuReportSettings) -> None:
     """Run the step of `settings.run_step` in this process."""
-    Path(settings.output).mkdir(parents=True, exist_ok=True)
+    make_output(settings)
     step = next(step for step in STEPS if step.name == settings.run_step)
     getattr(Steps(settings), step.function)(**step.arguments)

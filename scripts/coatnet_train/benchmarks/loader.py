@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from coatnet_train.benchmarks.config import LoaderSettings, ModelPairSettings, check_benchmark
-from coatnet_train.benchmarks.models import build, check_machine, measure_window
+from coatnet_train.benchmarks.models import build, check_machine, images_per_second
 from coatnet_train.data.dataset import IndexedImageDataset
 from coatnet_train.data.loader import EpochSampler, create_loader
 from coatnet_train.models.open_model import image_mode, open_model
@@ -54,7 +54,7 @@ def main(settings: LoaderSettings) -> dict:
     turns = {f'{workers} workers': partial(
         read, create_loader(images, sampler, settings.batch_size, workers), sampler, settings.window)
         for workers in settings.workers}
-    turns['training'] = partial(measure_window, step, timing)
+    turns['training'] = partial(images_per_second, step, timing)
     windows: dict[str, list[float]] = {name: [] for name in turns}
     for _ in progress_bar(range(settings.rounds), unit='round', desc='benchmark loader'):
         for name, turn in turns.items():

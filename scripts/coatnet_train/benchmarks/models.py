@@ -50,7 +50,7 @@ def build(settings: ModelPairSettings, name: str, kwargs: tuple[str, ...], mode:
     return train if mode == 'training' else infer
 
 
-def measure_window(step: Callable[[], None], settings: ModelPairSettings) -> float:
+def images_per_second(step: Callable[[], None], settings: ModelPairSettings) -> float:
     """Images per second over a window."""
     return settings.batch_size / timing.measure_window(step, settings.window, settings.device)
 
@@ -106,7 +106,7 @@ def main(settings: ModelPairSettings) -> dict:
             windows: dict[str, list[float]] = {side: [] for side in sides}
             for index in range(settings.rounds):
                 for side in sorted(sides, reverse=bool(index % 2)):  # neither always comes second
-                    windows[side].append(measure_window(steps[side], settings))
+                    windows[side].append(images_per_second(steps[side], settings))
                 bar.update()
             speed = {side: statistics.median(values) for side, values in windows.items()}
             results[mode] = dict(

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.files import write_file
 
 __all__ = ['KEYS', 'NOT_MEASURED', 'card_slug', 'merge_rows', 'read_rows', 'write_rows']
@@ -17,12 +18,33 @@ KEYS = {  # by kind of file, KIND_<card>.csv: columns that say what a row measur
     'checks': (('hardware', 'step', 'check'), 'result')}
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file; none if there is no file."""
+def read_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of a CSV file; none if there is no file.
+
+    Args:
+        path: CSV file in UTF-8.
+        columns: Columns that it must have.
+
+    Raises:
+        ConfigError: The file cannot be read, lacks a column, or has a row of another length than its first.
+    """
     if not path.exists():
         return []
-    with path.open(newline='', encoding='utf-8') as lines:
-        return list(csv.DictReader(lines))
+    try:
+        with path.open(newline='', encoding='utf-8') as lines:
+            reader = csv.DictReader(lines)
+            rows, names = list(reader), reader.fieldnames or ()
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8
+        raise ConfigError(f'{path} must be a CSV file in UTF-8: {one_line(error)}; take it away or repair '
+                          f'it.') from error
+    if missing := [name for name in columns if name not in names]:
+        raise ConfigError(f'{path} must have the columns {", ".join(columns)}, but lacks {", ".join(missing)}; take it '
+                          f'away or repair it.')
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():  # more cells, or fewer
+            raise ConfigError(f'{path} must have {len(names)} cells in every row, but row {number} has not; take it '
+                              f'away or repair it.')
+    return rows
 
 
 def write_rows(path: Path, rows: Sequence[dict]) -> None:

@@ -14,8 +14,8 @@ from torch import nn
 
 from coatnet_train.benchmarks.config import RuntimesSettings, check_runtimes
 from coatnet_train.benchmarks.models import check_machine
-from coatnet_train.benchmarks.ops import measure_window
-from coatnet_train.runtime.cli import ConfigError
+from coatnet_train.benchmarks.timing import measure_window
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.files import write_json
 from coatnet_train.runtime.packages import is_installed
 from coatnet_train.runtime.progress import progress_bar
@@ -67,7 +67,10 @@ def build(name: str, batch_size: int, runtimes: list[str], settings: RuntimesSet
     """A call for each runtime: the logits of one batch in the inference form of a model."""
     torch.manual_seed(settings.seed)
     sized = resolve_model_input_args(name, {'img_size': settings.img_size}).get('img_size')  # None: any size will do
-    model = reparameterize_model(timm.create_model(name, img_size=sized).eval())
+    try:
+        model = reparameterize_model(timm.create_model(name, img_size=sized).eval())
+    except ValueError as error:  # a size that the model does not take
+        raise ConfigError(f'--img-size {settings.img_size}: {name}: {one_line(error)}') from error
     images = torch.randn(batch_size, 3, settings.img_size, settings.img_size)
     calls: dict[str, Call] = {}
     onnx = export_onnx(model, images) if {*runtimes} & {*MODULES} else b''

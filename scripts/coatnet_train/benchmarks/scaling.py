@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from coatnet_train.benchmarks.config import ModelPairSettings, ScalingSettings, check_scaling
-from coatnet_train.benchmarks.models import build, check_machine, measure_window
+from coatnet_train.benchmarks.models import build, check_machine, images_per_second
 from coatnet_train.plotting.style import BLUE, DARK, GREY, clean_axes
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.runtime.files import write_file, write_json
@@ -39,7 +39,7 @@ def measure(settings: ScalingSettings) -> dict[str, dict[int, float]]:
             bar.update()
         for index in range(settings.rounds):
             for name, size in sorted(steps, reverse=bool(index % 2)):  # none always comes after the same other
-                windows[name, size].append(1e3 / measure_window(steps[name, size], timing[size]))
+                windows[name, size].append(1e3 / images_per_second(steps[name, size], timing[size]))
                 bar.update()
     return {name: {size: statistics.median(windows[name, size]) for size in sorted(set(settings.sizes))}
             for name in settings.models}

@@ -82,7 +82,7 @@ def measure_speed(settings: AblationSettings, rows: list[str]) -> dict[str, floa
     windows: dict[str, list[float]] = {row: [] for row in rows}
     for index in range(timing.rounds + 1):
         for row, step in steps.items():
-            throughput = benchmark_models.measure_window(step, timing)
+            throughput = benchmark_models.images_per_second(step, timing)
             if index:  # the first round warms up
                 windows[row].append(throughput)
     return {row: round(statistics.median(throughputs), 1) for row, throughputs in windows.items()}
