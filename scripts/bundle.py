@@ -156,7 +156,8 @@ def main(settings: BundleSettings) -> dict[str, int]:
         shutil.rmtree(temporary, ignore_errors=True)
     for name, size in parts.items():
         print(f'{size / 2**20:8.2f} MiB  {name}')
-    print(f'{sum(parts.values()) / 2**20:8.2f} MiB  {settings.output}; there: sh run.sh, which is gpu_report.py --budget 8')
+    total = f'{sum(parts.values()) / 2**20:8.2f} MiB  {settings.output}'
+    print(f'{total}; there: sh run.sh, which is gpu_report.py --budget 8')
     return parts
 
 

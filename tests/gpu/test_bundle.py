@@ -99,11 +99,11 @@ def test_other_files_are_never_replaced(tmp_path, name):
 def test_an_earlier_bundle_stays_until_the_new_one_is_whole(tmp_path):
     pack(tmp_path / 'b')
     (tmp_path / 'b' / 'data' / 'only.zip').write_bytes(b'the only copy')
-    with pytest.raises(ConfigError, match='only.zip must be outside of --output'):
+    with pytest.raises(ConfigError, match=r'only\.zip must be outside of --output'):
         pack(tmp_path / 'b', data=(str(tmp_path / 'b' / 'data' / 'only.zip'),))
     with pytest.raises(ConfigError, match='--wheels absent_one cannot be had'):
         pack(tmp_path / 'b', wheels=('absent_one',), wheels_from=str(tmp_path))
-    with pytest.raises(ConfigError, match='must be at most 0.1 MiB'):
+    with pytest.raises(ConfigError, match=r'must be at most 0\.1 MiB'):
         pack(tmp_path / 'b', max_mib=.1)
     assert (tmp_path / 'b' / 'data' / 'only.zip').exists() and (tmp_path / 'b' / 'run.sh').exists()
     (tmp_path / 'b' / 'runs').mkdir()

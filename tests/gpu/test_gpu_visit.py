@@ -1,6 +1,11 @@
 """scripts/gpu_visit.py: the command of every run, visits that end in the middle of one, the transfer of their state."""
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -124,6 +129,47 @@ def test_a_visit_saves_what_is_not_through_and_the_next_one_goes_on(tmp_path, mo
     gpu_visit.visit(settings(there, list=True))
     printed = capsys.readouterr().out
     assert f'{wanted[2]:46s}   12 min  finished, top-1 61.50 %' in printed and '--resume auto' in printed
+
+
+VISIT = '''
+import pathlib, sys
+from coatnet_train.experiments import gpu_visit
+from coatnet_train.experiments.gpu_runs import VisitSettings
+folder = pathlib.Path(sys.argv[1])
+gpu_visit.SCRIPTS, gpu_visit.SAVING_SECONDS = folder / 'scripts', 3.
+gpu_visit.visit(VisitSettings(runs=('nette/coatnet_nano',), output=str(folder / 'runs'), data=str(folder / 'data')))
+'''
+ASKED = '''
+import os, pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path('saved').touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path('pid.new').write_text(str(os.getpid()))
+os.replace('pid.new', 'pid')
+time.sleep(60)
+'''
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_visit_that_is_stopped_saves_its_run_and_leaves_no_process(tmp_path, number):
+    (tmp_path / 'scripts').mkdir()
+    (tmp_path / 'scripts' / 'finetune.py').write_text(ASKED)
+    (tmp_path / 'data' / 'nette' / 'train').mkdir(parents=True)
+    visit = subprocess.Popen([sys.executable, '-c', VISIT, tmp_path], cwd=tmp_path, start_new_session=True,
+                             env={**os.environ, 'PYTHONPATH': str(gpu_visit.SCRIPTS)})
+    try:
+        for _ in range(400):
+            if (tmp_path / 'pid').exists():
+                break
+            time.sleep(.05)
+        os.killpg(visit.pid, number)
+        assert visit.wait(20) == 128 + number and (tmp_path / 'saved').exists()
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / 'pid').read_text()), 0)
+    finally:
+        visit.kill()
+        visit.wait()
 
 
 def test_damaged_and_missing_parts_are_named(tmp_path):

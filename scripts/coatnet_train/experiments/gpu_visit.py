@@ -9,7 +9,10 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from coatnet_train.experiments.gpu_runs import DATA_SETS, RUNS, Run, VisitSettings, check_visit, flags_of
 from coatnet_train.runtime.cli import ConfigError
@@ -61,22 +64,44 @@ def hold_out(data: Path) -> None:
                             '--per-class', str(per_class)], check=True)
 
 
+@contextmanager
+def exits_at_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end this process by SystemExit, so that the run in progress is saved and ended too."""
+    def stop(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def start(run: Run, settings: VisitSettings, seconds: float) -> int:
     """Run a command for at most so long; it is told to save itself before that. Its output goes to NAME.log."""
-    log = Path(settings.output) / f'{run.name.replace("/", "-")}.log'
-    with log.open('ab') as file:
-        process = subprocess.Popen([sys.executable, os.path.relpath(SCRIPTS / run.script), *flags_of(run, settings)],
-                                   stdout=file, stderr=subprocess.STDOUT)
-    try:
-        return process.wait(max(1., seconds - SAVING_SECONDS))
-    except subprocess.TimeoutExpired:
+    def save() -> int:
         process.send_signal(signal.SIGTERM)
         try:
             return process.wait(SAVING_SECONDS)
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL
+
+    log = Path(settings.output) / f'{run.name.replace("/", "-")}.log'
+    with log.open('ab') as file:  # a session of its own: Ctrl-C reaches this process alone, which lets the run save
+        process = subprocess.Popen([sys.executable, os.path.relpath(SCRIPTS / run.script), *flags_of(run, settings)],
+                                   stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(max(1., seconds - SAVING_SECONDS))
+    except subprocess.TimeoutExpired:
+        return save()
+    except SystemExit:
+        print(f'{run.name}: told to stop, is being saved', flush=True)
+        save()
+        raise
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its loader processes too
         process.wait()
 
 
@@ -118,6 +143,13 @@ def visit(settings: VisitSettings) -> int:
     if settings.pack:
         pack(settings)
         return 0
+    with exits_at_signals():
+        return train(settings, begun)
+
+
+def train(settings: VisitSettings, begun: float) -> int:
+    """Make the runs of a visit that began then, by time.monotonic; returns how many failed."""
+    output = Path(settings.output)
     unpack_shards(settings.shards, Path(settings.data))
     hold_out(Path(settings.data))
     failed, states = 0, {run.name: state(run, output) for run in RUNS}
