@@ -185,6 +185,63 @@ def test_damaged_and_missing_parts_are_named(tmp_path):
         join_parts(tmp_path, tmp_path / 'other')
 
 
+def test_a_pack_replaces_earlier_parts_alone_and_only_when_it_is_whole(tmp_path, monkeypatch):
+    (tmp_path / 'a').write_bytes(bytes(range(256)) * 300)
+    folder = tmp_path / 'parts'
+    write_parts({'run/a': tmp_path / 'a'}, folder, 30_000)
+    with pytest.raises(ConfigError, match=r'cannot be written: .*gone'):
+        write_parts({'run/a': tmp_path / 'a', 'run/b': tmp_path / 'gone'}, folder, 10_000)
+    assert join_parts(folder, tmp_path / 'out') == ['run/a'] and len(list(folder.iterdir())) == 4
+    write_parts({'run/b': tmp_path / 'a'}, folder, 100_000)
+    assert sorted(path.name for path in folder.iterdir()) == ['part-000', 'parts.json']
+    (folder / 'part-book').write_text('')
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'part-000').write_text('kept')
+    for place, name in ((folder, 'part-book'), (tmp_path / 'other', 'part-000')):
+        with pytest.raises(ConfigError, match=f'earlier parts alone, but has {name}; name another'):
+            write_parts({'run/b': tmp_path / 'a'}, place, 100_000)
+        assert (place / name).exists()
+    for place in (tmp_path / 'a', tmp_path / 'a' / 'b'):
+        with pytest.raises(ConfigError, match=r'must be a folder, but is a file|cannot be written: '):
+            write_parts({'run/b': tmp_path / 'a'}, place, 100_000)
+
+
+@pytest.mark.parametrize('content', ['[]', '{"parts": {}, "files": []}', '{"parts": {"../a": "0"}, "files": []}',
+                                     '{"parts": ["part-000"], "files": []}', '{"parts": {"part-000": "0"}}'])
+def test_a_manifest_of_another_shape_is_refused(tmp_path, content):
+    (tmp_path / 'parts.json').write_text(content)
+    with pytest.raises(ConfigError, match='must name parts and files, as --pack writes it'):
+        join_parts(tmp_path, tmp_path / 'out')
+
+
+def write_run(folder: Path, epochs: int | None = None, finished: bool = False) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if epochs is not None:
+        (folder / 'metrics.csv').write_text('epoch\n' + ''.join(f'{epoch}\n' for epoch in range(1, epochs + 1)))
+    if finished:
+        (folder / 'summary.json').write_text('{"top1": 50}')
+
+
+def test_unpacking_leaves_runs_that_are_further_on(tmp_path, capsys):
+    names = [run.name for run in RUNS if run.script == 'finetune.py'][:5]
+    packed = {names[0]: (3,), names[1]: (9,), names[2]: (2, True), names[3]: (4,), names[4]: (8,)}
+    here = {names[0]: (99,), names[1]: (5,), names[2]: (9,), names[3]: (3, True)}  # the last one is new
+    for folder, runs in (('away', packed), ('runs', here)):
+        for name, state in runs.items():
+            write_run(tmp_path / folder / name, *state)
+    (tmp_path / 'runs' / names[1] / 'notes.txt').write_text('kept')
+    gpu_visit.visit(settings(tmp_path, output=str(tmp_path / 'away'), pack=str(tmp_path / 'parts')))
+    for _ in range(2):  # again, it changes nothing
+        gpu_visit.visit(settings(tmp_path, unpack=str(tmp_path / 'parts'), pack=str(tmp_path / 'all')))
+        found = [gpu_visit.state(run, tmp_path / 'runs') for run in RUNS if run.name in names]
+        assert found == ['epoch 99 evaluated', 'epoch 9 evaluated', 'finished, top-1 50.00 %',
+                         'finished, top-1 50.00 %', 'epoch 8 evaluated']
+        printed = capsys.readouterr().out
+        assert f'{names[0]}: stays as it is in --output (epoch 99 evaluated), further on than in --unpack (epoch 3 ev' \
+            in printed and printed.count('stays as it is') == 2 and '4 of 6 files of earlier visits' in printed
+    assert (tmp_path / 'runs' / names[1] / 'notes.txt').exists() and not list((tmp_path / 'runs').glob('.*'))
+
+
 @pytest.mark.slow
 def test_every_run_trains_at_a_hundredth_of_the_size(tmp_path, monkeypatch):
     import timm

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from coatnet_train.experiments.gpu_runs import DATA_SETS, RUNS, Run, VisitSettings, check_visit, flags_of
-from coatnet_train.runtime.cli import ConfigError
+from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.parts import join_parts, write_parts
 
 __all__ = ['state', 'visit']
@@ -27,19 +27,57 @@ FINISHED = 'finished'
 
 
 def state(run: Run, output: Path) -> str:
-    """'not begun', how far a run is, or 'finished' and its result."""
+    """'not begun', how far a run is, or 'finished' and its result; a file that cannot be read is named."""
+    return progress(run, output)[1]
+
+
+def progress(run: Run, output: Path) -> tuple[tuple[bool, int, float], str]:
+    """How far a run is: finished, rows of metrics.csv or shards, time of its checkpoint; and the same in words."""
     folder = output / run.name
-    if run.script == 'teach.py':
-        if not (folder / 'manifest.json').exists():
-            return 'not begun'
-        manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
-        return FINISHED if manifest['complete'] else f'{len(manifest["shards"])} shards'
-    if (folder / 'summary.json').exists():
-        return f'{FINISHED}, top-1 {json.loads((folder / "summary.json").read_text(encoding="utf-8"))["top1"]:.2f} %'
-    if (folder / 'metrics.csv').exists():
-        with (folder / 'metrics.csv').open(newline='', encoding='utf-8') as lines:
-            return f'epoch {list(csv.DictReader(lines))[-1]["epoch"]} evaluated'
-    return 'begun' if (folder / 'last' / 'checkpoint.pt').exists() else 'not begun'
+    checkpoint = folder / 'last' / 'checkpoint.pt'
+    saved, rows = checkpoint.stat().st_mtime if checkpoint.exists() else 0., 0
+    words = 'begun' if saved else 'not begun'
+    for name in ('manifest.json',) if run.script == 'teach.py' else ('metrics.csv', 'summary.json'):
+        if not (folder / name).exists():
+            continue
+        try:
+            text = (folder / name).read_text(encoding='utf-8')
+            if name == 'metrics.csv':
+                epochs = [int(row['epoch']) for row in csv.DictReader(text.splitlines())]
+                rows, words = len(epochs), f'epoch {epochs[-1]} evaluated' if epochs else 'begun'
+            elif name == 'manifest.json':
+                manifest = json.loads(text)
+                rows = len(manifest['shards'])
+                if manifest['complete']:
+                    return (True, rows, saved), FINISHED
+                words = f'{rows} shards'
+            else:
+                return (True, rows, saved), f'{FINISHED}, top-1 {json.loads(text)["top1"]:.2f} %'
+        except (OSError, ValueError, TypeError, KeyError, csv.Error):
+            words = f'{name} is damaged'
+    return (False, rows, saved), words
+
+
+def unpack(parts: Path, output: Path) -> None:
+    """Join parts into the folder of runs; a run that is further on there than in the parts stays as it is."""
+    temporary = output / '.unpacked.tmp'
+    shutil.rmtree(temporary, ignore_errors=True)  # of a visit that was killed
+    try:
+        files = join_parts(parts, temporary)
+        taken = 0
+        for run in RUNS:
+            count = sum(path.is_file() for path in (temporary / run.name).rglob('*'))
+            (here, words), (packed, packed_words) = progress(run, output), progress(run, temporary)
+            if count and here > packed:
+                print(f'{run.name}: stays as it is in --output ({words}), further on than in --unpack ({packed_words})')
+            elif count:
+                shutil.copytree(temporary / run.name, output / run.name, dirs_exist_ok=True, copy_function=os.replace)
+                taken += count
+    except OSError as error:
+        raise ConfigError(f'--output {output} cannot be written: {one_line(error)}.') from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f'{taken} of {len(files)} files of earlier visits -> {output}')
 
 
 def unpack_shards(shards: tuple[str, ...], data: Path) -> None:
@@ -139,7 +177,7 @@ def visit(settings: VisitSettings) -> int:
         return 0
     output.mkdir(parents=True, exist_ok=True)
     if settings.unpack:
-        print(f'{len(join_parts(Path(settings.unpack), output))} files of earlier visits -> {output}')
+        unpack(Path(settings.unpack), output)
     if settings.pack:
         pack(settings)
         return 0
