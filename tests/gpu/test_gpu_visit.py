@@ -110,7 +110,8 @@ def test_a_visit_saves_what_is_not_through_and_the_next_one_goes_on(tmp_path, mo
     first = settings(tmp_path, runs=('teacher_outputs', *wanted), minutes=.1, shards=(str(shard),))
     gpu_visit.visit(first)
     assert 'teacher_outputs: waits for teacher' in capsys.readouterr().out
-    first = settings(tmp_path, runs=('teacher', *first.runs), minutes=.1)
+    (tmp_path / 'lite2').write_bytes(b'')
+    first = settings(tmp_path, runs=('teacher', *first.runs), minutes=.1, weights=str(tmp_path / 'lite2'))
     assert gpu_visit.visit(first) == 1  # lightconvnet's
     printed = capsys.readouterr().out
     assert 'teacher: finished, top-1 61.50 %' in printed and f'{wanted[0]}: finished, top-1 61.50 %' in printed
@@ -122,7 +123,8 @@ def test_a_visit_saves_what_is_not_through_and_the_next_one_goes_on(tmp_path, mo
     gpu_visit.visit(settings(tmp_path, pack=str(tmp_path / 'parts'), part_mib=.05))
     assert max(path.stat().st_size for path in (tmp_path / 'parts').iterdir()) <= .05 * 2**20
     there = tmp_path / 'next'
-    again = settings(there, unpack=str(tmp_path / 'parts'), runs=(wanted[0], wanted[2]), minutes=.1)
+    again = settings(there, unpack=str(tmp_path / 'parts'), runs=(wanted[0], wanted[2]), minutes=.1,
+                     data=str(tmp_path / 'data'))
     assert gpu_visit.visit(again) == 0
     assert (there / 'runs' / wanted[2] / 'last' / 'checkpoint.pt').stat().st_size == len(b'state')  # it went on
     assert not (there / 'runs' / wanted[0] / 'last').exists()  # finished, so that its checkpoint stayed behind
@@ -155,7 +157,7 @@ time.sleep(60)
 def test_a_visit_that_is_stopped_saves_its_run_and_leaves_no_process(tmp_path, number):
     (tmp_path / 'scripts').mkdir()
     (tmp_path / 'scripts' / 'finetune.py').write_text(ASKED)
-    (tmp_path / 'data' / 'nette' / 'train').mkdir(parents=True)
+    (tmp_path / 'data' / 'nette' / 'train').mkdir(parents=True)  # an empty one does for this script
     visit = subprocess.Popen([sys.executable, '-c', VISIT, tmp_path], cwd=tmp_path, start_new_session=True,
                              env={**os.environ, 'PYTHONPATH': str(gpu_visit.SCRIPTS)})
     try:
@@ -240,6 +242,63 @@ def test_unpacking_leaves_runs_that_are_further_on(tmp_path, capsys):
         assert f'{names[0]}: stays as it is in --output (epoch 99 evaluated), further on than in --unpack (epoch 3 ev' \
             in printed and printed.count('stays as it is') == 2 and '4 of 6 files of earlier visits' in printed
     assert (tmp_path / 'runs' / names[1] / 'notes.txt').exists() and not list((tmp_path / 'runs').glob('.*'))
+
+
+def test_damaged_files_of_a_run_are_named_and_do_not_stop_the_list(tmp_path, capsys):
+    for run, name, content in zip(RUNS[2:], ('metrics.csv', 'metrics.csv', 'summary.json', 'summary.json'),
+                                  ('epoch,eval_top1\n', 'a,b\n1,2\n', '{"top1": ', '[]'), strict=False):
+        (tmp_path / 'runs' / run.name).mkdir(parents=True)
+        (tmp_path / 'runs' / run.name / name).write_text(content)
+    (tmp_path / 'runs' / 'teacher_outputs').mkdir()
+    (tmp_path / 'runs' / 'teacher_outputs' / 'manifest.json').write_text('{}')
+    gpu_visit.visit(settings(tmp_path, list=True))
+    states = [line[56:].strip() for line in capsys.readouterr().out.splitlines() if not line.startswith(' ')]
+    assert states[:-1] == ['not begun', 'manifest.json is damaged', 'begun', 'metrics.csv is damaged',
+                           *['summary.json is damaged'] * 2, *['not begun'] * (len(RUNS) - 6)]
+
+
+def make_broken(place: Path) -> dict:
+    write_shard(place)
+    content = place.read_bytes()
+    place.write_bytes(content[:60] + bytes(20) + content[80:])
+    return {'shards': (str(place),)}
+
+
+def make_set(folder: Path, images: int) -> dict:
+    with zipfile.ZipFile(write_shard(folder / 'shards' / 'imagenette-0.zip', images=images)) as archive:
+        archive.extractall(folder / 'data' / 'imagenette')
+    return {}
+
+
+@pytest.mark.parametrize('make,message', [
+    (lambda folder: make_broken(folder / 'imagenette-0.zip'), r'--shards .*0\.zip cannot be unpacked .*; fetch the'),
+    (lambda folder: (folder / 'data' / 'imagenette' / 'train').mkdir(parents=True) or {}, 'but has 0 in one of 0 clas'),
+    (lambda folder: make_set(folder, 1), 'must have two images of a class at least, but has 1 in one of 3 classes'),
+    (lambda folder: {'output': __file__}, '--output .* cannot be made: '),
+    (lambda folder: {'runs': ('nette/coatnet_nano',)}, '--data .* must have the images of imagenette for nette/coatne'),
+    (lambda folder: {}, '--weights no.safetensors must be the weights that import_weights.py wrote, for teacher'),
+], ids=['zip', 'no class', 'one image', 'output', 'data', 'weights'])
+def test_what_is_missing_or_broken_is_said_before_the_first_run(tmp_path, monkeypatch, make, message):
+    monkeypatch.setattr(gpu_visit, 'start', lambda *_: pytest.fail('a run was started'))
+    with pytest.raises(ConfigError, match=message):
+        gpu_visit.visit(settings(tmp_path, **{'weights': 'no.safetensors', **make(tmp_path)}))
+
+
+def test_runs_on_absent_images_are_left_out_and_half_a_split_is_made_anew(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(gpu_visit, 'start', lambda run, *_: started.append(run.name) or 0)
+    (tmp_path / 'lite2').write_bytes(b'')
+    make_set(tmp_path, images=4)
+    (tmp_path / 'data' / '.nette.tmp' / 'train' / 'half').mkdir(parents=True)
+    gpu_visit.visit(settings(tmp_path, weights=str(tmp_path / 'lite2')))
+    assert started == [run.name for run in RUNS if run.name.startswith('nette')]
+    assert ' runs wait for --shards of tiny-imagenet: teacher, ' in capsys.readouterr().out
+    found = [path.relative_to(tmp_path / 'data' / 'nette') for path in (tmp_path / 'data' / 'nette').rglob('*.webp')]
+    assert len([path for path in found if (tmp_path / 'data' / 'nette' / path).is_file()]) == 12
+    assert not list((tmp_path / 'data').glob('.*')) and not (tmp_path / 'data' / 'nette' / 'train' / 'half').exists()
+    started.clear()
+    gpu_visit.visit(settings(tmp_path, runs=('nette/coatnet_nano',), minutes=.9))
+    assert not started and 'nette/coatnet_nano: 54 s are left, fewer than the 60' in capsys.readouterr().out
 
 
 @pytest.mark.slow

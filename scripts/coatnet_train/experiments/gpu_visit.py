@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -84,22 +85,64 @@ def unpack_shards(shards: tuple[str, ...], data: Path) -> None:
     """Extract zip files of SPLIT/CLASS/IMAGE as they are; what was held out of a set before is drawn anew."""
     for shard in map(Path, shards):
         name = next(name for name in DATA_SETS if shard.name.startswith(name))
-        with zipfile.ZipFile(shard) as archive:
-            archive.extractall(data / name)
-            count = len(archive.namelist())
-        shutil.rmtree(data / DATA_SETS[name][0], ignore_errors=True)
+        try:
+            with zipfile.ZipFile(shard) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f'{damaged} is damaged')
+                if (data / DATA_SETS[name][0]).exists():
+                    shutil.rmtree(data / DATA_SETS[name][0])
+                archive.extractall(data / name)
+                count = len(archive.namelist())
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+            raise ConfigError(f'--shards {shard} cannot be unpacked into --data {data}: {one_line(error)}; fetch the '
+                              f'file again, or name another folder.') from error
         print(f'{shard.name}: {count} images -> {data / name}')
 
 
 def hold_out(data: Path) -> None:
     """Make the folders that train, of those sets whose images are there."""
     for name, (folder, per_class) in DATA_SETS.items():
-        if (data / name / 'train').is_dir() and not (data / folder).exists():
-            classes = [path for path in (data / name / 'train').iterdir() if path.is_dir()]
-            # a rehearsal has fewer images
-            per_class = min(per_class, min(len(list(path.iterdir())) for path in classes) // 2)
-            subprocess.run([sys.executable, SCRIPTS / 'hold_out.py', data / name / 'train', data / folder,
-                            '--per-class', str(per_class)], check=True)
+        train, temporary = data / name / 'train', data / f'.{folder}.tmp'
+        if not train.is_dir() or (data / folder).exists():
+            continue
+        classes = [path for path in train.iterdir() if path.is_dir()]
+        fewest = min((len(list(path.iterdir())) for path in classes), default=0)
+        if fewest < 2:
+            raise ConfigError(f'--data: {train} must have two images of a class at least, but has {fewest} in one of '
+                              f'{len(classes)} classes; unpack it again by --shards.')
+        shutil.rmtree(temporary, ignore_errors=True)  # of a visit that was killed
+        # a rehearsal has fewer images; the links are relative, and stay true under the other name
+        done = subprocess.run([sys.executable, SCRIPTS / 'hold_out.py', train, temporary, '--per-class',
+                               str(min(per_class, fewest // 2))], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise ConfigError(f'--data {data}: {one_line(RuntimeError(done.stderr[-500:]))}')
+        temporary.rename(data / folder)
+
+
+def pending(settings: VisitSettings, output: Path) -> list[Run]:
+    """The runs of this visit that are not finished; raises ConfigError where weights or images of one are missing.
+
+    Where --runs names none, runs on a set of images that is not there are left out.
+    """
+    chosen = [run for run in RUNS if not settings.runs or run.name in settings.runs]
+    runs = [run for run in chosen if not state(run, output).startswith(FINISHED)]
+    finished = {run.name for run in RUNS if state(run, output).startswith(FINISHED)}
+    while waiting := [run for run in runs if not finished.union(run.name for run in runs).issuperset(run.needs)]:
+        print(*(f'{run.name}: waits for {", ".join(run.needs)}' for run in waiting), sep='\n')
+        runs = [run for run in runs if run not in waiting]
+    if any('{weights}' in run.flags for run in runs) and not Path(settings.weights).is_file():
+        raise ConfigError(f'--weights {settings.weights} must be the weights that import_weights.py wrote, for '
+                          f'{runs[0].name}; make them, or name other --runs.')
+    for name, (folder, _) in DATA_SETS.items():
+        without = [run for run in runs if f'{{data}}/{folder}' in run.flags.split()]
+        if not without or (Path(settings.data) / folder / 'train').is_dir():
+            continue
+        runs = [run for run in runs if run not in without]
+        if settings.runs or not runs:
+            raise ConfigError(f'--data {settings.data} must have the images of {name} for {without[0].name}; give its '
+                              f'--shards, or name other --runs.')
+        print(f'{len(without)} runs wait for --shards of {name}: {", ".join(run.name for run in without)}')
+    return runs
 
 
 @contextmanager
@@ -175,7 +218,10 @@ def visit(settings: VisitSettings) -> int:
     if settings.list:
         print_list(settings)
         return 0
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f'--output {output} cannot be made: {one_line(error)}; name another folder.') from error
     if settings.unpack:
         unpack(Path(settings.unpack), output)
     if settings.pack:
@@ -190,20 +236,20 @@ def train(settings: VisitSettings, begun: float) -> int:
     output = Path(settings.output)
     unpack_shards(settings.shards, Path(settings.data))
     hold_out(Path(settings.data))
-    failed, states = 0, {run.name: state(run, output) for run in RUNS}
-    for run in (run for run in RUNS if not settings.runs or run.name in settings.runs):
-        if states[run.name].startswith(FINISHED):
-            continue
-        if missing := [name for name in run.needs if not states[name].startswith(FINISHED)]:
+    runs, failed = pending(settings, output), 0
+    for run in runs:
+        if missing := [other.name for other in RUNS
+                       if other.name in run.needs and not state(other, output).startswith(FINISHED)]:
             print(f'{run.name}: waits for {", ".join(missing)}')
             continue
         seconds = 60 * settings.minutes - (time.monotonic() - begun)
         if seconds < 2 * SAVING_SECONDS and not settings.tiny:
+            print(f'{run.name}: {max(0., seconds):.0f} s are left, fewer than the {2 * SAVING_SECONDS:.0f} that a run '
+                  f'takes to begin and to save; it is the next visit\'s')
             break
         started = time.monotonic()
         code = start(run, settings, seconds)
-        states[run.name] = state(run, output)
         failed += code not in (0, PREEMPTED)
         ended = '' if code in (0, PREEMPTED) else f', ended with exit code {code}, see {run.name.replace("/", "-")}.log'
-        print(f'{run.name}: {states[run.name]}, {(time.monotonic() - started) / 60:.1f} minutes{ended}', flush=True)
+        print(f'{run.name}: {state(run, output)}, {(time.monotonic() - started) / 60:.1f} minutes{ended}', flush=True)
     return failed
