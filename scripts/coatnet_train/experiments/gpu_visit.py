@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from coatnet_train.experiments.gpu_runs import DATA_SETS, RUNS, Run, VisitSettings, check_visit, flags_of
-from coatnet_train.runtime.cli import ConfigError, one_line
+from coatnet_train.runtime.cli import ConfigError, check_output, one_line
 from coatnet_train.runtime.parts import join_parts, write_parts
 
 __all__ = ['state', 'visit']
@@ -214,7 +214,8 @@ def pack(settings: VisitSettings) -> None:
 def visit(settings: VisitSettings) -> int:
     """Make the runs that are not finished, one after the other, while there is time; returns how many failed."""
     check_visit(settings)
-    begun, output = time.monotonic(), Path(settings.output)
+    check_output(output := Path(settings.output))
+    begun = time.monotonic()
     if settings.list:
         print_list(settings)
         return 0
