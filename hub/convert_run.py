@@ -15,13 +15,13 @@ from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.models.weights_file import read_weights
 from coatnet_train.runtime.cli import ConfigError, did_you_mean, one_line
-from coatnet_train.runtime.files import write_json
+from coatnet_train.runtime.files import replace_dir, write_json
 from coatnet_train.runtime.provenance import provenance
 from coatnet_train.training.run_dir import write_config, write_weights
 from coatnet_zoo import kecam
 from coatnet_zoo.download import digest_of
 from convert_settings import ConvertSettings
-from export_run import replace_dir, without_folders
+from export_run import without_folders
 from origin import ORIGIN
 
 RUN_FILES = {'config.json', 'model.safetensors', ORIGIN}

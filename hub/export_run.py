@@ -18,7 +18,7 @@ from coatnet_train.evaluation.config import EvaluationSettings
 from coatnet_train.evaluation.imagenet import evaluate
 from coatnet_train.evaluation.imagenet_labels import describe_synsets
 from coatnet_train.runtime.cli import ConfigError, one_line
-from coatnet_train.runtime.files import write_file, write_json
+from coatnet_train.runtime.files import replace_dir, write_file, write_json
 from coatnet_train.training.run_dir import write_config, write_weights
 from coatnet_zoo import kecam
 from coatnet_zoo.releases import RELEASES, sha256_of
@@ -325,21 +325,6 @@ def measure_rounding(settings: ExportSettings, folder: Path, release: dict) -> N
     release['picked_best_epoch'] = not origin and same_data(settings.data_dir, args['dataset'] or args['data_dir'])
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     write_json(folder / 'config.json', config | {'release': release})
-
-
-def replace_dir(temporary: Path, output: Path) -> None:
-    """Give the finished folder its name, in the place of an earlier one."""
-    old = output.with_name(f'.{output.name}.old')
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    try:
-        temporary.rename(output)
-    except BaseException:
-        if old.exists():
-            old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def run(settings: ExportSettings) -> Path:

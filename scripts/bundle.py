@@ -6,10 +6,13 @@
     sh output/bundle/run.sh gpu_report.py --budget 25 --output out
     sh output/bundle/run.sh finetune.py --recipe tin200 --data-dir ...
 
-The folder runs on any machine with the --python named, torch, triton and what --wheels does not name: run.sh installs
-the wheels into the folder itself, and nothing else changes there. Results name the commit in its file COMMIT. Wheels
-are of the versions that are installed here.
+The other machine needs Python of the version --python as python3, and installed: torch with triton, torchvision, numpy,
+Pillow, safetensors, huggingface_hub and filelock; pytest for gpu_report.py; accelerate, tqdm and matplotlib for
+finetune.py, teach.py and gpu_visit.py. What of these is missing there goes into --wheels, with what it needs itself.
+run.sh installs the wheels, of the versions that are installed here, into the folder; nothing else changes there.
+Results name the commit in its file COMMIT.
 """
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +20,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from coatnet_train.runtime.cli import ConfigError, check_output, one_line, parse_flags, run_cli
+from coatnet_train.runtime.cli import ConfigError, check_output, check_range, one_line, parse_flags, run_cli
+from coatnet_train.runtime.files import replace_dir
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 PACKED = ('coatnet_zoo', 'scripts', 'tests', 'hub', 'pyproject.toml', 'Makefile', 'README.md', 'LICENSE')
 LEFT_OUT = ('__pycache__', '*.pyc', '.git*', '.*_cache')
 WEIGHTS = ('*.safetensors', '*.h5', '*.npz')
+MARKS = ('COMMIT', 'run.sh', 'scripts/bundle.py')  # a folder with all of these is an earlier bundle
 RUN = '''#!/bin/sh
 # sh run.sh [SCRIPT [ARGUMENTS]]: install the wheels into .site beside this file, once, and run a script of scripts/.
 set -e
@@ -86,45 +91,73 @@ def download_wheels(settings: BundleSettings, folder: Path) -> None:
                           f'{one_line(RuntimeError(done.stderr[-500:]))}; see --wheels-from.')
 
 
-def main(settings: BundleSettings) -> dict[str, int]:
-    """Make the folder; returns the bytes of each of its parts."""
-    check_output(output := Path(settings.output))
-    if output.exists() and any(output.iterdir()) and not (output / 'COMMIT').is_file():
-        raise ConfigError(f'--output {output} must be new, empty, or an earlier bundle, but holds other files; name '
-                          f'another folder.')
+def check_bundle(settings: BundleSettings, output: Path) -> None:
+    """Raise ConfigError for settings that cannot work, and where making the folder would cost anyone's files."""
+    check_range(settings, 'max_mib', 0.01, 1e6)
+    if not re.fullmatch(r'3\.\d{1,2}', settings.python):
+        raise ConfigError(f'--python must be a version such as 3.12, got {settings.python!r}.')
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f'--output {output} must be a folder, but is a file; name another.')
+    if ROOT.is_relative_to(output) or any(output.is_relative_to(ROOT / name) for name in PACKED):
+        raise ConfigError(f'--output {output} must be outside of what is packed; name another folder.')
+    if output.exists() and any(output.iterdir()):
+        made = {*PACKED, 'COMMIT', 'run.sh', 'wheels', 'data'}
+        others = sorted(path.name for path in output.iterdir() if path.name not in made and path.name[0] != '.')
+        if others or not all((output / name).is_file() for name in MARKS):
+            raise ConfigError(f'--output {output} must be new, empty, or an earlier bundle, but holds other files'
+                              f'{": " * bool(others)}{", ".join(others[:4])}; name another folder.')
     files = [Path(file) for file in settings.data]
     for file in files:
         if not file.is_file():
             raise ConfigError(f'--data {file} must be a file; pack a folder into an archive first.')
     if len({file.name for file in files}) < len(files):
         raise ConfigError(f'--data must have names that differ, got {" ".join(settings.data)}.')
+    for option, name in [*(('data', name) for name in settings.data), ('wheels-from', settings.wheels_from)]:
+        path = Path(name)
+        if name and any(place.is_relative_to(output) for place in (path.resolve(), path.absolute())):
+            raise ConfigError(f'--{option} {path} must be outside of --output {output}, which is replaced; move it.')
     check_size({file.name: file.stat().st_size for file in files}, settings.max_mib)  # before anything is copied
+
+
+def fill(folder: Path, settings: BundleSettings) -> dict[str, int]:
+    """Write all of a bundle into a new folder; returns the bytes of each of its parts."""
     from coatnet_train.runtime.provenance import commit  # here: torch and timm take seconds to import
-    shutil.rmtree(output, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / 'COMMIT').write_text(f'{commit()}\n', encoding='utf-8')
+    ignored = shutil.ignore_patterns(*LEFT_OUT, *(() if settings.weights else WEIGHTS))
+    for name in PACKED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder)
+    (folder / 'run.sh').write_text(RUN, encoding='utf-8')
+    download_wheels(settings, folder / 'wheels')
+    (folder / 'data').mkdir()
+    for file in settings.data:
+        shutil.copy(file, folder / 'data')
+    parts = {path.name: size_of(path) for path in sorted(folder.iterdir()) if path.name != 'data'}
+    parts |= {f'data/{path.name}': path.stat().st_size for path in sorted((folder / 'data').iterdir())}
+    check_size(parts, settings.max_mib)
+    return parts
+
+
+def main(settings: BundleSettings) -> dict[str, int]:
+    """Make the folder; returns the bytes of each of its parts."""
+    check_output(Path(settings.output))
+    check_bundle(settings, output := Path(settings.output).resolve())
+    temporary = output.with_name(f'.{output.name}.tmp')
     try:
-        output.mkdir(parents=True)
-        (output / 'COMMIT').write_text(f'{commit()}\n', encoding='utf-8')
-        ignored = shutil.ignore_patterns(*LEFT_OUT, *(() if settings.weights else WEIGHTS))
-        for name in PACKED:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, output / name, ignore=ignored)
-            else:
-                shutil.copy(ROOT / name, output)
-        (output / 'run.sh').write_text(RUN, encoding='utf-8')
-        download_wheels(settings, output / 'wheels')
-        (output / 'data').mkdir()
-        for file in files:
-            shutil.copy(file, output / 'data')
-        parts = {path.name: size_of(path) for path in sorted(output.iterdir())}
-        parts |= {f'data/{file.name}': file.stat().st_size for file in files}
-        del parts['data']
-        check_size(parts, settings.max_mib)
-    except ConfigError:
-        shutil.rmtree(output)
-        raise
+        shutil.rmtree(temporary, ignore_errors=True)  # of a call that was killed
+        parts = fill(temporary, settings)
+        replace_dir(temporary, output)
+    except OSError as error:
+        raise ConfigError(f'--output {output} cannot be made: {one_line(error)}; name another.') from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     for name, size in parts.items():
         print(f'{size / 2**20:8.2f} MiB  {name}')
-    print(f'{sum(parts.values()) / 2**20:8.2f} MiB  {output}; there: sh run.sh, which is gpu_report.py --budget 8')
+    total = f'{sum(parts.values()) / 2**20:8.2f} MiB  {settings.output}'
+    print(f'{total}; there: sh run.sh, which is gpu_report.py --budget 8')
     return parts
 
 

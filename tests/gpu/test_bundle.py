@@ -72,12 +72,46 @@ def test_bad_settings_end_in_one_sentence(tmp_path, changes, message):
     assert not (tmp_path / 'b').exists()
 
 
-def test_other_files_are_never_replaced(tmp_path):
+@pytest.mark.parametrize('changes,message', [
+    (dict(max_mib=float('nan')), '--max-mib must be from 0.01 to 1e.06, got nan'),
+    (dict(max_mib=0.), '--max-mib must be from 0.01'), (dict(python='3.12.1'), "such as 3.12, got '3.12.1'"),
+    (dict(output=str(ROOT)), 'outside of what is packed'), (dict(output=str(ROOT.parent)), 'outside of what is packed'),
+    (dict(output=str(ROOT / 'scripts' / 'b')), 'outside of what is packed'),
+    (dict(output='file'), 'must be a folder, but is a file'), (dict(output='file/b'), 'cannot be made: '),
+], ids=str)
+def test_settings_that_cannot_work_touch_nothing(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').write_text('kept')
+    with pytest.raises(ConfigError, match=message):
+        pack(tmp_path / 'b', **changes)
+    assert [path.name for path in tmp_path.iterdir()] == ['file'] and (tmp_path / 'file').read_text() == 'kept'
+
+
+@pytest.mark.parametrize('name', ['thesis.txt', 'COMMIT'])
+def test_other_files_are_never_replaced(tmp_path, name):
     (tmp_path / 'b').mkdir()
-    (tmp_path / 'b' / 'thesis.txt').write_text('')
+    (tmp_path / 'b' / name).write_text('')
     with pytest.raises(ConfigError, match='must be new, empty, or an earlier bundle'):
         pack(tmp_path / 'b')
-    assert (tmp_path / 'b' / 'thesis.txt').exists()
+    assert (tmp_path / 'b' / name).exists()
+
+
+def test_an_earlier_bundle_stays_until_the_new_one_is_whole(tmp_path):
+    pack(tmp_path / 'b')
+    (tmp_path / 'b' / 'data' / 'only.zip').write_bytes(b'the only copy')
+    with pytest.raises(ConfigError, match=r'only\.zip must be outside of --output'):
+        pack(tmp_path / 'b', data=(str(tmp_path / 'b' / 'data' / 'only.zip'),))
+    with pytest.raises(ConfigError, match='--wheels absent_one cannot be had'):
+        pack(tmp_path / 'b', wheels=('absent_one',), wheels_from=str(tmp_path))
+    with pytest.raises(ConfigError, match=r'must be at most 0\.1 MiB'):
+        pack(tmp_path / 'b', max_mib=.1)
+    assert (tmp_path / 'b' / 'data' / 'only.zip').exists() and (tmp_path / 'b' / 'run.sh').exists()
+    (tmp_path / 'b' / 'runs').mkdir()
+    with pytest.raises(ConfigError, match='but holds other files: runs; name'):
+        pack(tmp_path / 'b')
+    (tmp_path / 'b' / 'runs').rmdir()
+    pack(tmp_path / 'b')
+    assert not list((tmp_path / 'b' / 'data').iterdir()) and [path.name for path in tmp_path.iterdir()] == ['b']
 
 
 def test_the_run_line_works_without_git_network_and_checkout(tmp_path, shelf):

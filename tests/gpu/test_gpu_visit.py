@@ -1,6 +1,11 @@
 """scripts/gpu_visit.py: the command of every run, visits that end in the middle of one, the transfer of their state."""
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -105,7 +110,8 @@ def test_a_visit_saves_what_is_not_through_and_the_next_one_goes_on(tmp_path, mo
     first = settings(tmp_path, runs=('teacher_outputs', *wanted), minutes=.1, shards=(str(shard),))
     gpu_visit.visit(first)
     assert 'teacher_outputs: waits for teacher' in capsys.readouterr().out
-    first = settings(tmp_path, runs=('teacher', *first.runs), minutes=.1)
+    (tmp_path / 'lite2').write_bytes(b'')
+    first = settings(tmp_path, runs=('teacher', *first.runs), minutes=.1, weights=str(tmp_path / 'lite2'))
     assert gpu_visit.visit(first) == 1  # lightconvnet's
     printed = capsys.readouterr().out
     assert 'teacher: finished, top-1 61.50 %' in printed and f'{wanted[0]}: finished, top-1 61.50 %' in printed
@@ -117,13 +123,55 @@ def test_a_visit_saves_what_is_not_through_and_the_next_one_goes_on(tmp_path, mo
     gpu_visit.visit(settings(tmp_path, pack=str(tmp_path / 'parts'), part_mib=.05))
     assert max(path.stat().st_size for path in (tmp_path / 'parts').iterdir()) <= .05 * 2**20
     there = tmp_path / 'next'
-    again = settings(there, unpack=str(tmp_path / 'parts'), runs=(wanted[0], wanted[2]), minutes=.1)
+    again = settings(there, unpack=str(tmp_path / 'parts'), runs=(wanted[0], wanted[2]), minutes=.1,
+                     data=str(tmp_path / 'data'))
     assert gpu_visit.visit(again) == 0
     assert (there / 'runs' / wanted[2] / 'last' / 'checkpoint.pt').stat().st_size == len(b'state')  # it went on
     assert not (there / 'runs' / wanted[0] / 'last').exists()  # finished, so that its checkpoint stayed behind
     gpu_visit.visit(settings(there, list=True))
     printed = capsys.readouterr().out
     assert f'{wanted[2]:46s}   12 min  finished, top-1 61.50 %' in printed and '--resume auto' in printed
+
+
+VISIT = '''
+import pathlib, sys
+from coatnet_train.experiments import gpu_visit
+from coatnet_train.experiments.gpu_runs import VisitSettings
+folder = pathlib.Path(sys.argv[1])
+gpu_visit.SCRIPTS, gpu_visit.SAVING_SECONDS = folder / 'scripts', 3.
+gpu_visit.visit(VisitSettings(runs=('nette/coatnet_nano',), output=str(folder / 'runs'), data=str(folder / 'data')))
+'''
+ASKED = '''
+import os, pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path('saved').touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path('pid.new').write_text(str(os.getpid()))
+os.replace('pid.new', 'pid')
+time.sleep(60)
+'''
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_visit_that_is_stopped_saves_its_run_and_leaves_no_process(tmp_path, number):
+    (tmp_path / 'scripts').mkdir()
+    (tmp_path / 'scripts' / 'finetune.py').write_text(ASKED)
+    (tmp_path / 'data' / 'nette' / 'train').mkdir(parents=True)  # an empty one does for this script
+    visit = subprocess.Popen([sys.executable, '-c', VISIT, tmp_path], cwd=tmp_path, start_new_session=True,
+                             env={**os.environ, 'PYTHONPATH': str(gpu_visit.SCRIPTS)})
+    try:
+        for _ in range(400):
+            if (tmp_path / 'pid').exists():
+                break
+            time.sleep(.05)
+        os.killpg(visit.pid, number)
+        assert visit.wait(20) == 128 + number and (tmp_path / 'saved').exists()
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / 'pid').read_text()), 0)
+    finally:
+        visit.kill()
+        visit.wait()
 
 
 def test_damaged_and_missing_parts_are_named(tmp_path):
@@ -137,6 +185,120 @@ def test_damaged_and_missing_parts_are_named(tmp_path):
     assert not (tmp_path / 'other').exists()
     with pytest.raises(ConfigError, match=r'must hold parts\.json'):
         join_parts(tmp_path, tmp_path / 'other')
+
+
+def test_a_pack_replaces_earlier_parts_alone_and_only_when_it_is_whole(tmp_path, monkeypatch):
+    (tmp_path / 'a').write_bytes(bytes(range(256)) * 300)
+    folder = tmp_path / 'parts'
+    write_parts({'run/a': tmp_path / 'a'}, folder, 30_000)
+    with pytest.raises(ConfigError, match=r'cannot be written: .*gone'):
+        write_parts({'run/a': tmp_path / 'a', 'run/b': tmp_path / 'gone'}, folder, 10_000)
+    assert join_parts(folder, tmp_path / 'out') == ['run/a'] and len(list(folder.iterdir())) == 4
+    write_parts({'run/b': tmp_path / 'a'}, folder, 100_000)
+    assert sorted(path.name for path in folder.iterdir()) == ['part-000', 'parts.json']
+    (folder / 'part-book').write_text('')
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'part-000').write_text('kept')
+    for place, name in ((folder, 'part-book'), (tmp_path / 'other', 'part-000')):
+        with pytest.raises(ConfigError, match=f'earlier parts alone, but has {name}; name another'):
+            write_parts({'run/b': tmp_path / 'a'}, place, 100_000)
+        assert (place / name).exists()
+    for place in (tmp_path / 'a', tmp_path / 'a' / 'b'):
+        with pytest.raises(ConfigError, match=r'must be a folder, but is a file|cannot be written: '):
+            write_parts({'run/b': tmp_path / 'a'}, place, 100_000)
+
+
+@pytest.mark.parametrize('content', ['[]', '{"parts": {}, "files": []}', '{"parts": {"../a": "0"}, "files": []}',
+                                     '{"parts": ["part-000"], "files": []}', '{"parts": {"part-000": "0"}}'])
+def test_a_manifest_of_another_shape_is_refused(tmp_path, content):
+    (tmp_path / 'parts.json').write_text(content)
+    with pytest.raises(ConfigError, match='must name parts and files, as --pack writes it'):
+        join_parts(tmp_path, tmp_path / 'out')
+
+
+def write_run(folder: Path, epochs: int | None = None, finished: bool = False) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if epochs is not None:
+        (folder / 'metrics.csv').write_text('epoch\n' + ''.join(f'{epoch}\n' for epoch in range(1, epochs + 1)))
+    if finished:
+        (folder / 'summary.json').write_text('{"top1": 50}')
+
+
+def test_unpacking_leaves_runs_that_are_further_on(tmp_path, capsys):
+    names = [run.name for run in RUNS if run.script == 'finetune.py'][:5]
+    packed = {names[0]: (3,), names[1]: (9,), names[2]: (2, True), names[3]: (4,), names[4]: (8,)}
+    here = {names[0]: (99,), names[1]: (5,), names[2]: (9,), names[3]: (3, True)}  # the last one is new
+    for folder, runs in (('away', packed), ('runs', here)):
+        for name, state in runs.items():
+            write_run(tmp_path / folder / name, *state)
+    (tmp_path / 'runs' / names[1] / 'notes.txt').write_text('kept')
+    gpu_visit.visit(settings(tmp_path, output=str(tmp_path / 'away'), pack=str(tmp_path / 'parts')))
+    for _ in range(2):  # again, it changes nothing
+        gpu_visit.visit(settings(tmp_path, unpack=str(tmp_path / 'parts'), pack=str(tmp_path / 'all')))
+        found = [gpu_visit.state(run, tmp_path / 'runs') for run in RUNS if run.name in names]
+        assert found == ['epoch 99 evaluated', 'epoch 9 evaluated', 'finished, top-1 50.00 %',
+                         'finished, top-1 50.00 %', 'epoch 8 evaluated']
+        printed = capsys.readouterr().out
+        assert f'{names[0]}: stays as it is in --output (epoch 99 evaluated), further on than in --unpack (epoch 3 ev' \
+            in printed and printed.count('stays as it is') == 2 and '4 of 6 files of earlier visits' in printed
+    assert (tmp_path / 'runs' / names[1] / 'notes.txt').exists() and not list((tmp_path / 'runs').glob('.*'))
+
+
+def test_damaged_files_of_a_run_are_named_and_do_not_stop_the_list(tmp_path, capsys):
+    for run, name, content in zip(RUNS[2:], ('metrics.csv', 'metrics.csv', 'summary.json', 'summary.json'),
+                                  ('epoch,eval_top1\n', 'a,b\n1,2\n', '{"top1": ', '[]'), strict=False):
+        (tmp_path / 'runs' / run.name).mkdir(parents=True)
+        (tmp_path / 'runs' / run.name / name).write_text(content)
+    (tmp_path / 'runs' / 'teacher_outputs').mkdir()
+    (tmp_path / 'runs' / 'teacher_outputs' / 'manifest.json').write_text('{}')
+    gpu_visit.visit(settings(tmp_path, list=True))
+    states = [line[56:].strip() for line in capsys.readouterr().out.splitlines() if not line.startswith(' ')]
+    assert states[:-1] == ['not begun', 'manifest.json is damaged', 'begun', 'metrics.csv is damaged',
+                           *['summary.json is damaged'] * 2, *['not begun'] * (len(RUNS) - 6)]
+
+
+def make_broken(place: Path) -> dict:
+    write_shard(place)
+    content = place.read_bytes()
+    place.write_bytes(content[:60] + bytes(20) + content[80:])
+    return {'shards': (str(place),)}
+
+
+def make_set(folder: Path, images: int) -> dict:
+    with zipfile.ZipFile(write_shard(folder / 'shards' / 'imagenette-0.zip', images=images)) as archive:
+        archive.extractall(folder / 'data' / 'imagenette')
+    return {}
+
+
+@pytest.mark.parametrize('make,message', [
+    (lambda folder: make_broken(folder / 'imagenette-0.zip'), r'--shards .*0\.zip cannot be unpacked .*; fetch the'),
+    (lambda folder: (folder / 'data' / 'imagenette' / 'train').mkdir(parents=True) or {}, 'but has 0 in one of 0 clas'),
+    (lambda folder: make_set(folder, 1), 'must have two images of a class at least, but has 1 in one of 3 classes'),
+    (lambda folder: {'output': __file__}, '--output .* cannot be made: '),
+    (lambda folder: {'runs': ('nette/coatnet_nano',)}, '--data .* must have the images of imagenette for nette/coatne'),
+    (lambda folder: {}, '--weights no.safetensors must be the weights that import_weights.py wrote, for teacher'),
+], ids=['zip', 'no class', 'one image', 'output', 'data', 'weights'])
+def test_what_is_missing_or_broken_is_said_before_the_first_run(tmp_path, monkeypatch, make, message):
+    monkeypatch.setattr(gpu_visit, 'start', lambda *_: pytest.fail('a run was started'))
+    with pytest.raises(ConfigError, match=message):
+        gpu_visit.visit(settings(tmp_path, **{'weights': 'no.safetensors', **make(tmp_path)}))
+
+
+def test_runs_on_absent_images_are_left_out_and_half_a_split_is_made_anew(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(gpu_visit, 'start', lambda run, *_: started.append(run.name) or 0)
+    (tmp_path / 'lite2').write_bytes(b'')
+    make_set(tmp_path, images=4)
+    (tmp_path / 'data' / '.nette.tmp' / 'train' / 'half').mkdir(parents=True)
+    gpu_visit.visit(settings(tmp_path, weights=str(tmp_path / 'lite2')))
+    assert started == [run.name for run in RUNS if run.name.startswith('nette')]
+    assert ' runs wait for --shards of tiny-imagenet: teacher, ' in capsys.readouterr().out
+    found = [path.relative_to(tmp_path / 'data' / 'nette') for path in (tmp_path / 'data' / 'nette').rglob('*.webp')]
+    assert len([path for path in found if (tmp_path / 'data' / 'nette' / path).is_file()]) == 12
+    assert not list((tmp_path / 'data').glob('.*')) and not (tmp_path / 'data' / 'nette' / 'train' / 'half').exists()
+    started.clear()
+    gpu_visit.visit(settings(tmp_path, runs=('nette/coatnet_nano',), minutes=.9))
+    assert not started and 'nette/coatnet_nano: 54 s are left, fewer than the 60' in capsys.readouterr().out
 
 
 @pytest.mark.slow

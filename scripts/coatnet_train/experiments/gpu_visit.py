@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from coatnet_train.experiments.gpu_runs import DATA_SETS, RUNS, Run, VisitSettings, check_visit, flags_of
-from coatnet_train.runtime.cli import ConfigError
+from coatnet_train.runtime.cli import ConfigError, check_output, one_line
 from coatnet_train.runtime.parts import join_parts, write_parts
 
 __all__ = ['state', 'visit']
@@ -24,59 +28,161 @@ FINISHED = 'finished'
 
 
 def state(run: Run, output: Path) -> str:
-    """'not begun', how far a run is, or 'finished' and its result."""
+    """'not begun', how far a run is, or 'finished' and its result; a file that cannot be read is named."""
+    return progress(run, output)[1]
+
+
+def progress(run: Run, output: Path) -> tuple[tuple[bool, int, float], str]:
+    """How far a run is: finished, rows of metrics.csv or shards, time of its checkpoint; and the same in words."""
     folder = output / run.name
-    if run.script == 'teach.py':
-        if not (folder / 'manifest.json').exists():
-            return 'not begun'
-        manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
-        return FINISHED if manifest['complete'] else f'{len(manifest["shards"])} shards'
-    if (folder / 'summary.json').exists():
-        return f'{FINISHED}, top-1 {json.loads((folder / "summary.json").read_text(encoding="utf-8"))["top1"]:.2f} %'
-    if (folder / 'metrics.csv').exists():
-        with (folder / 'metrics.csv').open(newline='', encoding='utf-8') as lines:
-            return f'epoch {list(csv.DictReader(lines))[-1]["epoch"]} evaluated'
-    return 'begun' if (folder / 'last' / 'checkpoint.pt').exists() else 'not begun'
+    checkpoint = folder / 'last' / 'checkpoint.pt'
+    saved, rows = checkpoint.stat().st_mtime if checkpoint.exists() else 0., 0
+    words = 'begun' if saved else 'not begun'
+    for name in ('manifest.json',) if run.script == 'teach.py' else ('metrics.csv', 'summary.json'):
+        if not (folder / name).exists():
+            continue
+        try:
+            text = (folder / name).read_text(encoding='utf-8')
+            if name == 'metrics.csv':
+                epochs = [int(row['epoch']) for row in csv.DictReader(text.splitlines())]
+                rows, words = len(epochs), f'epoch {epochs[-1]} evaluated' if epochs else 'begun'
+            elif name == 'manifest.json':
+                manifest = json.loads(text)
+                rows = len(manifest['shards'])
+                if manifest['complete']:
+                    return (True, rows, saved), FINISHED
+                words = f'{rows} shards'
+            else:
+                return (True, rows, saved), f'{FINISHED}, top-1 {json.loads(text)["top1"]:.2f} %'
+        except (OSError, ValueError, TypeError, KeyError, csv.Error):
+            words = f'{name} is damaged'
+    return (False, rows, saved), words
+
+
+def unpack(parts: Path, output: Path) -> None:
+    """Join parts into the folder of runs; a run that is further on there than in the parts stays as it is."""
+    temporary = output / '.unpacked.tmp'
+    shutil.rmtree(temporary, ignore_errors=True)  # of a visit that was killed
+    try:
+        files = join_parts(parts, temporary)
+        taken = 0
+        for run in RUNS:
+            count = sum(path.is_file() for path in (temporary / run.name).rglob('*'))
+            (here, words), (packed, packed_words) = progress(run, output), progress(run, temporary)
+            if count and here > packed:
+                print(f'{run.name}: stays as it is in --output ({words}), further on than in --unpack ({packed_words})')
+            elif count:
+                shutil.copytree(temporary / run.name, output / run.name, dirs_exist_ok=True, copy_function=os.replace)
+                taken += count
+    except OSError as error:
+        raise ConfigError(f'--output {output} cannot be written: {one_line(error)}.') from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f'{taken} of {len(files)} files of earlier visits -> {output}')
 
 
 def unpack_shards(shards: tuple[str, ...], data: Path) -> None:
     """Extract zip files of SPLIT/CLASS/IMAGE as they are; what was held out of a set before is drawn anew."""
     for shard in map(Path, shards):
         name = next(name for name in DATA_SETS if shard.name.startswith(name))
-        with zipfile.ZipFile(shard) as archive:
-            archive.extractall(data / name)
-            count = len(archive.namelist())
-        shutil.rmtree(data / DATA_SETS[name][0], ignore_errors=True)
+        try:
+            with zipfile.ZipFile(shard) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f'{damaged} is damaged')
+                if (data / DATA_SETS[name][0]).exists():
+                    shutil.rmtree(data / DATA_SETS[name][0])
+                archive.extractall(data / name)
+                count = len(archive.namelist())
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+            raise ConfigError(f'--shards {shard} cannot be unpacked into --data {data}: {one_line(error)}; fetch the '
+                              f'file again, or name another folder.') from error
         print(f'{shard.name}: {count} images -> {data / name}')
 
 
 def hold_out(data: Path) -> None:
     """Make the folders that train, of those sets whose images are there."""
     for name, (folder, per_class) in DATA_SETS.items():
-        if (data / name / 'train').is_dir() and not (data / folder).exists():
-            classes = [path for path in (data / name / 'train').iterdir() if path.is_dir()]
-            # a rehearsal has fewer images
-            per_class = min(per_class, min(len(list(path.iterdir())) for path in classes) // 2)
-            subprocess.run([sys.executable, SCRIPTS / 'hold_out.py', data / name / 'train', data / folder,
-                            '--per-class', str(per_class)], check=True)
+        train, temporary = data / name / 'train', data / f'.{folder}.tmp'
+        if not train.is_dir() or (data / folder).exists():
+            continue
+        classes = [path for path in train.iterdir() if path.is_dir()]
+        fewest = min((len(list(path.iterdir())) for path in classes), default=0)
+        if fewest < 2:
+            raise ConfigError(f'--data: {train} must have two images of a class at least, but has {fewest} in one of '
+                              f'{len(classes)} classes; unpack it again by --shards.')
+        shutil.rmtree(temporary, ignore_errors=True)  # of a visit that was killed
+        # a rehearsal has fewer images; the links are relative, and stay true under the other name
+        done = subprocess.run([sys.executable, SCRIPTS / 'hold_out.py', train, temporary, '--per-class',
+                               str(min(per_class, fewest // 2))], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise ConfigError(f'--data {data}: {one_line(RuntimeError(done.stderr[-500:]))}')
+        temporary.rename(data / folder)
+
+
+def pending(settings: VisitSettings, output: Path) -> list[Run]:
+    """The runs of this visit that are not finished; raises ConfigError where weights or images of one are missing.
+
+    Where --runs names none, runs on a set of images that is not there are left out.
+    """
+    chosen = [run for run in RUNS if not settings.runs or run.name in settings.runs]
+    runs = [run for run in chosen if not state(run, output).startswith(FINISHED)]
+    finished = {run.name for run in RUNS if state(run, output).startswith(FINISHED)}
+    while waiting := [run for run in runs if not finished.union(run.name for run in runs).issuperset(run.needs)]:
+        print(*(f'{run.name}: waits for {", ".join(run.needs)}' for run in waiting), sep='\n')
+        runs = [run for run in runs if run not in waiting]
+    if any('{weights}' in run.flags for run in runs) and not Path(settings.weights).is_file():
+        raise ConfigError(f'--weights {settings.weights} must be the weights that import_weights.py wrote, for '
+                          f'{runs[0].name}; make them, or name other --runs.')
+    for name, (folder, _) in DATA_SETS.items():
+        without = [run for run in runs if f'{{data}}/{folder}' in run.flags.split()]
+        if not without or (Path(settings.data) / folder / 'train').is_dir():
+            continue
+        runs = [run for run in runs if run not in without]
+        if settings.runs or not runs:
+            raise ConfigError(f'--data {settings.data} must have the images of {name} for {without[0].name}; give its '
+                              f'--shards, or name other --runs.')
+        print(f'{len(without)} runs wait for --shards of {name}: {", ".join(run.name for run in without)}')
+    return runs
+
+
+@contextmanager
+def exits_at_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end this process by SystemExit, so that the run in progress is saved and ended too."""
+    def stop(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def start(run: Run, settings: VisitSettings, seconds: float) -> int:
     """Run a command for at most so long; it is told to save itself before that. Its output goes to NAME.log."""
-    log = Path(settings.output) / f'{run.name.replace("/", "-")}.log'
-    with log.open('ab') as file:
-        process = subprocess.Popen([sys.executable, os.path.relpath(SCRIPTS / run.script), *flags_of(run, settings)],
-                                   stdout=file, stderr=subprocess.STDOUT)
-    try:
-        return process.wait(max(1., seconds - SAVING_SECONDS))
-    except subprocess.TimeoutExpired:
+    def save() -> int:
         process.send_signal(signal.SIGTERM)
         try:
             return process.wait(SAVING_SECONDS)
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL
+
+    log = Path(settings.output) / f'{run.name.replace("/", "-")}.log'
+    with log.open('ab') as file:  # a session of its own: Ctrl-C reaches this process alone, which lets the run save
+        process = subprocess.Popen([sys.executable, os.path.relpath(SCRIPTS / run.script), *flags_of(run, settings)],
+                                   stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(max(1., seconds - SAVING_SECONDS))
+    except subprocess.TimeoutExpired:
+        return save()
+    except SystemExit:
+        print(f'{run.name}: told to stop, is being saved', flush=True)
+        save()
+        raise
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its loader processes too
         process.wait()
 
 
@@ -108,32 +214,43 @@ def pack(settings: VisitSettings) -> None:
 def visit(settings: VisitSettings) -> int:
     """Make the runs that are not finished, one after the other, while there is time; returns how many failed."""
     check_visit(settings)
-    begun, output = time.monotonic(), Path(settings.output)
+    check_output(output := Path(settings.output))
+    begun = time.monotonic()
     if settings.list:
         print_list(settings)
         return 0
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f'--output {output} cannot be made: {one_line(error)}; name another folder.') from error
     if settings.unpack:
-        print(f'{len(join_parts(Path(settings.unpack), output))} files of earlier visits -> {output}')
+        unpack(Path(settings.unpack), output)
     if settings.pack:
         pack(settings)
         return 0
+    with exits_at_signals():
+        return train(settings, begun)
+
+
+def train(settings: VisitSettings, begun: float) -> int:
+    """Make the runs of a visit that began then, by time.monotonic; returns how many failed."""
+    output = Path(settings.output)
     unpack_shards(settings.shards, Path(settings.data))
     hold_out(Path(settings.data))
-    failed, states = 0, {run.name: state(run, output) for run in RUNS}
-    for run in (run for run in RUNS if not settings.runs or run.name in settings.runs):
-        if states[run.name].startswith(FINISHED):
-            continue
-        if missing := [name for name in run.needs if not states[name].startswith(FINISHED)]:
+    runs, failed = pending(settings, output), 0
+    for run in runs:
+        if missing := [other.name for other in RUNS
+                       if other.name in run.needs and not state(other, output).startswith(FINISHED)]:
             print(f'{run.name}: waits for {", ".join(missing)}')
             continue
         seconds = 60 * settings.minutes - (time.monotonic() - begun)
         if seconds < 2 * SAVING_SECONDS and not settings.tiny:
+            print(f'{run.name}: {max(0., seconds):.0f} s are left, fewer than the {2 * SAVING_SECONDS:.0f} that a run '
+                  f'takes to begin and to save; it is the next visit\'s')
             break
         started = time.monotonic()
         code = start(run, settings, seconds)
-        states[run.name] = state(run, output)
         failed += code not in (0, PREEMPTED)
         ended = '' if code in (0, PREEMPTED) else f', ended with exit code {code}, see {run.name.replace("/", "-")}.log'
-        print(f'{run.name}: {states[run.name]}, {(time.monotonic() - started) / 60:.1f} minutes{ended}', flush=True)
+        print(f'{run.name}: {state(run, output)}, {(time.monotonic() - started) / 60:.1f} minutes{ended}', flush=True)
     return failed

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['write_csv', 'write_figure', 'write_file', 'write_json']
+__all__ = ['replace_dir', 'write_csv', 'write_figure', 'write_file', 'write_json']
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -41,3 +42,18 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def write_figure(path: Path, figure: 'Figure') -> None:
     write_file(path, lambda temporary: figure.savefig(temporary, format='png', dpi=150))
+
+
+def replace_dir(temporary: Path, output: Path) -> None:
+    """Give the finished folder its name, in the place of an earlier one."""
+    old = output.with_name(f'.{output.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    try:
+        temporary.rename(output)
+    except BaseException:
+        if old.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
