@@ -198,7 +198,7 @@ def test_inductor_fuses_the_sum_into_one_loop():
     """Compiled, the multiply-adds of all taps stand in one kernel, and no tap is stored."""
     from torch._inductor.utils import run_and_get_code
 
-    x, logits = torch.randn(1, 32, 8, 8), torch.randn(1, 49, 8, 8)
+    x, logits = torch.randn(1, 32, 12, 12), torch.randn(1, 49, 12, 12)
     with torch.no_grad():
         out, (code, *_) = run_and_get_code(
             torch.compile(lambda x, logits: dynamicconv2d(x, logits, (7, 7)), fullgraph=True), x, logits)
