@@ -18,7 +18,7 @@ from coatnet_train.benchmarks import gpu_report
 from coatnet_train.benchmarks.gpu_plan import BUDGETS, STEPS, GpuReportSettings, check_gpu_report, plan
 from coatnet_train.benchmarks.rows import KEYS, card_slug, merge_rows, read_rows
 from coatnet_train.runtime.cli import ConfigError
-from support.commands import environment, needs_inductor
+from support.commands import environment
 from support.constants import ROOT
 
 ORIGIN = {'hardware': 'NVIDIA X1', 'commit': 'abc', 'torch': '2'}
@@ -336,14 +336,13 @@ def test_nothing_is_collected_where_a_file_is_no_result(tmp_path, content, messa
 
 
 @pytest.mark.slow
-@needs_inductor
-def test_the_whole_command_with_a_process_a_step(tmp_path):
+def test_the_command_starts_a_process_a_step(tmp_path):
     pytest.importorskip('triton', reason='needs the triton package')
     (tmp_path / 'bin').mkdir()
     (tmp_path / 'bin' / 'compute-sanitizer').write_text(
         '#!/bin/sh\nshift 4\n"$@" && echo "========= ERROR SUMMARY: 0 errors"\n')
     (tmp_path / 'bin' / 'compute-sanitizer').chmod(stat.S_IRWXU)
-    steps = [step.name for step in STEPS if not step.name.endswith(('racecheck', 'training-compiled'))]
+    steps = ['versions', 'compare', 'memcheck']  # the rehearsal above runs the others, in one process
     done = subprocess.run(
         [sys.executable, 'scripts/gpu_report.py', '--tiny', '--device', 'cpu', '--output', str(tmp_path / 'out'),
          '--steps', *steps], capture_output=True, text=True, cwd=ROOT,
@@ -351,7 +350,5 @@ def test_the_whole_command_with_a_process_a_step(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     checks = results(tmp_path / 'out', 'checks')
     assert {row['step'] for row in checks if row['result'] == 'done'} == set(steps)
-    assert {row['check']: row['result'] for row in checks if row['step'] in ('kernel-tests', 'memcheck')} == {
-        'tests/ops -m gpu': 'skipped', 'memcheck': 'passed', 'step': 'done'}
-    assert all(' 0 skipped' not in row['detail'] for row in checks if row['check'] == 'tests/ops -m gpu')
-    assert {row['form'] for row in results(tmp_path / 'out', 'models')} == {'eager', 'compiled'}
+    assert {row['check']: row['result'] for row in checks if row['step'] == 'memcheck'} == {
+        'memcheck': 'passed', 'step': 'done'}
