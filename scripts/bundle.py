@@ -8,7 +8,7 @@
 
 The other machine needs Python of the version --python as python3, and installed: torch with triton, torchvision, numpy,
 Pillow, safetensors, huggingface_hub and filelock; pytest for gpu_report.py; accelerate, tqdm and matplotlib for
-finetune.py, teach.py and gpu_visit.py. What of these is missing there goes into --wheels, with what it needs itself.
+finetune.py, teach.py and gpu_train.py. What of these is missing there goes into --wheels, with what it needs itself.
 run.sh installs the wheels, of the versions that are installed here, into the folder; nothing else changes there.
 Results name the commit in its file COMMIT.
 """

@@ -15,10 +15,8 @@ on from there), 1 for a loss that is not finite.
 """
 import sys
 
-from coatnet_train.runtime.cli import Preempted, one_line, run_cli
+from coatnet_train.runtime.cli import PREEMPTED, Preempted, one_line, run_cli
 from coatnet_train.training.config import FinetuneSettings, check_values, read_settings
-
-PREEMPTED = 75  # exit code: stopped by SIGTERM, everything saved
 
 
 def main(settings: FinetuneSettings) -> dict:

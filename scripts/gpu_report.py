@@ -2,9 +2,9 @@
 
     python scripts/gpu_report.py --budget 8
     python scripts/gpu_report.py --list
-    python scripts/gpu_report.py --steps dynamic-7 light-7 --output /tmp/visit
-    python scripts/gpu_report.py --collect /tmp/visit
-    TRITON_INTERPRET=1 python scripts/gpu_report.py --tiny --device cpu --output output/rehearsal
+    python scripts/gpu_report.py --steps dynamic-7 light-7 --output output/borrowed
+    python scripts/gpu_report.py --collect output/borrowed
+    TRITON_INTERPRET=1 python scripts/gpu_report.py --tiny --device cpu --output output/dry_run
 
 It writes ops_<card>.csv, models_<card>.csv, checks_<card>.csv and gpu_report.log, row by row, into --output; then
 `python scripts/report.py` shows them in docs/results.md. A step is a process of its own that is ended at its limit, and

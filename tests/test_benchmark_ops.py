@@ -142,7 +142,7 @@ def test_a_gpu_replays_captured_calls_whose_outputs_live_side_by_side(monkeypatc
 
 def test_kernels_are_forced_by_name_and_what_cannot_run_is_named(monkeypatch, capsys):
     def refuse(*args, **kwargs):
-        raise ValueError('they take float16 or bfloat16')
+        raise ValueError('limited to float16 or bfloat16')
 
     monkeypatch.setattr(benchmark_ops, 'can_run', lambda backend, settings: True)
     seen = []
@@ -154,7 +154,7 @@ def test_kernels_are_forced_by_name_and_what_cannot_run_is_named(monkeypatch, ca
     assert seen == [('lightconv2d', 'band'), ('dynamicconv2d', 'band')]
     measured = {cell['backend']: cell['ms'] != 'not measured' for cell in cells}
     assert measured == {'direct': True, 'band': False, 'conv2d': True}
-    assert 'dynamic 3x3, 5x5x32, forward: band is not measured: they take float16' in capsys.readouterr().out
+    assert 'dynamic 3x3, 5x5x32, forward: band is not measured: limited to float16' in capsys.readouterr().out
 
 
 def test_several_input_sets_are_one_measurement(known_ceilings):

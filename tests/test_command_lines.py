@@ -32,7 +32,7 @@ COMMANDS = {
     'benchmark.py inference_form': ('--rounds 1', '--rounds must be at least 2'),
     'bundle.py': ('--data no.zip', '--data no.zip must be a file'),
     'gpu_report.py': ('--steps x', '--steps must be among versions'),
-    'gpu_visit.py': ('--runs x', '--runs must be among teacher'),
+    'gpu_train.py': ('--runs x', '--runs must be among teacher'),
     'ablation.py': ('--data-dir x --speed', '--speed needs a --results-file'),
     'transfer.py': ('--data-dir x --model x --fractions 2', '--fractions must be above 0'),
     'compare_recipes.py': ('--sets digits --seeds 0 --threads 0', '--threads must be from 1'),

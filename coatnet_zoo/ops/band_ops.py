@@ -150,6 +150,17 @@ def operand(x: torch.Tensor, channels: int, slots: int, launch: Launch) -> torch
     return TensorDescriptor(x, [B, H, W, C], [x.stride(0), W * C, C, 1], [1, slots // 8, 8, channels])
 
 
+def tile_obstacle(dtype: torch.dtype, width: int, kernel: tuple[int, int] = (1, 1)) -> str:
+    """What the tiles of these kernels do not cover: a dtype, a head of `width` channels, a kernel (Kh, Kw); else ''."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f'limited to float16 or bfloat16, got {dtype}'
+    if max(kernel) > MAX_KERNEL_SIZE:
+        return f'limited to kernels up to {MAX_KERNEL_SIZE} x {MAX_KERNEL_SIZE}, got {kernel[0]} x {kernel[1]}'
+    if width not in HEAD_WIDTHS:
+        return f'limited to heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {width}'
+    return ''
+
+
 def band_obstacle(x: torch.Tensor, kernel: tuple[int, int], heads: int, logits: torch.Tensor | None = None) -> str:
     """What keeps the kernels for tensor cores from a call: '' if nothing, so that they run unless others are forced.
 
@@ -161,14 +172,10 @@ def band_obstacle(x: torch.Tensor, kernel: tuple[int, int], heads: int, logits: 
         heads: G, whose width C // G decides.
         logits: (B, G * Kh * Kw, H, W) of DynamicConv, which takes them as they are; None for LightConv.
     """
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f'they take float16 or bfloat16, got {x.dtype}'
     if logits is not None and logits.dtype != x.dtype:
         return f'x and logits must have one dtype, got {x.dtype} and {logits.dtype}'
-    if logits is not None and max(kernel) > MAX_KERNEL_SIZE:
-        return f'they take kernels up to {MAX_KERNEL_SIZE} x {MAX_KERNEL_SIZE}, got {kernel[0]} x {kernel[1]}'
-    if x.shape[1] // heads not in HEAD_WIDTHS:
-        return f'they take heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {x.shape[1] // heads}'
+    if found := tile_obstacle(x.dtype, x.shape[1] // heads, (1, 1) if logits is None else kernel):
+        return found
     for name, tensor in (('x', x), ('logits', logits)):
         if tensor is None:
             continue
@@ -177,5 +184,5 @@ def band_obstacle(x: torch.Tensor, kernel: tuple[int, int], heads: int, logits: 
         if needs_int64(tensor):
             return f'{name} must stay below 2^31 elements an image, got shape {tuple(tensor.shape)}'
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f'they need compute capability 8.0, got {torch.cuda.get_device_capability(x.device)}'
+        return f'limited to compute capability 8.0 and newer, got {torch.cuda.get_device_capability(x.device)}'
     return ''

@@ -7,7 +7,7 @@ import torch
 
 __all__ = [
     'BACKENDS', 'INTERPRETED', 'TRITON', 'autocast_off', 'cast_for_autocast', 'choose_backend', 'dtype_for_autocast',
-    'validate_backend']
+    'validate_backend', 'validate_triton']
 
 BACKENDS = ('naive', 'eager', 'triton')
 TRITON = importlib.util.find_spec('triton') is not None  # looked up once, so that graphs take it as a constant
@@ -39,6 +39,16 @@ def validate_backend(backend: str | None, op: str) -> None:
         raise ValueError(f'{op}: backend must be None or one of {", ".join(map(repr, BACKENDS))}, got {backend!r}.')
 
 
+def validate_triton(x: torch.Tensor, op: str) -> None:
+    """Raise RuntimeError without Triton, ValueError where it has no device for x, with the ways out."""
+    if not TRITON:
+        raise RuntimeError(f"{op}: backend='triton' needs the triton package; install it or use backend='eager'.")
+    if not x.is_cuda and not (x.device.type == 'cpu' and INTERPRETED):
+        raise ValueError(
+            f"{op}: backend='triton' needs CUDA tensors, got x on {x.device}; move them with .cuda(), use "
+            f"backend='eager', or set TRITON_INTERPRET=1 before the first import to run the kernels in Python.")
+
+
 def choose_backend(
         backend: str | None, x: torch.Tensor, operand: torch.Tensor, kernel_size: tuple[int, int], max_kernel_size: int,
         op: str,
@@ -62,12 +72,7 @@ def choose_backend(
         # a graph that is exported must run without our operators, and on any device
         exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
         return 'triton' if x.is_cuda and covered and not exported and TRITON else 'eager'
-    if not TRITON:
-        raise RuntimeError(f"{op}: backend='triton' needs the triton package; install it or use backend='eager'.")
-    if not x.is_cuda and not (x.device.type == 'cpu' and INTERPRETED):
-        raise ValueError(
-            f"{op}: backend='triton' needs CUDA tensors, got x on {x.device}; move them with .cuda(), use "
-            f"backend='eager', or set TRITON_INTERPRET=1 before the first import to run the kernels in Python.")
+    validate_triton(x, op)
     if not covered:
         raise ValueError(
             f"{op}: backend='triton' takes float16, bfloat16 or float32 and kernels up to {max_kernel_size} x "

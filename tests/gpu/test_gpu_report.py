@@ -50,7 +50,7 @@ def test_every_budget_holds_its_steps():
     (dict(output=f'{__file__}/x'), r'--output .*test_gpu_report.py/x must be a folder that can be written: .*; give'),
     (dict(output=__file__), r'--output .*test_gpu_report.py must be a folder that can be written: .*; give another'),
     (dict(device='cpu'), r'--device cpu needs the environment variable TRITON_INTERPRET=1, .* got none; set it'),
-    (dict(output='results', device='cpu'), '--device cpu and --tiny rehearse, .*--output results; give another'),
+    (dict(output='results', device='cpu'), '--device cpu and --tiny are dry runs, .*--output results; give another'),
 ], ids=str)
 def test_bad_settings_end_in_one_sentence(changes, message, monkeypatch):
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
@@ -58,7 +58,7 @@ def test_bad_settings_end_in_one_sentence(changes, message, monkeypatch):
         gpu_report.main(settings(Path('x'), **{'device': 'cuda', **changes}))
 
 
-def test_a_rehearsal_needs_the_interpreter_only_where_it_runs_kernels(monkeypatch):
+def test_a_dry_run_needs_the_interpreter_only_where_it_runs_kernels(monkeypatch):
     monkeypatch.setenv('TRITON_INTERPRET', 'True')
     check_gpu_report(settings(Path('x')))
     monkeypatch.delenv('TRITON_INTERPRET')
@@ -66,7 +66,7 @@ def test_a_rehearsal_needs_the_interpreter_only_where_it_runs_kernels(monkeypatc
 
 
 @pytest.fixture(scope='module')
-def rehearsal(tmp_path_factory) -> tuple[Path, str]:
+def dry_run(tmp_path_factory) -> tuple[Path, str]:
     """One process that runs each kind of step in Triton's interpreter."""
     pytest.importorskip('triton', reason='needs the triton package')
     folder = tmp_path_factory.mktemp('report')
@@ -78,8 +78,8 @@ def rehearsal(tmp_path_factory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
-def test_a_rehearsal_leaves_every_kind_of_row(rehearsal):
-    folder, printed = rehearsal
+def test_a_dry_run_leaves_every_kind_of_row(dry_run):
+    folder, printed = dry_run
     assert '6 of 6 steps ended well, 0 checks failed' in printed
     checks = results(folder, 'checks')
     assert [row['step'] for row in checks if row['check'] == 'step'] == [
@@ -226,6 +226,7 @@ if sys.argv[2] == 'dynamic-7':
     assert [row['step'] for row in results(tmp_path / 'out', 'checks')] == ['versions', 'compare', 'kernel-tests']
 
 
+# what the kernel-tests step finds in place of tests/ops: tests that pass, fail and skip, to be counted
 FOUND_TESTS = '''
 import pytest
 pytestmark = pytest.mark.gpu
@@ -303,15 +304,15 @@ def test_rows_replace_only_what_they_measure_again(tmp_path):
         'h200', 'h100_80gb_hbm3', 'unknown']
 
 
-def test_what_a_visit_measured_is_collected(tmp_path, capsys):
+def test_what_a_session_measured_is_collected(tmp_path, capsys):
     with (ROOT / 'results' / 'ops_h200.csv').open() as lines:
         old = list(csv.DictReader(lines))
-    (tmp_path / 'visit').mkdir()
+    (tmp_path / 'session').mkdir()
     (tmp_path / 'results').mkdir()
     (tmp_path / 'results' / 'ops_h200.csv').write_bytes((ROOT / 'results' / 'ops_h200.csv').read_bytes())
     new = [row | {'timer': 'CUDA graph', 'input_sets': '3', 'ms': '0.1'} for row in old[:2]]
-    merge_rows(tmp_path / 'visit' / 'ops_h200.csv', new, ('op',), 'ms')
-    changes = dict(collect=str(tmp_path / 'visit'), device='cuda', tiny=False)
+    merge_rows(tmp_path / 'session' / 'ops_h200.csv', new, ('op',), 'ms')
+    changes = dict(collect=str(tmp_path / 'session'), device='cuda', tiny=False)
     assert gpu_report.main(settings(tmp_path / 'results', **changes)) == 0
     rows = read_rows(tmp_path / 'results' / 'ops_h200.csv')
     assert len(rows) == len(old) + 1  # rows that another timer measured stay
@@ -324,14 +325,14 @@ def test_what_a_visit_measured_is_collected(tmp_path, capsys):
     (b'name,ms\na,1\n', 'must have the columns hardware, op, .*, ms, but lacks hardware, op, '),
     (b'', 'but lacks hardware'), ('one cell too many', 'cells in every row, but row 2 has not')], ids=str)
 def test_nothing_is_collected_where_a_file_is_no_result(tmp_path, content, message):
-    (tmp_path / 'visit').mkdir()
+    (tmp_path / 'session').mkdir()
     columns = [*KEYS['ops'][0], 'ms']
     good = '\n'.join([','.join(columns), ','.join('x' * len(columns)), ''])
-    (tmp_path / 'visit' / 'ops_a.csv').write_text(good)
-    (tmp_path / 'visit' / 'ops_b.csv').write_bytes(
+    (tmp_path / 'session' / 'ops_a.csv').write_text(good)
+    (tmp_path / 'session' / 'ops_b.csv').write_bytes(
         content if isinstance(content, bytes) else f'{good}{"x," * len(columns)}x\n'.encode())
     with pytest.raises(ConfigError, match=message):
-        gpu_report.main(settings(tmp_path / 'out', collect=str(tmp_path / 'visit')))
+        gpu_report.main(settings(tmp_path / 'out', collect=str(tmp_path / 'session')))
     assert not list((tmp_path / 'out').glob('*.csv'))
 
 
@@ -342,7 +343,7 @@ def test_the_command_starts_a_process_a_step(tmp_path):
     (tmp_path / 'bin' / 'compute-sanitizer').write_text(
         '#!/bin/sh\nshift 4\n"$@" && echo "========= ERROR SUMMARY: 0 errors"\n')
     (tmp_path / 'bin' / 'compute-sanitizer').chmod(stat.S_IRWXU)
-    steps = ['versions', 'compare', 'memcheck']  # the rehearsal above runs the others, in one process
+    steps = ['versions', 'compare', 'memcheck']  # the dry run above runs the others, in one process
     done = subprocess.run(
         [sys.executable, 'scripts/gpu_report.py', '--tiny', '--device', 'cpu', '--output', str(tmp_path / 'out'),
          '--steps', *steps], capture_output=True, text=True, cwd=ROOT,

@@ -7,7 +7,7 @@ from torch import nn
 
 from coatnet_zoo.blocks import DynamicConv2d, DynamicConvBlock
 from coatnet_zoo.blocks import dynamicconv as block_file
-from coatnet_zoo.ops import dynamicconv2d, dynamicconv2d_projected
+from coatnet_zoo.ops import dispatch, dynamicconv2d, dynamicconv2d_projected
 from coatnet_zoo.ops.dynamicconv2d.projected import fuses_projection
 
 API = import_module('coatnet_zoo.ops.dynamicconv2d.projected')  # the functions hide the folders
@@ -64,7 +64,7 @@ def test_it_refuses_with_numbers(changes, error, message, monkeypatch):
 
 
 def test_a_machine_without_triton_says_so(monkeypatch):
-    monkeypatch.setattr(API, 'TRITON', False)
+    monkeypatch.setattr(dispatch, 'TRITON', False)
     with pytest.raises(RuntimeError, match="needs the triton package; install it or use backend='eager'"):
         projected(backend='triton')
 
@@ -103,10 +103,10 @@ def test_the_block_fuses_a_plain_layer_alone(monkeypatch):
 
 triton = pytest.importorskip('triton', reason='needs the triton package')
 
-import interpreted_projection  # noqa: E402
-from test_kernels import in_interpreter, needs_gpu  # noqa: E402
+import interpreted_projection  # noqa: E402  imports triton, or what follows is skipped
+from test_kernels import in_interpreter, needs_gpu  # noqa: E402  the same
 
-from coatnet_zoo.ops.dynamicconv2d import projected_band  # noqa: E402
+from coatnet_zoo.ops.dynamicconv2d import projected_band  # noqa: E402  the same
 
 
 @pytest.mark.parametrize('part', ['cases', pytest.param('large', marks=pytest.mark.slow)])

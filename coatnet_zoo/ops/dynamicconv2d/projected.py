@@ -7,7 +7,14 @@ Two steps, except where one kernel does both and stores no logits.
 import torch
 import torch.nn.functional as F
 
-from ..dispatch import INTERPRETED, TRITON, autocast_off, cast_for_autocast, dtype_for_autocast, validate_backend
+from ..dispatch import (
+    TRITON,
+    autocast_off,
+    cast_for_autocast,
+    dtype_for_autocast,
+    validate_backend,
+    validate_triton,
+)
 from ..dropconnect import draw_seed
 from ..validation import (
     validate_bias,
@@ -67,7 +74,9 @@ def dynamicconv2d_projected(
     validate_options(normalize, dropconnect, training, op)
     validate_backend(backend, op)
     if backend == 'triton':
-        _require_fused(x, projection, kernel, op)
+        validate_triton(x, op)
+        if reason := _obstacle(x, projection, kernel):
+            raise ValueError(f"{op}: the fused kernel cannot run: {reason}; use backend=None or 'eager'.")
     if backend == 'triton' or (backend is None and fuses_projection(x, projection, kernel)):
         from .projected_kernels import dynamicconv2d_projected_triton
         x, projection = cast_for_autocast(x), cast_for_autocast(projection)
@@ -102,14 +111,3 @@ def _obstacle(x: torch.Tensor, projection: torch.Tensor, kernel_size: tuple[int,
     if dtype_for_autocast(projection) != dtype:
         return f'x and projection must have one dtype, got {x.dtype} and {projection.dtype}'
     return obstacle(x, projection, kernel_size, dtype)
-
-
-def _require_fused(x: torch.Tensor, projection: torch.Tensor, kernel: tuple[int, int], op: str) -> None:
-    if not TRITON:
-        raise RuntimeError(f"{op}: backend='triton' needs the triton package; install it or use backend='eager'.")
-    if not (x.is_cuda or INTERPRETED):
-        raise ValueError(
-            f"{op}: backend='triton' needs CUDA tensors, got x on {x.device}; move them with .cuda(), use "
-            f"backend='eager', or set TRITON_INTERPRET=1 before the first import to run the kernels in Python.")
-    if reason := _obstacle(x, projection, kernel):
-        raise ValueError(f"{op}: the fused kernel cannot run: {reason}; use backend=None or 'eager'.")

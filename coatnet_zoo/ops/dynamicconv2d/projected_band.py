@@ -16,9 +16,7 @@ from triton import jit
 
 from .. import band_ops
 from ..band_ops import (
-    HEAD_WIDTHS,
     LOG2E,
-    MAX_KERNEL_SIZE,
     Launch,
     default_launch,
     grid,
@@ -28,6 +26,7 @@ from ..band_ops import (
     product,
     slots_of_span,
     strip_of_columns,
+    tile_obstacle,
 )
 from ..dropconnect import threshold
 from ..triton_ops import dropconnect_factor, empty_channels_last, on_device_of
@@ -160,20 +159,16 @@ def obstacle(x: torch.Tensor, projection: torch.Tensor, kernel: tuple[int, int],
     _, C, H, W = x.shape
     taps = kernel[0] * kernel[1]
     head = C * taps // projection.shape[0]
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f'it takes float16 or bfloat16, got {dtype}'
-    if max(kernel) > MAX_KERNEL_SIZE:
-        return f'it takes kernels up to {MAX_KERNEL_SIZE} x {MAX_KERNEL_SIZE}, got {kernel[0]} x {kernel[1]}'
-    if head not in HEAD_WIDTHS:
-        return f'it takes heads of {", ".join(map(str, HEAD_WIDTHS))} channels, got {head}'
+    if found := tile_obstacle(dtype, head, kernel):
+        return found
     if C > MAX_CHANNELS:
-        return f'it takes up to {MAX_CHANNELS} channels, got {C}'
+        return f'limited to up to {MAX_CHANNELS} channels, got {C}'
     if not x.permute(0, 2, 3, 1).is_contiguous():  # vmap cannot ask for channels_last
         return f'x must be dense in channels_last, got strides {x.stride()}'
     if (H + 31) * (W + 31) * max(projection.shape) >= 2 ** 31:
         return f'an image and its logits must stay below 2^31 elements, got shape {tuple(x.shape)}'
     if x.is_cuda and _capability(x.device) < (8, 0):
-        return f'it needs compute capability 8.0, got {_capability(x.device)}'
+        return f'limited to compute capability 8.0 and newer, got {_capability(x.device)}'
     return ''
 
 

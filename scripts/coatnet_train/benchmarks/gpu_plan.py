@@ -108,7 +108,7 @@ FULL = Sizes(
     large_side=8200,  # 8200^2 * 32 > 2^31
     steps=50, step_batch=64, step_size=64, step_models=('lightconvnet_pico_64', 'dynamicconvnet_pico_64'))
 
-# for a rehearsal on a CPU in Triton's interpreter, and for the sanitizer, which slows everything down
+# for a dry run on a CPU in Triton's interpreter, and for the sanitizer, which slows everything down
 TINY = Sizes(
     shapes=('2x32',), operator_batch=1, dtype='bfloat16', backends=('eager', 'triton', *FORCED, 'conv2d'), window=0.001,
     rounds=1, input_sets=2, compared=((1, 32, 1, 4, 3),), compared_dtypes=('bfloat16', 'float32'),
@@ -127,23 +127,23 @@ class GpuReportSettings:
     steps: tuple[str, ...] = ()  # Steps to run in place of those of --budget, with their longest limits.
     output: str = 'results'  # Folder of the CSV files and of gpu_report.log; rows that are there are kept.
     collect: str = ''  # Run nothing, and add to --output the rows of the CSV files in this folder.
-    device: Literal['cuda', 'cpu'] = 'cuda'  # cpu rehearses, in Triton's interpreter under TRITON_INTERPRET=1.
+    device: Literal['cuda', 'cpu'] = 'cuda'  # cpu is a dry run, in Triton's interpreter under TRITON_INTERPRET=1.
     tiny: bool = False  # Shapes that take seconds on a CPU.
     list: bool = False  # Print the steps and their limits, and run nothing.
     run_step: Annotated[str, tyro.conf.Suppress] = ''  # Set by the word `step`, never by a flag.
 
 
 def check_gpu_report(settings: GpuReportSettings) -> None:
-    """Raise ConfigError for unknown steps, for rehearsals among the results, and for kernels that cannot run."""
+    """Raise ConfigError for unknown steps, dry runs that would write into results/, and kernels that cannot run."""
     known = [step.name for step in STEPS]
     for name in (*settings.steps, *filter(None, [settings.run_step])):
         if name not in known:
             raise ConfigError(f'--steps must be among {", ".join(known)}, got {name!r}{did_you_mean(name, known)}.')
     if settings.collect and not Path(settings.collect).is_dir():
         raise ConfigError(f'--collect {settings.collect} must be a folder that --output of another run named.')
-    rehearsal = settings.device == 'cpu' or settings.tiny
-    if rehearsal and not settings.list and Path(settings.output).name == 'results':
-        raise ConfigError(f'--device cpu and --tiny rehearse, and their figures do not belong into --output '
+    dry_run = settings.device == 'cpu' or settings.tiny
+    if dry_run and not settings.list and Path(settings.output).name == 'results':
+        raise ConfigError(f'--device cpu and --tiny are dry runs, and their figures do not belong into --output '
                           f'{settings.output}; give another folder.')
     runs = not (settings.list or settings.collect)
     if runs and settings.device == 'cpu' and os.environ.get('TRITON_INTERPRET', '').lower() not in INTERPRETING:

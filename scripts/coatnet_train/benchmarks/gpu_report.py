@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 from coatnet_train.benchmarks.gpu_plan import (
     BUDGETS,
@@ -23,7 +22,7 @@ from coatnet_train.benchmarks.gpu_plan import (
     plan,
 )
 from coatnet_train.benchmarks.rows import KEYS, card_slug, merge_rows, read_rows
-from coatnet_train.runtime.cli import ConfigError
+from coatnet_train.runtime.cli import ConfigError, exits_at_signals
 
 __all__ = ['collect', 'main', 'start_step']
 
@@ -67,7 +66,12 @@ def main(settings: GpuReportSettings, start: Start = start_step) -> int:
     output = make_output(settings)
     if settings.collect:
         return collect(Path(settings.collect), output)
-    signal.signal(signal.SIGTERM, stop)
+    with exits_at_signals():  # the step in progress is ended too
+        return run_steps(settings, output, start)
+
+
+def run_steps(settings: GpuReportSettings, output: Path, start: Start) -> int:
+    """Run the steps of the plan one after the other; returns how many steps and checks failed."""
     log, begun, bad, planned = output / 'gpu_report.log', time.monotonic(), 0, 0.
     steps, origin, card, earlier = plan(settings), {'hardware': 'unknown'}, 'unknown', {''}
     print(f'{len(steps)} steps, at most {sum(minutes for _, minutes in steps):.1f} minutes; all output: {log}')
@@ -99,10 +103,6 @@ def main(settings: GpuReportSettings, start: Start = start_step) -> int:
     print(f'{len(steps) - bad} of {len(steps)} steps ended well, {len(failed)} checks failed, '
           f'{(time.monotonic() - begun) / 60:.1f} minutes; {output}/*_{card}.csv; python scripts/report.py shows them')
     return bad + len(failed)
-
-
-def stop(*_: object) -> NoReturn:
-    sys.exit(128 + signal.SIGTERM)  # so that the step in progress is ended too
 
 
 def print_plan() -> None:

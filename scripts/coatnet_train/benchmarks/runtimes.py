@@ -3,6 +3,7 @@ import io
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from coatnet_train.benchmarks.config import RuntimesSettings, check_runtimes
 from coatnet_train.benchmarks.models import check_machine
+from coatnet_train.benchmarks.rows import NOT_MEASURED
 from coatnet_train.benchmarks.timing import measure_window
 from coatnet_train.runtime.cli import ConfigError, one_line
 from coatnet_train.runtime.files import write_json
@@ -23,7 +25,6 @@ from coatnet_train.runtime.provenance import provenance
 
 MODULES = {'onnxruntime': ('onnxruntime', 'onnxscript'), 'openvino': ('openvino', 'onnxscript')}  # what a runtime needs
 TOLERANCE = 1e-3  # largest difference of logits, as a fraction of the largest logit
-NOT_MEASURED = 'not measured'
 
 Call = Callable[[], torch.Tensor]
 
@@ -73,14 +74,16 @@ def build(name: str, batch_size: int, runtimes: list[str], settings: RuntimesSet
         raise ConfigError(f'--img-size {settings.img_size}: {name}: {one_line(error)}') from error
     images = torch.randn(batch_size, 3, settings.img_size, settings.img_size)
     calls: dict[str, Call] = {}
-    onnx = export_onnx(model, images) if {*runtimes} & {*MODULES} else b''
-    model, folded = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
-    compiled = torch.compile(model)
+    if {'onnxruntime', 'openvino'} & {*runtimes}:  # in torch's own layout, which export knows
+        onnx = export_onnx(model, images)
+    model, batch = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
     for runtime in runtimes:
-        calls[runtime] = {
-            'eager': lambda: lambda: model(folded), 'compiled': lambda: lambda: compiled(folded),
-            'onnxruntime': lambda: onnxruntime_call(onnx, images, settings.threads),
-            'openvino': lambda: openvino_call(onnx, images, settings.threads)}[runtime]()
+        if runtime == 'onnxruntime':
+            calls[runtime] = onnxruntime_call(onnx, images, settings.threads)
+        elif runtime == 'openvino':
+            calls[runtime] = openvino_call(onnx, images, settings.threads)
+        else:
+            calls[runtime] = partial(torch.compile(model) if runtime == 'compiled' else model, batch)
     return calls
 
 

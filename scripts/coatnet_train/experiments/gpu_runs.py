@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from coatnet_train.runtime.cli import ConfigError, check_range, did_you_mean
 
-__all__ = ['DATA_SETS', 'RUNS', 'Run', 'VisitSettings', 'check_visit', 'flags_of']
+__all__ = ['DATA_SETS', 'RUNS', 'GpuTrainSettings', 'Run', 'check_gpu_train', 'flags_of']
 
 # shards of a set, by the beginning of their names: the folder that trains, and images of each class held out of train
 DATA_SETS = {'tiny-imagenet': ('tin200', 10), 'imagenette': ('nette', 50)}
@@ -64,15 +64,15 @@ RUNS = (
 
 
 @dataclass(frozen=True)
-class VisitSettings:
-    """Settings of gpu_visit.py."""
+class GpuTrainSettings:
+    """Settings of gpu_train.py."""
 
     runs: tuple[str, ...] = ()  # Runs to make, in place of all that are not finished.
-    minutes: float = 9.0  # Time of this visit; a run that is not through by then saves itself.
+    minutes: float = 9.0  # Time of this session; a run that is not through by then saves itself.
     shards: tuple[str, ...] = ()  # Zip files of images to unpack first, such as tiny-imagenet-train-0.zip.
     weights: str = 'lite2.safetensors'  # ImageNet weights of the teacher, by import_weights.py.
-    data: str = 'output/visit/data'  # Folder for the images.
-    output: str = 'output/visit/runs'  # Folder for the runs.
+    data: str = 'output/gpu_train/data'  # Folder for the images.
+    output: str = 'output/gpu_train/runs'  # Folder for the runs.
     list: bool = False  # Print the runs, their state and their commands, and run nothing.
     pack: str = ''  # Run nothing, and pack --runs (all if not given) into this folder, in parts.
     unpack: str = ''  # First join the parts in this folder into --output.
@@ -80,7 +80,7 @@ class VisitSettings:
     tiny: bool = False  # A hundredth of the size, on a CPU: two short epochs, small batches, nothing compiled.
 
 
-def check_visit(settings: VisitSettings) -> None:
+def check_gpu_train(settings: GpuTrainSettings) -> None:
     """Raise ConfigError for unknown runs and files that are not there."""
     known = [run.name for run in RUNS]
     for name in settings.runs:
@@ -103,7 +103,7 @@ TINY = {
     'teach.py': '--batch-size 4 --views 2 --top-k 1 --device cpu --workers 0 --no-amp'}
 
 
-def flags_of(run: Run, settings: VisitSettings) -> list[str]:
+def flags_of(run: Run, settings: GpuTrainSettings) -> list[str]:
     """Command line of a run, after its script."""
     places = {'data': settings.data, 'runs': settings.output, 'weights': settings.weights}
     return [*(word.format(**places) for word in run.flags.split()),

@@ -10,11 +10,13 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar, get_type_hints
+from typing import Annotated, NoReturn, TypeVar, get_type_hints
 
 from coatnet_train.runtime.packages import explain_missing_module
 
@@ -24,12 +26,14 @@ except ModuleNotFoundError as missing:  # commands take tyro from here, so that 
     sys.exit(explain_missing_module(missing))
 
 __all__ = [
+    'PREEMPTED',
     'ConfigError',
     'Preempted',
     'check_output',
     'check_range',
     'did_you_mean',
     'earlier_results',
+    'exits_at_signals',
     'flag',
     'one_line',
     'parse_argument',
@@ -39,6 +43,7 @@ __all__ = [
 ]
 
 CommandSettings = TypeVar('CommandSettings')
+PREEMPTED = 75  # exit code of finetune.py: stopped by SIGTERM, everything saved
 
 
 class Preempted(Exception):
@@ -174,3 +179,17 @@ def run_cli(script: str, main: Callable[[], object]) -> None:
     except BrokenPipeError:  # the reader of stdout has gone, as with `| head`; nothing more can be said there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+@contextmanager
+def exits_at_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end this process by SystemExit, so that `finally` ends what it has started."""
+    def stop(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""A visit to a GPU that is there for minutes: unpack images, train what is not finished, save, and pack the state."""
+"""A session on a GPU that is there for minutes: unpack images, train what is not finished, save, and pack the state."""
 import csv
 import json
 import os
@@ -10,20 +10,17 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
-from coatnet_train.experiments.gpu_runs import DATA_SETS, RUNS, Run, VisitSettings, check_visit, flags_of
-from coatnet_train.runtime.cli import ConfigError, check_output, one_line
+from coatnet_train.experiments.gpu_runs import DATA_SETS, RUNS, GpuTrainSettings, Run, check_gpu_train, flags_of
+from coatnet_train.runtime.cli import PREEMPTED, ConfigError, check_output, exits_at_signals, one_line
 from coatnet_train.runtime.parts import join_parts, write_parts
 
-__all__ = ['state', 'visit']
+__all__ = ['run_session', 'state']
 
 SCRIPTS = Path(__file__).parents[2]
-PREEMPTED = 75  # exit code of finetune.py: stopped by SIGTERM, everything saved
-SAVING_SECONDS = 30.0  # before the end of the visit, in which a run is told to save itself
+SAVING_SECONDS = 30.0  # before the end of the session, in which a run is told to save itself
 FINISHED = 'finished'
 
 
@@ -62,7 +59,7 @@ def progress(run: Run, output: Path) -> tuple[tuple[bool, int, float], str]:
 def unpack(parts: Path, output: Path) -> None:
     """Join parts into the folder of runs; a run that is further on there than in the parts stays as it is."""
     temporary = output / '.unpacked.tmp'
-    shutil.rmtree(temporary, ignore_errors=True)  # of a visit that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # of a session that was killed
     try:
         files = join_parts(parts, temporary)
         taken = 0
@@ -78,7 +75,7 @@ def unpack(parts: Path, output: Path) -> None:
         raise ConfigError(f'--output {output} cannot be written: {one_line(error)}.') from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f'{taken} of {len(files)} files of earlier visits -> {output}')
+    print(f'{taken} of {len(files)} files of earlier sessions -> {output}')
 
 
 def unpack_shards(shards: tuple[str, ...], data: Path) -> None:
@@ -110,8 +107,8 @@ def hold_out(data: Path) -> None:
         if fewest < 2:
             raise ConfigError(f'--data: {train} must have two images of a class at least, but has {fewest} in one of '
                               f'{len(classes)} classes; unpack it again by --shards.')
-        shutil.rmtree(temporary, ignore_errors=True)  # of a visit that was killed
-        # a rehearsal has fewer images; the links are relative, and stay true under the other name
+        shutil.rmtree(temporary, ignore_errors=True)  # of a session that was killed
+        # a dry run has fewer images; the links are relative, and stay true under the other name
         done = subprocess.run([sys.executable, SCRIPTS / 'hold_out.py', train, temporary, '--per-class',
                                str(min(per_class, fewest // 2))], stderr=subprocess.PIPE, text=True)
         if done.returncode:
@@ -119,8 +116,8 @@ def hold_out(data: Path) -> None:
         temporary.rename(data / folder)
 
 
-def pending(settings: VisitSettings, output: Path) -> list[Run]:
-    """The runs of this visit that are not finished; raises ConfigError where weights or images of one are missing.
+def pending(settings: GpuTrainSettings, output: Path) -> list[Run]:
+    """The runs of this session that are not finished; raises ConfigError where weights or images of one are missing.
 
     Where --runs names none, runs on a set of images that is not there are left out.
     """
@@ -145,21 +142,7 @@ def pending(settings: VisitSettings, output: Path) -> list[Run]:
     return runs
 
 
-@contextmanager
-def exits_at_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT end this process by SystemExit, so that the run in progress is saved and ended too."""
-    def stop(number: int, _: object) -> NoReturn:
-        sys.exit(128 + number)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def start(run: Run, settings: VisitSettings, seconds: float) -> int:
+def start(run: Run, settings: GpuTrainSettings, seconds: float) -> int:
     """Run a command for at most so long; it is told to save itself before that. Its output goes to NAME.log."""
     def save() -> int:
         process.send_signal(signal.SIGTERM)
@@ -169,7 +152,7 @@ def start(run: Run, settings: VisitSettings, seconds: float) -> int:
             return -signal.SIGKILL
 
     log = Path(settings.output) / f'{run.name.replace("/", "-")}.log'
-    with log.open('ab') as file:  # a session of its own: Ctrl-C reaches this process alone, which lets the run save
+    with log.open('ab') as file:  # a process group of its own: Ctrl-C reaches this process alone, and the run can save
         process = subprocess.Popen([sys.executable, os.path.relpath(SCRIPTS / run.script), *flags_of(run, settings)],
                                    stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -186,7 +169,7 @@ def start(run: Run, settings: VisitSettings, seconds: float) -> int:
         process.wait()
 
 
-def print_list(settings: VisitSettings) -> None:
+def print_list(settings: GpuTrainSettings) -> None:
     total = 0.
     for run in RUNS:
         now = state(run, Path(settings.output))
@@ -196,7 +179,7 @@ def print_list(settings: VisitSettings) -> None:
     print(f'{total:.0f} minutes to go')
 
 
-def pack(settings: VisitSettings) -> None:
+def pack(settings: GpuTrainSettings) -> None:
     """Pack runs into parts: all files of those that are finished but their checkpoint, and of others that too."""
     output, files = Path(settings.output), {}
     for run in (run for run in RUNS if run.name in (settings.runs or [run.name for run in RUNS])):
@@ -211,9 +194,9 @@ def pack(settings: VisitSettings) -> None:
     print(f'{len(files)} files, {size:.1f} MiB in {len(parts)} parts -> {settings.pack}')
 
 
-def visit(settings: VisitSettings) -> int:
+def run_session(settings: GpuTrainSettings) -> int:
     """Make the runs that are not finished, one after the other, while there is time; returns how many failed."""
-    check_visit(settings)
+    check_gpu_train(settings)
     check_output(output := Path(settings.output))
     begun = time.monotonic()
     if settings.list:
@@ -232,8 +215,8 @@ def visit(settings: VisitSettings) -> int:
         return train(settings, begun)
 
 
-def train(settings: VisitSettings, begun: float) -> int:
-    """Make the runs of a visit that began then, by time.monotonic; returns how many failed."""
+def train(settings: GpuTrainSettings, begun: float) -> int:
+    """Make the runs of a session that began then, by time.monotonic; returns how many failed."""
     output = Path(settings.output)
     unpack_shards(settings.shards, Path(settings.data))
     hold_out(Path(settings.data))
@@ -246,7 +229,7 @@ def train(settings: VisitSettings, begun: float) -> int:
         seconds = 60 * settings.minutes - (time.monotonic() - begun)
         if seconds < 2 * SAVING_SECONDS and not settings.tiny:
             print(f'{run.name}: {max(0., seconds):.0f} s are left, fewer than the {2 * SAVING_SECONDS:.0f} that a run '
-                  f'takes to begin and to save; it is the next visit\'s')
+                  f'takes to begin and to save; it is the next session\'s')
             break
         started = time.monotonic()
         code = start(run, settings, seconds)

@@ -1,4 +1,4 @@
-"""scripts/gpu_visit.py: the command of every run, visits that end in the middle of one, the transfer of their state."""
+"""scripts/gpu_train.py: the command of every run, sessions that end in the middle of one, transfer of their state."""
 import csv
 import json
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from coatnet_train.experiments import gpu_visit
-from coatnet_train.experiments.gpu_runs import PEERS, RUNS, SMALL, VisitSettings, check_visit, flags_of
+from coatnet_train.experiments import gpu_train
+from coatnet_train.experiments.gpu_runs import PEERS, RUNS, SMALL, GpuTrainSettings, check_gpu_train, flags_of
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.runtime.parts import join_parts, write_parts
 from coatnet_train.training import config, teach_config
@@ -23,8 +23,8 @@ CHECKS = {'finetune.py': (config.read_settings, config.check_values),
           'teach.py': (teach_config.read_settings, teach_config.check_values)}
 
 
-def settings(folder: Path, **changes) -> VisitSettings:
-    return VisitSettings(**{'data': str(folder / 'data'), 'output': str(folder / 'runs'), **changes})
+def settings(folder: Path, **changes) -> GpuTrainSettings:
+    return GpuTrainSettings(**{'data': str(folder / 'data'), 'output': str(folder / 'runs'), **changes})
 
 
 @pytest.mark.parametrize('tiny', [False, True])
@@ -61,7 +61,7 @@ def test_rows_of_the_table_differ_in_model_teacher_and_size_alone(tmp_path):
 ], ids=str)
 def test_bad_settings_end_in_one_sentence(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        check_visit(settings(tmp_path, **changes))
+        check_gpu_train(settings(tmp_path, **changes))
 
 
 def write_shard(path: Path, classes: int = 3, images: int = 8) -> Path:
@@ -97,22 +97,22 @@ if 'dynamicconv' in flags['--model'] and not (folder / 'last' / 'checkpoint.pt')
 '''
 
 
-def test_a_visit_saves_what_is_not_through_and_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_session_saves_what_is_not_through_and_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
     (tmp_path / 'scripts').mkdir()
     for name in ('finetune.py', 'teach.py'):
         (tmp_path / 'scripts' / name).write_text(STUB)
-    (tmp_path / 'scripts' / 'hold_out.py').symlink_to(gpu_visit.SCRIPTS / 'hold_out.py')
-    monkeypatch.setenv('PYTHONPATH', str(gpu_visit.SCRIPTS))
-    monkeypatch.setattr(gpu_visit, 'SCRIPTS', tmp_path / 'scripts')
-    monkeypatch.setattr(gpu_visit, 'SAVING_SECONDS', 1.)
+    (tmp_path / 'scripts' / 'hold_out.py').symlink_to(gpu_train.SCRIPTS / 'hold_out.py')
+    monkeypatch.setenv('PYTHONPATH', str(gpu_train.SCRIPTS))
+    monkeypatch.setattr(gpu_train, 'SCRIPTS', tmp_path / 'scripts')
+    monkeypatch.setattr(gpu_train, 'SAVING_SECONDS', 1.)
     wanted = [f'tin200_taught/{name}_pico_64-seed42' for name in ('coatnet', 'lightconvnet', 'dynamicconvnet')]
     shard = write_shard(tmp_path / 'shards' / 'tiny-imagenet-train-0.zip')
     first = settings(tmp_path, runs=('teacher_outputs', *wanted), minutes=.1, shards=(str(shard),))
-    gpu_visit.visit(first)
+    gpu_train.run_session(first)
     assert 'teacher_outputs: waits for teacher' in capsys.readouterr().out
     (tmp_path / 'lite2').write_bytes(b'')
     first = settings(tmp_path, runs=('teacher', *first.runs), minutes=.1, weights=str(tmp_path / 'lite2'))
-    assert gpu_visit.visit(first) == 1  # lightconvnet's
+    assert gpu_train.run_session(first) == 1  # lightconvnet's
     printed = capsys.readouterr().out
     assert 'teacher: finished, top-1 61.50 %' in printed and f'{wanted[0]}: finished, top-1 61.50 %' in printed
     assert f'{wanted[1]}: not begun' in printed and 'ended with exit code 2' in printed
@@ -120,26 +120,27 @@ def test_a_visit_saves_what_is_not_through_and_the_next_one_goes_on(tmp_path, mo
     splits = {path.name: len(list(path.rglob('*.webp'))) for path in (tmp_path / 'data' / 'tin200').iterdir()}
     assert splits == {'train': 12, 'validation': 12}
 
-    gpu_visit.visit(settings(tmp_path, pack=str(tmp_path / 'parts'), part_mib=.05))
+    gpu_train.run_session(settings(tmp_path, pack=str(tmp_path / 'parts'), part_mib=.05))
     assert max(path.stat().st_size for path in (tmp_path / 'parts').iterdir()) <= .05 * 2**20
     there = tmp_path / 'next'
     again = settings(there, unpack=str(tmp_path / 'parts'), runs=(wanted[0], wanted[2]), minutes=.1,
                      data=str(tmp_path / 'data'))
-    assert gpu_visit.visit(again) == 0
+    assert gpu_train.run_session(again) == 0
     assert (there / 'runs' / wanted[2] / 'last' / 'checkpoint.pt').stat().st_size == len(b'state')  # it went on
     assert not (there / 'runs' / wanted[0] / 'last').exists()  # finished, so that its checkpoint stayed behind
-    gpu_visit.visit(settings(there, list=True))
+    gpu_train.run_session(settings(there, list=True))
     printed = capsys.readouterr().out
     assert f'{wanted[2]:46s}   12 min  finished, top-1 61.50 %' in printed and '--resume auto' in printed
 
 
-VISIT = '''
+SESSION = '''
 import pathlib, sys
-from coatnet_train.experiments import gpu_visit
-from coatnet_train.experiments.gpu_runs import VisitSettings
+from coatnet_train.experiments import gpu_train
+from coatnet_train.experiments.gpu_runs import GpuTrainSettings
 folder = pathlib.Path(sys.argv[1])
-gpu_visit.SCRIPTS, gpu_visit.SAVING_SECONDS = folder / 'scripts', 3.
-gpu_visit.visit(VisitSettings(runs=('nette/coatnet_nano',), output=str(folder / 'runs'), data=str(folder / 'data')))
+gpu_train.SCRIPTS, gpu_train.SAVING_SECONDS = folder / 'scripts', 3.
+gpu_train.run_session(GpuTrainSettings(
+    runs=('nette/coatnet_nano',), output=str(folder / 'runs'), data=str(folder / 'data')))
 '''
 ASKED = '''
 import os, pathlib, signal, sys, time
@@ -154,24 +155,24 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_visit_that_is_stopped_saves_its_run_and_leaves_no_process(tmp_path, number):
+def test_a_session_that_is_stopped_saves_its_run_and_leaves_no_process(tmp_path, number):
     (tmp_path / 'scripts').mkdir()
     (tmp_path / 'scripts' / 'finetune.py').write_text(ASKED)
     (tmp_path / 'data' / 'nette' / 'train').mkdir(parents=True)  # an empty one does for this script
-    visit = subprocess.Popen([sys.executable, '-c', VISIT, tmp_path], cwd=tmp_path, start_new_session=True,
-                             env={**os.environ, 'PYTHONPATH': str(gpu_visit.SCRIPTS)})
+    session = subprocess.Popen([sys.executable, '-c', SESSION, tmp_path], cwd=tmp_path, start_new_session=True,
+                             env={**os.environ, 'PYTHONPATH': str(gpu_train.SCRIPTS)})
     try:
         for _ in range(400):
             if (tmp_path / 'pid').exists():
                 break
             time.sleep(.05)
-        os.killpg(visit.pid, number)
-        assert visit.wait(20) == 128 + number and (tmp_path / 'saved').exists()
+        os.killpg(session.pid, number)
+        assert session.wait(20) == 128 + number and (tmp_path / 'saved').exists()
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / 'pid').read_text()), 0)
     finally:
-        visit.kill()
-        visit.wait()
+        session.kill()
+        session.wait()
 
 
 def test_damaged_and_missing_parts_are_named(tmp_path):
@@ -232,15 +233,15 @@ def test_unpacking_leaves_runs_that_are_further_on(tmp_path, capsys):
         for name, state in runs.items():
             write_run(tmp_path / folder / name, *state)
     (tmp_path / 'runs' / names[1] / 'notes.txt').write_text('kept')
-    gpu_visit.visit(settings(tmp_path, output=str(tmp_path / 'away'), pack=str(tmp_path / 'parts')))
+    gpu_train.run_session(settings(tmp_path, output=str(tmp_path / 'away'), pack=str(tmp_path / 'parts')))
     for _ in range(2):  # again, it changes nothing
-        gpu_visit.visit(settings(tmp_path, unpack=str(tmp_path / 'parts'), pack=str(tmp_path / 'all')))
-        found = [gpu_visit.state(run, tmp_path / 'runs') for run in RUNS if run.name in names]
+        gpu_train.run_session(settings(tmp_path, unpack=str(tmp_path / 'parts'), pack=str(tmp_path / 'all')))
+        found = [gpu_train.state(run, tmp_path / 'runs') for run in RUNS if run.name in names]
         assert found == ['epoch 99 evaluated', 'epoch 9 evaluated', 'finished, top-1 50.00 %',
                          'finished, top-1 50.00 %', 'epoch 8 evaluated']
         printed = capsys.readouterr().out
         assert f'{names[0]}: stays as it is in --output (epoch 99 evaluated), further on than in --unpack (epoch 3 ev' \
-            in printed and printed.count('stays as it is') == 2 and '4 of 6 files of earlier visits' in printed
+            in printed and printed.count('stays as it is') == 2 and '4 of 6 files of earlier sessions' in printed
     assert (tmp_path / 'runs' / names[1] / 'notes.txt').exists() and not list((tmp_path / 'runs').glob('.*'))
 
 
@@ -251,7 +252,7 @@ def test_damaged_files_of_a_run_are_named_and_do_not_stop_the_list(tmp_path, cap
         (tmp_path / 'runs' / run.name / name).write_text(content)
     (tmp_path / 'runs' / 'teacher_outputs').mkdir()
     (tmp_path / 'runs' / 'teacher_outputs' / 'manifest.json').write_text('{}')
-    gpu_visit.visit(settings(tmp_path, list=True))
+    gpu_train.run_session(settings(tmp_path, list=True))
     states = [line[56:].strip() for line in capsys.readouterr().out.splitlines() if not line.startswith(' ')]
     assert states[:-1] == ['not begun', 'manifest.json is damaged', 'begun', 'metrics.csv is damaged',
                            *['summary.json is damaged'] * 2, *['not begun'] * (len(RUNS) - 6)]
@@ -279,25 +280,25 @@ def make_set(folder: Path, images: int) -> dict:
     (lambda folder: {}, '--weights no.safetensors must be the weights that import_weights.py wrote, for teacher'),
 ], ids=['zip', 'no class', 'one image', 'output', 'data', 'weights'])
 def test_what_is_missing_or_broken_is_said_before_the_first_run(tmp_path, monkeypatch, make, message):
-    monkeypatch.setattr(gpu_visit, 'start', lambda *_: pytest.fail('a run was started'))
+    monkeypatch.setattr(gpu_train, 'start', lambda *_: pytest.fail('a run was started'))
     with pytest.raises(ConfigError, match=message):
-        gpu_visit.visit(settings(tmp_path, **{'weights': 'no.safetensors', **make(tmp_path)}))
+        gpu_train.run_session(settings(tmp_path, **{'weights': 'no.safetensors', **make(tmp_path)}))
 
 
 def test_runs_on_absent_images_are_left_out_and_half_a_split_is_made_anew(tmp_path, monkeypatch, capsys):
     started = []
-    monkeypatch.setattr(gpu_visit, 'start', lambda run, *_: started.append(run.name) or 0)
+    monkeypatch.setattr(gpu_train, 'start', lambda run, *_: started.append(run.name) or 0)
     (tmp_path / 'lite2').write_bytes(b'')
     make_set(tmp_path, images=4)
     (tmp_path / 'data' / '.nette.tmp' / 'train' / 'half').mkdir(parents=True)
-    gpu_visit.visit(settings(tmp_path, weights=str(tmp_path / 'lite2')))
+    gpu_train.run_session(settings(tmp_path, weights=str(tmp_path / 'lite2')))
     assert started == [run.name for run in RUNS if run.name.startswith('nette')]
     assert ' runs wait for --shards of tiny-imagenet: teacher, ' in capsys.readouterr().out
     found = [path.relative_to(tmp_path / 'data' / 'nette') for path in (tmp_path / 'data' / 'nette').rglob('*.webp')]
     assert len([path for path in found if (tmp_path / 'data' / 'nette' / path).is_file()]) == 12
     assert not list((tmp_path / 'data').glob('.*')) and not (tmp_path / 'data' / 'nette' / 'train' / 'half').exists()
     started.clear()
-    gpu_visit.visit(settings(tmp_path, runs=('nette/coatnet_nano',), minutes=.9))
+    gpu_train.run_session(settings(tmp_path, runs=('nette/coatnet_nano',), minutes=.9))
     assert not started and 'nette/coatnet_nano: 54 s are left, fewer than the 60' in capsys.readouterr().out
 
 
@@ -307,12 +308,12 @@ def test_every_run_trains_at_a_hundredth_of_the_size(tmp_path, monkeypatch):
     from safetensors.torch import save_file
     save_file(timm.create_model('tf_efficientnet_lite2').state_dict(), tmp_path / 'lite2.safetensors')
     shards = [write_shard(tmp_path / 'shards' / name) for name in ('tiny-imagenet-train-0.zip', 'imagenette-train.zip')]
-    visit = settings(tmp_path, tiny=True, minutes=60, weights=str(tmp_path / 'lite2.safetensors'),
+    session = settings(tmp_path, tiny=True, minutes=60, weights=str(tmp_path / 'lite2.safetensors'),
                      shards=tuple(map(str, shards)))
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    assert gpu_visit.visit(visit) == 0
+    assert gpu_train.run_session(session) == 0
     for run in RUNS:
-        assert gpu_visit.state(run, tmp_path / 'runs').startswith('finished'), run.name
+        assert gpu_train.state(run, tmp_path / 'runs').startswith('finished'), run.name
         if run.script == 'finetune.py':
             with (tmp_path / 'runs' / run.name / 'metrics.csv').open() as lines:
                 assert [row['epoch'] for row in csv.DictReader(lines)] == ['1', '2']
