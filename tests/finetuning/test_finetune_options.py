@@ -207,15 +207,23 @@ def test_tracker_gets_the_rows_of_the_table(settings):
     assert top1 == pytest.approx([row['eval_top1'] for row in read_metrics(run_dir)])
 
 
+@pytest.fixture(scope='module')
+def plain_weights() -> dict[str, dict[str, torch.Tensor]]:
+    """State dicts of runs without the option, by their settings, filled by the tests."""
+    return {}
+
+
 @pytest.mark.parametrize('change', [
     dict(drop=0.5), dict(drop_path=0.5), dict(reprob=1.0), dict(aa='rand-m9-n2'), dict(hflip=0.0), dict(smoothing=0.0),
     dict(color_jitter=0.0), dict(scale=(0.9, 1.0)), dict(interpolation='nearest'), dict(weight_decay=2.0, lr=0.1),
     dict(clip_grad=1e-3, opt='sgd', lr=0.1), dict(warmup_lr=1e-3),
 ], ids=str)
-def test_option_changes_what_is_learned(settings, change):
+def test_option_changes_what_is_learned(settings, change, plain_weights):
     base = {name: value for name, value in change.items() if name in ('lr', 'opt')} | dict(epochs=1, model='test_vit')
-    plain, changed = (read_checkpoint(run(settings, experiment=name, **options))['state_dict']
-                      for name, options in (('plain', base), ('changed', base | change)))
+    if str(base) not in plain_weights:
+        plain_weights[str(base)] = read_checkpoint(run(settings, experiment='plain', **base))['state_dict']
+    plain = plain_weights[str(base)]
+    changed = read_checkpoint(run(settings, experiment='changed', **base | change))['state_dict']
     assert any(not torch.equal(plain[key], changed[key]) for key in plain)
 
 

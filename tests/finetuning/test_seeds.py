@@ -1,10 +1,14 @@
 """All randomness of a run follows from (seed, epoch, index): each of them changes what is drawn, nothing else does."""
+import random
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.utils import random_seed
 
 from coatnet_train.data.config import DataSettings
-from coatnet_train.data.dataset import IndexedImageDataset, StreamingImageDataset, create_dataset
+from coatnet_train.data.dataset import IndexedImageDataset, StreamingImageDataset, create_dataset, seed_transforms
 from coatnet_train.data.loader import EpochSampler
 from coatnet_train.training import trainer
 from support.finetune_runs import run
@@ -13,6 +17,14 @@ from support.finetune_runs import run
 def draw(image: Image.Image) -> torch.Tensor:
     """A transform whose result is all randomness."""
     return torch.rand(2)
+
+
+def test_transforms_draw_what_timms_seed_gives():
+    drawn = []
+    for seed in (random_seed, seed_transforms):
+        seed(7)
+        drawn.append((random.random(), np.random.rand(), *torch.rand(2).tolist()))
+    assert drawn[0] == drawn[1]
 
 
 def test_augmentation_of_an_image(image_folder):
@@ -53,7 +65,7 @@ def test_order_of_the_images(targets):
 
 
 def test_every_step_of_a_run(settings, monkeypatch):
-    seeds, random_seed = [], trainer.random_seed
+    seeds = []
 
     def record(seed: int, rank: int) -> None:
         seeds.append(seed)

@@ -4,6 +4,7 @@ The augmentation of an image follows from (seed, epoch, index) alone, whatever w
 (hfids/, wds/, tfds/) have no index: theirs follows from (seed, epoch, process, worker, position).
 """
 import logging
+import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
@@ -14,7 +15,6 @@ import timm.data
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, IterableImageDataset
-from timm.utils import random_seed
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from coatnet_train.data.config import DataSettings, is_stream
@@ -34,6 +34,7 @@ __all__ = [
     'image_name',
     'read_image',
     'read_targets',
+    'seed_transforms',
     'unreadable_reason',
 ]
 
@@ -155,6 +156,17 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+def seed_transforms(seed: int) -> None:
+    """Seed the generators that transforms draw from: those of Python, NumPy and torch on the CPU.
+
+    The numbers are those after timm's `random_seed`. That one seeds every device too, which takes half a millisecond or
+    more where CUDA is not initialised, as in the processes of a loader.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
 def check_labels(labels: torch.Tensor | Sequence, num_classes: int, min_label: int = -1) -> None:
     """Raise ConfigError unless labels are whole numbers from `min_label` (-1: unreadable) to num_classes - 1."""
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
@@ -251,7 +263,7 @@ class IndexedImageDataset(Dataset):
                 continue
         else:
             image, label, bad = Image.new(self.mode, (1, 1)), -1, index
-        random_seed(derive_seed(self.seed, epoch, index))
+        seed_transforms(derive_seed(self.seed, epoch, index))
         return self.transform(image), label, bad, *(self.outputs.row(epoch, index) if self.outputs else ())
 
 
@@ -282,7 +294,7 @@ class StreamingImageDataset(IterableDataset):
             except UNREADABLE as error:
                 _logger.warning(f'unreadable, skipped: image {position} of this stream: {one_line(error)}')
                 continue
-            random_seed(derive_seed(self.seed, self.epoch, self.rank, worker, position))
+            seed_transforms(derive_seed(self.seed, self.epoch, self.rank, worker, position))
             yield self.transform(image), label, -1
 
 

@@ -45,10 +45,15 @@ def write_metrics(run_dir: Path, history: list[dict]) -> None:
 
 
 def write_curves(run_dir: Path, history: list[dict]) -> None:
-    """Write curves.png: losses and accuracies over the epochs of metrics.csv."""
+    """Write curves.png."""
+    write_figure(run_dir / 'curves.png', curves_figure(history))
+
+
+def curves_figure(history: list[dict]) -> Figure:
+    """Losses and accuracies over the epochs of metrics.csv."""
     figure = Figure(figsize=(10, 4), layout='constrained')
     draw_curves(*figure.subplots(1, 2), history, max(history, key=score_key))
-    write_figure(run_dir / 'curves.png', figure)
+    return figure
 
 
 def write_predictions(run_dir: Path, files: list[str], class_names: list[str], predictions: Predictions) -> None:
