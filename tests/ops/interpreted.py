@@ -29,7 +29,7 @@ from coatnet_zoo.ops.lightconv2d import toeplitz
 from coatnet_zoo.ops.lightconv2d.eager import lightconv2d_eager
 from coatnet_zoo.ops.lightconv2d.kernels import lightconv2d_triton
 from coatnet_zoo.ops.lightconv2d.naive import lightconv2d_naive
-from coatnet_zoo.ops.triton_ops import dropconnect_factor
+from coatnet_zoo.ops.triton_ops import dropconnect_factor, needs_int64
 
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -231,20 +231,21 @@ def shifted_column_of_slot(dv, position):
     return dv + position % 8 + 1
 
 
-def run_shifted() -> None:
+def print_shifted() -> None:
     """Print which tensors the tolerance refuses when the last row and column of taps look one position too far."""
     for kernels in (light_direct, dynamic_direct):
         kernels.offset = shifted
+        kernels.needs_int64 = needs_int64
     for op in ('light', 'dynamic'):
-        for case in (Case(1, 32, 1, (7, 7), (3, 3)), Case(1, 4, 2, (7, 7), (7, 7), bf16)):
-            print(op, *check(op, case))
+        for case in (Case(1, 32, 1, (5, 5), (3, 3)), Case(1, 4, 2, (5, 7), (5, 5), bf16)):
+            print(op, *check(op, case, twice=False))
     band_ops.tap_column = shifted_column
     light_band.slot_column = shifted_slot_column
     for op in ('light', 'dynamic'):
-        print('band', op, *check(op, BAND_CASES[0]))
+        print('band', op, *check(op, BAND_CASES[0], twice=False))
     toeplitz.columns_between = shifted_columns_between
     toeplitz.column_of_slot = shifted_column_of_slot
-    print('toeplitz light', *check('light', TOEPLITZ_CASES[0]))
+    print('toeplitz light', *check('light', TOEPLITZ_CASES[0], twice=False))
 
 
 @jit
@@ -261,11 +262,11 @@ def check_mask() -> None:
     for p in (.1, .5, .9):
         ours = dynamicconv2d_triton(ones, ones, (1, 1), None, 'none', p, seed)
         assert torch.equal(ours, dynamicconv2d_naive(ones, ones, (1, 1), None, 'none', p, seed))
-        wide = torch.ones(2, 9, 5, 32, dtype=f16).permute(0, 3, 1, 2)
-        single = torch.ones(2, 2, 9, 5, dtype=f16).contiguous(memory_format=torch.channels_last)
+        wide = torch.ones(2, 3, 9, 32, dtype=f16).permute(0, 3, 1, 2)
+        single = torch.ones(2, 2, 3, 9, dtype=f16).contiguous(memory_format=torch.channels_last)
         ours = dynamicconv2d_triton(wide, single, (1, 1), None, 'none', p, seed, kernels='band')
         assert torch.equal(ours, dynamicconv2d_naive(wide, single, (1, 1), None, 'none', p, seed))
-        for kernels, dtype, K in (('direct', f32, 5), ('band', f16, 5), ('band', f16, 9)):
+        for kernels, dtype, K in (('direct', f32, 5), ('band', f16, 5), ('band', f16, 9))[:3 if p == .5 else 2]:
             point = torch.zeros(1, K, K, 32, dtype=dtype).permute(0, 3, 1, 2)
             point[..., K // 2, K // 2] = 1
             weight = torch.ones(2, K, K)
@@ -291,11 +292,12 @@ def check_edges() -> None:
                 out = calls[op](*inputs)
                 assert out.shape == x.shape
                 grads = torch.autograd.grad(out.square().sum(), [t for t in inputs if t.requires_grad])
-                compiled = torch.compile(calls[op], fullgraph=True, backend='aot_eager')(*inputs)
                 with torch.autocast('cpu', torch.bfloat16):
                     assert calls[op](*inputs).dtype == torch.bfloat16
-                again = torch.autograd.grad(compiled.square().sum(), [t for t in inputs if t.requires_grad])
-                assert torch.equal(compiled, out) and all(map(torch.equal, grads, again))
+                if B == 0 and all(needs):  # with images, interpreted_operators.py compiles them
+                    compiled = torch.compile(calls[op], fullgraph=True, backend='aot_eager')(*inputs)
+                    again = torch.autograd.grad(compiled.square().sum(), inputs)
+                    assert torch.equal(compiled, out) and all(map(torch.equal, grads, again))
 
 
 def check_wide() -> None:
@@ -304,7 +306,7 @@ def check_wide() -> None:
         kernels.needs_int64 = lambda *tensors: True
     for op in ('light', 'dynamic'):
         for case in (Case(2, 32, 1, (7, 9), (3, 3), dropconnect=.1), Case(1, 6, 3, (5, 5), (3, 5), bf16)):
-            assert check(op, case) == [], (op, case)
+            assert check(op, case, twice=False) == [], (op, case)
 
 
 def check_far() -> None:
@@ -331,36 +333,33 @@ def check_far() -> None:
 
 def is_quick(case: Case) -> bool:
     """Whether the interpreter takes no more than a second or two for it."""
-    return max(case.kernel) < 13 and case.B * case.C * case.size[0] * case.size[1] <= 2500
+    return max(case.kernel) < 13 and case.B * case.C * case.size[0] * case.size[1] <= 2000
 
 
 def run_part(part: str) -> None:
-    """'direct', 'band', and what else must hold, 'rest'; 'slow' has those cases of both that take seconds."""
+    """'quick', or 'slow' with the cases that take more than seconds."""
     slow = part == 'slow'
-    for case in CASES if part in ('direct', 'slow') else ():
+    for case in CASES:
         for op in ('light', 'dynamic'):
             if case.only in ('', op) and is_quick(case) != slow:
-                wrong = check(op, case, twice=max(case.kernel) < 13)
+                wrong = check(op, case, twice=False)  # the interpreter knows no order but one
                 assert not wrong, f'{op} {case}: {wrong} are further from the reference than the tolerance allows'
     for (i, case), (j, op) in product(enumerate(BAND_CASES), enumerate(('light', 'dynamic'))):
-        if part in ('band', 'slow') and is_quick(case) != slow:
+        if is_quick(case) != slow:
             wrong = check_band(op, case, LAUNCHES[(i + j) % 2])
             assert not wrong, f'band {op} {case}: {wrong} are further from the reference than the tolerance allows'
-    for case in {'band': TOEPLITZ_CASES[:1], 'slow': TOEPLITZ_CASES[1:]}.get(part, ()):
+    for case in TOEPLITZ_CASES[1:] if slow else TOEPLITZ_CASES[:1]:
         wrong = check('light', case, twice=False)
         assert not wrong, f'toeplitz {case}: {wrong} are further from the reference than the tolerance allows'
-    if part == 'rest':
+    if not slow:
         check_mask()
         check_edges()
-        check_wide()
         check_far()
+        check_wide()
+        print_shifted()  # the last, as it leaves the kernels changed
 
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
     assert INTERPRETED, 'set TRITON_INTERPRET=1'
-    if '--shifted' in sys.argv:
-        run_shifted()
-    else:
-        run_part(sys.argv[1])
-        print('ok')
+    run_part(sys.argv[1])
