@@ -1,4 +1,5 @@
 """Shared by all tests: models with weights that show a mistake."""
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,12 @@ torch.set_num_threads(1)  # the models here are tiny: waking a second thread tak
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # the same for processes that tests start
 # Who asks the Hub in vain waits for its retries. It is read when huggingface_hub is imported, so not above this line.
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+
+def pytest_collection_finish() -> None:
+    """Keep the imported modules out of garbage collections, which would walk over all of them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def plain_text(value: object) -> str | None:
