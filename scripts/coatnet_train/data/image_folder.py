@@ -179,7 +179,7 @@ def order(path: Path) -> tuple[list[str | int], str]:
 
 
 def read_annotations(root: Path, name: str) -> dict[str, list[Path]]:
-    """Images of Tiny-ImageNet's val/ by class, as val_annotations.txt lists them; raises ConfigError if it is invalid."""
+    """Images of Tiny-ImageNet's val/ by class, from val_annotations.txt; raises ConfigError if that is invalid."""
     images = {}
     try:
         lines = (root / ANNOTATIONS).read_text(encoding='utf-8').splitlines()
