@@ -53,7 +53,7 @@ def look_at_photographs() -> list[Path]:
 
 
 def write_digits(folder: Path) -> None:
-    """Write the digits as PNGs of IMG_SIZE pixels to train/ and val/ (a fixed, stratified fifth), a folder per digit."""
+    """Write the digits as PNGs of IMG_SIZE pixels: train/ and val/ (a fixed, stratified fifth), a folder per digit."""
     digits = load_digits()
     parts = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
     for split, indices in zip(('train', 'val'), parts, strict=True):
@@ -65,7 +65,7 @@ def write_digits(folder: Path) -> None:
 
 
 def read_held_out(run_dir: Path, folder: Path) -> tuple[torch.Tensor, np.ndarray, list[str]]:
-    """Reload the trained model through timm; returns probabilities (N, 10), labels (N,) and files of held-out digits."""
+    """Reload the trained model by timm; returns probabilities (N, 10), labels (N,) and files of the held-out digits."""
     model = timm.create_model(f'local-dir:{run_dir}', pretrained=True).eval().to(memory_format=torch.channels_last)
     transform = create_transform(**resolve_data_config(model=model))
     dataset = create_dataset('', root=str(folder), search_split=False, transform=transform)
