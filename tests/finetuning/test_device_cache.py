@@ -131,7 +131,7 @@ def test_evaluation_sees_the_very_images(image_folder):
 
 
 class Numbers(Dataset):
-    """(epoch, index) -> an image of one pixel that encodes its index, the index as label, and `bad` for odd indices."""
+    """(epoch, index) -> (one pixel that encodes the index, label = index, bad = -index if odd, else 0)."""
 
     dataset, seed = None, 0
 
