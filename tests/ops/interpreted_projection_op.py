@@ -1,4 +1,4 @@
-"""The fused kernel as an operator of torch; test_projected.py runs this file in Triton's interpreter."""
+"""The fused kernel as a custom operator of torch; test_projected.py runs this file in Triton's interpreter."""
 import pytest
 import torch
 
