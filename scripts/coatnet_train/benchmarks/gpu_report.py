@@ -56,7 +56,7 @@ Start = Callable[[Step, GpuReportSettings, Path, float], str]
 
 
 def main(settings: GpuReportSettings, start: Start = start_step) -> int:
-    """List, collect or run the steps, as `settings` say; returns the number of failed steps and checks.
+    """List the steps, collect results or run the steps; returns the number of failed steps and checks.
 
     Args:
         settings: Settings of gpu_report.py.

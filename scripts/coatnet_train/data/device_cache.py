@@ -66,7 +66,7 @@ def draw_crops(draws: torch.Tensor, scale: tuple[float, float]) -> torch.Tensor:
 
 
 def crop_and_flip(images: torch.Tensor, crops: torch.Tensor, flipped: torch.Tensor, size: int) -> torch.Tensor:
-    """Crops (B, 4) of images (B, C, S, S), flipped left to right where `flipped` (B,) says so: (B, C, size, size)."""
+    """Crop images (B, C, S, S) by `crops` (B, 4) and mirror those where `flipped` (B,) is true: (B, C, size, size)."""
     left, top, width, height = crops.unbind(1)
     zero, sign = torch.zeros_like(left), torch.where(flipped, -1., 1.)
     across = torch.stack((sign * width, zero, 2 * left + width - 1), 1)
@@ -152,7 +152,7 @@ class DeviceImageCache(Dataset):
         self.draw_table = lru_cache(outputs.views if outputs else 1)(self._draw_table)  # views share a batch
 
     def load(self) -> None:
-        """Decode all images; raises ConfigError where the device has no room, or labels are no whole numbers."""
+        """Decode all images; raises ConfigError if the device is out of memory or labels are not whole numbers."""
         shape = self.source[0, 0][0].shape
         size = f'{len(self)} images of {tuple(shape)} take {len(self) * shape.numel() / 1e9:.3g} GB'
         try:

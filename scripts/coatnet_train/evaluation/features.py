@@ -15,7 +15,7 @@ PROBE_STRENGTHS = tuple(10. ** power for power in range(-6, 3))  # C of the logi
 
 
 class PooledFeatures(nn.Module):
-    """(B, 3, H, W) -> {'embedding': (B, C)}: what the classifier takes, without the hidden layer `pre_logits`.
+    """(B, 3, H, W) -> {'embedding': (B, C)}: the input of the classifier, without the hidden layer `pre_logits`.
 
     timm's heads NormMlpClassifierHead (CoAtNet, MaxViT, this zoo), its channels-last sibling and MambaOut's have a
     layer of this name between norm and classifier, VGG has one before the pooling; other models only lose the

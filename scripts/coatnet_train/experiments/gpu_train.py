@@ -198,7 +198,7 @@ def pack(settings: GpuTrainSettings) -> None:
 
 
 def run_session(settings: GpuTrainSettings) -> int:
-    """Run a session: list, unpack, pack or train, as `settings` say; returns the number of failed runs."""
+    """Run a session (list, unpack, pack or train); returns the number of failed runs."""
     check_gpu_train(settings)
     check_output(output := Path(settings.output))
     begun = time.monotonic()
