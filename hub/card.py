@@ -2,7 +2,7 @@
 
     python hub/card.py output/hub/coatnet_pico_64.tin200
 
-writes README.md there anew (export.py does it too). Figures that are not known say "not measured".
+rewrites README.md there, as export.py does. Unknown figures are shown as "not measured".
 """
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Weights that others trained, as a run folder that export.py, verify.py and publish.py take.
+"""Convert third-party weights into a run folder that export.py accepts.
 
     python hub/convert.py coatnet_0_kecam.in1k --check-chelsea
     python hub/convert.py coatnet0_224_imagenet.h5 --output output/coatnet_0_kecam --check-chelsea
@@ -6,10 +6,10 @@
 
 SOURCE is a Keras .h5 file of keras_cv_attention_models (CoAtNet0), the name of one that is downloaded to the cache, or
 a .pth or .safetensors file of timm's coatnet_N_224 or of this zoo. OUTPUT gets config.json, model.safetensors and
-origin.json, which says where the weights come from, their MD5 and their licence; the released card and
-coatnet_zoo/weights/releases.json repeat that. --check-chelsea shows kecam's weights scikit-image's cat, and writes
-nothing unless they see what their author says: Egyptian cat 0.99324566, tiger cat 0.00381939.
-Then: python hub/export.py OUTPUT --name NAME.TAG.
+origin.json with the source, MD5 and licence of the weights, which the released card and
+coatnet_zoo/weights/releases.json repeat. --check-chelsea runs kecam's weights on scikit-image's cat, and writes nothing
+unless the probabilities are those reported by their author: Egyptian cat 0.99324566, tiger cat 0.00381939.
+Next step: python hub/export.py OUTPUT --name NAME.TAG.
 """
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from convert_settings import ConvertSettings, check_values
 
 
 def main(settings: ConvertSettings) -> Path:
-    """Convert as `settings` say and return the folder."""
+    """Convert the weights and return the run folder."""
     check_values(settings)
     from convert_run import run  # here: torch and timm take seconds to import
     return run(settings)

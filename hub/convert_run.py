@@ -1,4 +1,4 @@
-"""A run folder from weights of others: config.json, model.safetensors and origin.json, once they are checked."""
+"""Conversion of third-party weights into a run folder: checks, config.json, model.safetensors and origin.json."""
 import math
 import re
 import shutil
@@ -25,12 +25,12 @@ from export_run import without_folders
 from origin import ORIGIN
 
 RUN_FILES = {'config.json', 'model.safetensors', ORIGIN}
-EGYPTIAN_CAT, TIGER_CAT = (285, 0.99324566), (282, 0.00381939)  # class and share, from kecam's README
+EGYPTIAN_CAT, TIGER_CAT = (285, 0.99324566), (282, 0.00381939)  # class and probability, from kecam's README
 CHELSEA_TOLERANCE = 1e-3
 
 
 def check_replaceable(output: Path) -> None:
-    """Raise ConfigError for an output that is anything but an earlier conversion."""
+    """Raise ConfigError unless the output is missing, empty or an earlier conversion."""
     names = {path.name for path in output.iterdir()} if output.is_dir() else {'a file'} if output.exists() else set()
     if names and not (ORIGIN in names and names <= {*RUN_FILES, 'evaluation.json'}):
         raise ConfigError(f'--output {output} must not exist, be empty, or be an earlier conversion, which it is not; '
@@ -38,9 +38,9 @@ def check_replaceable(output: Path) -> None:
 
 
 def image_size(state: dict[str, torch.Tensor], architecture: str) -> int | None:
-    """Side in pixels of the images that the weights are for, by their first bias table; None if they have none.
+    """Image size in pixels of the weights, from the size of their first bias table; None if they have none.
 
-    A table of n x n positions has (2n - 1) x (2n - 1) entries a head, as (heads, 2n - 1, 2n - 1) here and flat in timm.
+    The table for n x n positions has shape (heads, 2n - 1, 2n - 1) here and ((2n - 1)^2, heads) in timm.
     """
     for name, table in state.items():
         if found := re.search(r'stages\.(\d)\..*(rel_bias\.table|relative_position_bias_table)$', name):
@@ -51,7 +51,10 @@ def image_size(state: dict[str, torch.Tensor], architecture: str) -> int | None:
 
 
 def open_source(settings: ConvertSettings, architecture: str) -> tuple[nn.Module, dict]:
-    """The model with the weights of SOURCE, strictly loaded, and its data settings."""
+    """Open the model with the weights of SOURCE, strictly loaded; returns it with its data settings.
+
+    Raises ConfigError for a file without stem or classifier, or weights that do not fit.
+    """
     model_settings = ModelSettings(
         model=architecture, model_kwargs=settings.model_kwargs, mean=settings.mean, std=settings.std,
         interpolation=settings.interpolation, crop_pct=settings.crop_pct)
@@ -72,7 +75,7 @@ def open_source(settings: ConvertSettings, architecture: str) -> tuple[nn.Module
 
 
 def read_class_names(settings: ConvertSettings, num_classes: int) -> list[str]:
-    """A name for each class: of the file, or of ImageNet-1k."""
+    """Class names from --class-names, else those of ImageNet-1k; raises ConfigError unless each class has its own."""
     if settings.class_names is None:
         names, source = list(ImageNetInfo('imagenet-1k').label_names()), 'those of ImageNet-1k'
     else:
@@ -91,16 +94,16 @@ def read_class_names(settings: ConvertSettings, num_classes: int) -> list[str]:
 
 @torch.no_grad()
 def see_chelsea(model: nn.Module, data_config: dict) -> tuple[float, float]:
-    """Shares of Egyptian cat and tiger cat that a model sees in scikit-image's cat.
+    """Probabilities of Egyptian cat and tiger cat for scikit-image's photograph of a cat.
 
-    As in kecam's README: the whole image, resized bilinearly without antialias to 224 pixels.
+    As in kecam's README: the whole image, resized bilinearly without antialiasing to 224 x 224 pixels.
 
-    Raises ConfigError for a model of other images or classes.
+    Raises ConfigError for a model of another input size or number of classes.
     """
     if tuple(data_config['input_size']) != (3, 224, 224) or model.num_classes != 1000:
         raise ConfigError(f'--check-chelsea is for weights of 1000 classes and images of (3, 224, 224), but SOURCE has '
                           f'{model.num_classes} and {tuple(data_config["input_size"])}; leave it out.')
-    from skimage.data import chelsea  # of the extra [demo]
+    from skimage.data import chelsea  # from the extra [demo]
 
     image = torch.from_numpy(chelsea()).movedim(-1, 0)[None] / 255
     image = nn.functional.interpolate(image, (224, 224), mode='bilinear', antialias=False)
@@ -110,7 +113,7 @@ def see_chelsea(model: nn.Module, data_config: dict) -> tuple[float, float]:
 
 
 def check_chelsea(shares: tuple[float, float], source: str) -> None:
-    """Raise ConfigError unless the shares are those of kecam's README."""
+    """Raise ConfigError unless the probabilities are those of kecam's README, to CHELSEA_TOLERANCE."""
     expected = EGYPTIAN_CAT[1], TIGER_CAT[1]
     if not all(abs(found - share) <= CHELSEA_TOLERANCE for found, share in zip(shares, expected, strict=True)):
         raise ConfigError(
@@ -120,7 +123,7 @@ def check_chelsea(shares: tuple[float, float], source: str) -> None:
 
 
 def describe_origin(settings: ConvertSettings, shares: tuple[float, float] | None) -> dict:
-    """Content of origin.json; null is what nobody tells."""
+    """Content of origin.json; unknown fields are None."""
     if settings.is_file:
         md5 = digest_of(Path(settings.source), 'md5')
         published = next((weights for weights in kecam.WEIGHTS.values() if weights.md5 == md5), None)
@@ -145,7 +148,7 @@ def describe_origin(settings: ConvertSettings, shares: tuple[float, float] | Non
 
 
 def run(settings: ConvertSettings) -> Path:
-    """Convert as `settings` say and return the folder."""
+    """Convert the weights and return the run folder."""
     if not settings.is_file and settings.source not in kecam.WEIGHTS:
         raise ConfigError(f'SOURCE {settings.source} is none of {", ".join(kecam.WEIGHTS)}; give one, or a file.')
     architecture = settings.model or 'coatnet_0_kecam'
@@ -177,8 +180,8 @@ def run(settings: ConvertSettings) -> Path:
 
 
 def write_run(output: Path, model: nn.Module, names: list[str], data_config: dict, origin: dict) -> None:
-    """Write the folder beside its place and move it there, in the place of an earlier conversion."""
-    state = model.state_dict()  # before its config is written, which timm does on the model
+    """Write the run folder under a temporary name and rename it to `output`, replacing an earlier conversion."""
+    state = model.state_dict()  # taken before timm writes the config, which changes the model
     temporary = output.with_name(f'.{output.name}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""Settings of convert.py, and the checks of single values, which need neither torch nor timm."""
+"""Settings of convert.py and their checks, without torch and timm."""
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +10,16 @@ __all__ = ['ConvertSettings', 'check_values']
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What is converted, and where to."""
+    """Source and destination of the conversion."""
 
     source: tyro.conf.Positional[str]  # File (.h5, .pth, .safetensors), or a name: coatnet_0_kecam.in1k.
     output: Path | None = None  # Run folder to make (output/MODEL if not given).
-    check_chelsea: bool = False  # Compare kecam's weights at 224 pixels with what their author says of a photograph.
+    check_chelsea: bool = False  # Compare kecam's weights at 224 pixels with the author's predictions for a photograph.
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The model that the weights are of."""
+    """Model that the weights belong to."""
 
     model: str | None = None  # Name of the zoo (coatnet_0_kecam if not given and SOURCE is of kecam).
     model_kwargs: tuple[str, ...] = ()  # More arguments of the model, as key=value (export.py refuses another flavor).
@@ -32,7 +32,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OriginSettings:
-    """What the file does not tell of itself."""
+    """Metadata that the file does not contain."""
 
     origin: str | None = None  # Address that the file comes from (known for the files that kecam published).
     trained_on: str | None = None  # Name of the training data (known for the files that kecam published).
@@ -43,7 +43,7 @@ class OriginSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertSettings(OriginSettings, ModelSettings, RunSettings):
-    """Everything that convert.py can be told."""
+    """All settings of convert.py."""
 
     @property
     def of_kecam(self) -> bool:
@@ -62,7 +62,7 @@ def check_values(settings: ConvertSettings) -> None:
     if not (settings.is_file or settings.of_kecam):
         raise ConfigError(f'SOURCE must be a file that ends in .h5, .pth or .safetensors, or a name such as '
                           f'coatnet_0_kecam.in1k, got {settings.source!r}.')
-    if settings.model_kwargs and not settings.is_file:  # stages of another layout would start from random weights
+    if settings.model_kwargs and not settings.is_file:  # stages of another block type would start from random weights
         raise ConfigError(f'--model-kwargs must be left out for SOURCE {settings.source}, whose architecture its '
                           f'weights tell.')
     if not settings.of_kecam:
@@ -76,7 +76,7 @@ def check_values(settings: ConvertSettings) -> None:
         check_license(settings.license or 'apache-2.0', settings.license_name, settings.license_link)
     for name in ('origin', 'trained_on', 'license_name', 'license_link'):
         value = getattr(settings, name)
-        if value is not None and not (value.strip() and value.isprintable()):  # it stands in a table of the card
+        if value is not None and not (value.strip() and value.isprintable()):  # it goes into a table of the card
             raise ConfigError(f'{flag(name)} must be one line of text, got {value!r}; give that, or leave it out.')
     if settings.class_names and not settings.class_names.is_file():
         raise ConfigError(f'--class-names {settings.class_names} is not a file; give one with a class a line.')

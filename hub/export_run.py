@@ -1,4 +1,4 @@
-"""A released folder from a run: reads the run, rounds and checks its weights, and writes each file."""
+"""Export of a run as a release folder: read the run, check and round its weights, and write each file."""
 import json
 import math
 import os
@@ -30,7 +30,7 @@ from release_folder import bare_model, largest_gap, own_cfg, split_name, stored_
 from release_rules import FILES, ONNX_FILES, RELEASE_FIELDS, TOLERANCE
 
 RUN_FILES = ('config.json', 'args.json', 'summary.json', 'curves.png', 'model.safetensors')
-SPLITS = ('train', 'val', 'validation', 'test')  # folders that say nothing without their parent's name
+SPLITS = ('train', 'val', 'validation', 'test')  # folder names that need their parent's name
 DATA_KEYS = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
 
 
@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict | list:
 
 
 def check_replaceable(output: Path) -> None:
-    """Raise ConfigError for an output that is anything but an earlier export."""
+    """Raise ConfigError unless the output is missing, empty or an earlier export."""
     if not output.exists() and not output.is_symlink():
         return
     names = {path.name for path in output.iterdir()} if output.is_dir() and not output.is_symlink() else {''}
@@ -57,7 +57,7 @@ def check_replaceable(output: Path) -> None:
 
 
 def read_run(settings: ExportSettings) -> dict:
-    """The run's config.json, once the run is complete and of the architecture that --name names."""
+    """Read the run's config.json; raises ConfigError unless the run is complete and of the architecture of --name."""
     origin = read_origin(settings.run_dir)
     wanted = ('config.json', 'model.safetensors') if origin else RUN_FILES
     published = kecam.WEIGHTS.get(settings.name)
@@ -79,7 +79,7 @@ def read_run(settings: ExportSettings) -> dict:
 
 
 def open_weights(settings: ExportSettings, config: dict) -> nn.Module:
-    """The registered model with the run's weights, strictly loaded and finite."""
+    """The registered model with the run's weights; raises ConfigError unless they load strictly and are finite."""
     path = settings.run_dir / 'model.safetensors'
     changed = {name: value for name, value in config.get('model_args', {}).items()
                if name not in ('in_chans', 'img_size', 'num_classes', 'global_pool')}
@@ -98,7 +98,7 @@ def open_weights(settings: ExportSettings, config: dict) -> nn.Module:
 
 
 def golden_images(config: dict) -> torch.Tensor:
-    """Two smooth images and two of noise (4, C, H, W), normalised: the same at every export."""
+    """Two smooth and two noise images (4, C, H, W), normalised, the same for every export."""
     cfg = config['pretrained_cfg']
     channels, *size = cfg['input_size']
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +109,7 @@ def golden_images(config: dict) -> torch.Tensor:
 
 
 def check_architecture(model: nn.Module, run_dir: Path, config: dict) -> None:
-    """Raise ConfigError for a run whose model computes something else than the registered one with the same weights."""
+    """Raise ConfigError if the run's model and the registered one with the same weights have different logits."""
     images = golden_images(config)
     with torch.no_grad():
         gap = largest_gap(model(images), timm.create_model(f'local-dir:{run_dir}', pretrained=True).eval()(images))
@@ -120,7 +120,7 @@ def check_architecture(model: nn.Module, run_dir: Path, config: dict) -> None:
 
 
 def rounded(model: nn.Module, dtype: str) -> dict[str, torch.Tensor]:
-    """The state dict as it is stored; refuses values that 16 bits cannot hold."""
+    """The state dict in the stored dtypes; raises ConfigError for values that 16 bits cannot hold."""
     dtypes = stored_dtypes(model, dtype)
     state = {name: value.to(dtypes[name]) for name, value in model.state_dict().items()}
     if broken := [name for name, value in state.items() if not value.isfinite().all()]:
@@ -129,23 +129,23 @@ def rounded(model: nn.Module, dtype: str) -> dict[str, torch.Tensor]:
 
 
 def without_folders(text: str) -> str:
-    """Paths that begin with /, ~, ./ or ../ cut to their last name: a card is public, folders of a machine are not."""
+    """Cut paths that begin with /, ~, ./ or ../ to their last name, so that a public card shows no local folders."""
     return re.sub(r'(^|[\s=\'":])(~|\.{0,2}/)([^\s\'"]*/)?(?=[^\s/])', r'\1', text)
 
 
 def same_data(evaluated: str, trained: str) -> bool:
-    """Whether two names are likely of the same data, as a whole or by its validation folder, wherever it lies."""
+    """Whether two paths likely are the same data set, or one is a folder in it; their location is ignored."""
     return Path(os.path.abspath(trained)).name in Path(os.path.abspath(evaluated)).parts[-2:]
 
 
 def data_name(data: str, settings: ExportSettings, args: dict, split: str) -> str:
-    """A name of data for a card: that of the training data and its split, or that of a folder without its parents.
+    """Name of a data set for the card: the training data with the split, or a folder name without its parents.
 
     Args:
-        data: --dataset or --data-dir of what read them.
-        settings: --trained-on is the name of the training data.
+        data: --dataset or --data-dir of the evaluation.
+        settings: Settings of export.py; --trained-on is the name of the training data.
         args: Settings of the run.
-        split: Which part of the training data was read, if `data` does not end in it.
+        split: Split of the training data that was read, if `data` does not end in it.
     """
     trained = args['dataset'] or args['data_dir']
     named, folder = Path(os.path.abspath(trained)).name, Path(os.path.abspath(data))
@@ -158,7 +158,10 @@ def data_name(data: str, settings: ExportSettings, args: dict, split: str) -> st
 
 
 def held_out_figures(settings: ExportSettings, args: dict, summary: dict, config: dict) -> tuple[dict, str, bool]:
-    """(metrics, what they were measured on, whether this also picked the best epoch) as the run's files tell."""
+    """Figures of a run: (metrics, name of the images, whether these images also picked the best epoch).
+
+    Raises ConfigError for an evaluation.json that is not of this run, or not of the model as it is released.
+    """
     path, trained = settings.run_dir / 'evaluation.json', args['dataset'] or args['data_dir']
     if not path.exists():
         metrics = {name: summary[name] for name in ('top1', 'top5', 'loss')}
@@ -183,7 +186,7 @@ def held_out_figures(settings: ExportSettings, args: dict, summary: dict, config
 
 
 def earlier_run(args: dict) -> dict | None:
-    """The summary beside the checkpoint that the run started from, if a run of finetune.py left it there."""
+    """Summary of the run that made the --initial-checkpoint of this run; None if there is no such summary."""
     path = Path(args['initial_checkpoint']).with_name('summary.json') if args['initial_checkpoint'] else None
     return read_json(path) if path and path.is_file() else None
 
@@ -198,9 +201,9 @@ def starting_point(args: dict) -> str:
 
 
 def license_of_start(args: dict) -> dict[str, str]:
-    """Licence of the released weights that a run started from, at first or second hand; apache-2.0 from random weights.
+    """Licence of the weights that a run started from, directly or through earlier runs; apache-2.0 from random weights.
 
-    Raises ConfigError where nothing tells what the weights it started from were.
+    Raises ConfigError if the origin of those weights is unknown.
     """
     model, checkpoint = args.get('model', ''), args.get('initial_checkpoint') or ''
     if not checkpoint and not args.get('pretrained'):
@@ -233,7 +236,7 @@ def license_of_origin(origin: dict) -> dict[str, str]:
 
 
 def data_of_origin(origin: dict) -> dict[str, str]:
-    """What args.json of a run says of its training data, for converted weights."""
+    """Substitute for the training data fields of a run's args.json, for converted weights."""
     return {'dataset': '', 'data_dir': origin['trained_on'] or 'not stated'}
 
 
@@ -254,11 +257,11 @@ def describe_origin_release(settings: ExportSettings, origin: dict, config: dict
 
 
 def describe_release(settings: ExportSettings, config: dict) -> dict:
-    """What config.json says under 'release'; None is what the run's files and the settings do not tell."""
+    """Content of config.json under 'release'; fields unknown from the run's files and the settings are None."""
     if origin := read_origin(settings.run_dir):
         return describe_origin_release(settings, origin, config)
     args, summary = (read_json(settings.run_dir / name) for name in ('args.json', 'summary.json'))
-    teacher = args.get('teacher') or summary.get('teacher') or ''  # the latter that of --teacher-outputs
+    teacher = args.get('teacher') or summary.get('teacher') or ''  # the summary names that of --teacher-outputs
     if settings.teacher and not teacher:
         raise ConfigError(f'--teacher describes the teacher of a distilled run, but RUN_DIR {settings.run_dir} had '
                           f'none; leave it out.')
@@ -289,12 +292,12 @@ def describe_release(settings: ExportSettings, config: dict) -> dict:
 
 
 def write_release_config(folder: Path, settings: ExportSettings, model: nn.Module, config: dict, release: dict) -> None:
-    """Write config.json: timm's, of this model alone, without the model_args that break transformers' TimmWrapper."""
+    """Write timm's config.json and `release`, without the model_args that break transformers' TimmWrapper."""
     architecture, tag = split_name(settings.name)
     path = folder / 'config.json'
     write_config(path, model, config['label_names'], {key: config['pretrained_cfg'][key] for key in DATA_KEYS})
     written = json.loads(path.read_text(encoding='utf-8'))
-    # num_classes stands at the top already, and TimmWrapper passes it on from there
+    # num_classes is already at the top level, from where TimmWrapper passes it on
     written['model_args'] = {key: written['model_args'][key] for key in ('img_size', 'in_chans')}
     paper = {'paper_ids': paper_ids} if (paper_ids := own_cfg(architecture).get('paper_ids')) else {}
     words = describe_synsets(config['label_names'])
@@ -305,7 +308,7 @@ def write_release_config(folder: Path, settings: ExportSettings, model: nn.Modul
 
 
 def write_golden(folder: Path, config: dict) -> None:
-    """Write images and the logits of a fresh model that timm loads from the folder."""
+    """Write golden.safetensors: images, and the logits of the model that timm loads from the folder."""
     images = golden_images(config)
     with torch.no_grad():
         logits = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(images)
@@ -313,7 +316,7 @@ def write_golden(folder: Path, config: dict) -> None:
 
 
 def measure_rounding(settings: ExportSettings, folder: Path, release: dict) -> None:
-    """Evaluate the run and the rounded weights on the same images; the figures of the release become the latter's."""
+    """Evaluate the run and the rounded weights on the same images; the release gets the figures of the rounded ones."""
     before, after = evaluate(EvaluationSettings(
         data_dir=settings.data_dir, model=(f'local-dir:{settings.run_dir}', f'local-dir:{folder}'),
         workers=settings.workers, valid_labels='all'))
@@ -328,7 +331,7 @@ def measure_rounding(settings: ExportSettings, folder: Path, release: dict) -> N
 
 
 def run(settings: ExportSettings) -> Path:
-    """Export as `settings` say and return the folder."""
+    """Export a run and return the folder."""
     config = read_run(settings)
     output = settings.output or Path('output/hub') / settings.name
     check_replaceable(output)
@@ -342,7 +345,7 @@ def run(settings: ExportSettings) -> Path:
     state = rounded(model, settings.dtype)
     if settings.dtype != 'float32' and all(torch.equal(value.float(), model.state_dict()[name].float())
                                            for name, value in state.items()):
-        release['metrics']['top1_change'] = 0.  # a run whose weights were rounded before
+        release['metrics']['top1_change'] = 0.  # the weights of the run were rounded before
     print(f'weights: {len(state)} tensors of {settings.run_dir}, all finite, those of {config["architecture"]}')
 
     temporary = output.with_name(f'.{output.name}.tmp')

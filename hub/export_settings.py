@@ -1,4 +1,4 @@
-"""Settings of export.py, and the checks of single values, which need neither torch nor timm."""
+"""Settings of export.py and their checks, without torch and timm."""
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ __all__ = ['ExportSettings', 'check_values']
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What is released, and where to."""
+    """Run to release, its name and its destination."""
 
     run_dir: tyro.conf.Positional[Path]  # Run folder of finetune.py.
     name: str  # NAME.TAG: a name of the zoo, and a tag for data and recipe, such as coatnet_pico_64.tin200.
@@ -21,17 +21,17 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsSettings:
-    """How the weights are stored."""
+    """Storage format of the weights."""
 
     dtype: str = 'float32'  # float16 or bfloat16 round the weights of convolutions and linear layers.
-    data_dir: str = ''  # Held-out images, as in eval_imagenet.py, to measure what --dtype costs.
+    data_dir: str = ''  # Held-out images, as in eval_imagenet.py, to measure the accuracy after rounding.
     workers: int = field(default_factory=default_workers)  # Processes that read them.
     with_onnx: bool = False  # Also write model.onnx and model.pt2.
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardTextSettings:
-    """What the run does not tell of itself."""
+    """Metadata that the run does not record."""
 
     license: str | None = None  # Identifier of the Hub (if not given: of the weights it started from, else apache-2.0).
     license_name: str | None = None  # Its name, for --license other.
@@ -47,7 +47,7 @@ class CardTextSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings(CardTextSettings, WeightsSettings, RunSettings):
-    """Everything that export.py can be told."""
+    """All settings of export.py."""
 
 
 def check_values(settings: ExportSettings) -> None:
@@ -61,7 +61,7 @@ def check_values(settings: ExportSettings) -> None:
     check_license(settings.license or 'apache-2.0', settings.license_name, settings.license_link)
     for name in ('trained_on', 'data_license', 'teacher', 'evaluated_on', 'license_name', 'license_link', 'source'):
         value = getattr(settings, name)
-        if value is not None and not (value.strip() and value.isprintable()):  # it stands in a table of the card
+        if value is not None and not (value.strip() and value.isprintable()):  # it goes into a table of the card
             raise ConfigError(f'{flag(name)} must be one line of text, got {value!r}; give that, or leave it out.')
     if settings.source and not re.fullmatch(r"[^\s'\"]+", settings.source):
         raise ConfigError(f'--source must be what pip installs coatnet_zoo from, without blanks and quotes, got '

@@ -1,4 +1,4 @@
-"""The README.md of a released folder: timm's model card, filled in from its config.json alone."""
+"""The model card (README.md) of a release folder: a template filled in from its config.json alone."""
 import json
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def name_of(config: dict) -> str:
 
 
 def card_data(config: dict) -> ModelCardData:
-    """The metadata of a card, all of it taken from config.json."""
+    """YAML metadata of a card, taken from config.json alone."""
     release, cfg = config['release'], config['pretrained_cfg']
     data_set = release['dataset_id']
     results = [
@@ -63,7 +63,7 @@ def results_table(release: dict) -> str:
 
 
 def evaluated(release: dict, name: str) -> str:
-    """The data of the figures, and their limits; of converted weights, what their author says and how to check it."""
+    """Paragraph on the images behind the figures and their limits; for converted weights, on the author's figures."""
     lines = [f'Measured on: {release["evaluated_on"]}.'] if release['evaluated_on'] else []
     if origin := release['origin']:
         reported = 'Nobody is known to have reported its accuracy.'
@@ -86,7 +86,7 @@ def evaluated(release: dict, name: str) -> str:
 
 
 def origin_table(release: dict) -> str:
-    """Where converted weights come from."""
+    """Table of the origin of converted weights."""
     origin = release['origin']
     return table({
         'data': release['trained_on'] or 'not stated', 'file': origin['file'], 'MD5 of the file': origin['md5'],
@@ -119,7 +119,7 @@ def licences(config: dict) -> str:
 
 
 def pip_source(address: str | None) -> str | None:
-    """What pip installs coatnet_zoo from: a git repository needs git+ in front, unless the address has a scheme."""
+    """Requirement for pip: a URL of a git repository gets the prefix git+, archives and names stay unchanged."""
     if not address or address.startswith('git+') or '://' not in address:
         return address
     return address if address.endswith(('.whl', '.zip', '.tar.gz')) else f'git+{address}'

@@ -1,4 +1,4 @@
-"""model.onnx and model.pt2: the same model for onnxruntime and for torch.export.load, for any number of images."""
+"""model.onnx for onnxruntime and model.pt2 for torch.export.load: the same model, for any batch size."""
 import io
 import json
 import zipfile
@@ -17,9 +17,11 @@ def write_onnx_files(folder: Path, model: nn.Module, images: torch.Tensor) -> No
     """Write both files for a model on a CPU.
 
     Args:
-        folder: Where to.
-        model: In eval mode.
-        images: (N, C, H, W) float32, N above 1; other numbers of images will do too, other sizes will not.
+        folder: Folder for the files.
+        model: Model in eval mode.
+        images: Example (N, C, H, W) in float32, N above 1; fixes C, H and W but not N.
+
+    Raises ConfigError if a file cannot be written, or would hold pickled data.
     """
     from onnx_ir.traversal import RecursiveGraphIterator  # comes with onnxscript, which torch.onnx needs
 
@@ -27,13 +29,13 @@ def write_onnx_files(folder: Path, model: nn.Module, images: torch.Tensor) -> No
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
         onnx = torch.onnx.export(program, (images,), input_names=['input'], output_names=['logits'], dynamo=True,
                                  verbose=False)
-    for node in RecursiveGraphIterator(onnx.model.graph):  # the bodies of loops too
-        node.metadata_props.clear()  # would tell the folders of this machine
+    for node in RecursiveGraphIterator(onnx.model.graph):  # also in the bodies of loops
+        node.metadata_props.clear()  # holds local paths
     for node in program.graph.nodes:
-        node.meta.pop('stack_trace', None)  # the same
+        node.meta.pop('stack_trace', None)  # holds local paths too
     program.example_inputs = None  # would be pickled
     try:
-        torch.export.save(program, archive := io.BytesIO())  # to a path it wants the name .pt2
+        torch.export.save(program, archive := io.BytesIO())  # to a buffer, as a path must end in .pt2
         write_file(folder / 'model.pt2', lambda temporary: temporary.write_bytes(archive.getvalue()))
         write_file(folder / 'model.onnx', lambda temporary: onnx.save(temporary, external_data=False))
     except ValueError as error:
@@ -46,7 +48,7 @@ def write_onnx_files(folder: Path, model: nn.Module, images: torch.Tensor) -> No
 
 
 def check_no_pickles(path: Path) -> None:
-    """Raise ConfigError for a model.pt2 with pickled data: loading that runs whatever it says."""
+    """Raise ConfigError for a model.pt2 with pickled data, because loading a pickle can run any code."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
@@ -60,7 +62,7 @@ def check_no_pickles(path: Path) -> None:
 
 
 def onnx_answers(folder: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits of both files for images (N, C, H, W); model.onnx is left out where onnxruntime is not installed."""
+    """Logits (N, classes) of both files for images (N, C, H, W), by reader; 'onnxruntime' only if it is installed."""
     with torch.no_grad():
         answers = {'torch.export': torch.export.load(folder / 'model.pt2').module()(images)}
     try:

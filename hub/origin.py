@@ -1,4 +1,4 @@
-"""origin.json of a converted run folder: where weights come from that others trained, and what a release says of it."""
+"""origin.json of a converted run folder: the source of third-party weights, and its description in a release."""
 import json
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from release_rules import RELEASE_FIELDS
 __all__ = ['ORIGIN', 'describe_converted', 'read_origin']
 
 ORIGIN = 'origin.json'
-# of origin.json; the first five are what a release says under 'origin'
+# fields of origin.json; a release repeats the first five under 'origin'
 RELEASED = ('file', 'md5', 'url', 'top1', 'chelsea')
 FIELDS = (*RELEASED, 'trained_on', 'data_license', 'license', 'license_name', 'license_link', 'command', 'date',
           'torch', 'timm', 'commit')
 
 
 def read_origin(folder: Path) -> dict | None:
-    """The origin.json of a folder, None if there is none: the weights are those of a run."""
+    """Read origin.json in a folder; None if there is none, because a run made the weights. Raises ConfigError."""
     path = folder / ORIGIN
     if not path.is_file():
         return None
@@ -30,11 +30,11 @@ def read_origin(folder: Path) -> dict | None:
 
 
 def describe_converted(origin: dict, **said: object) -> dict:
-    """What config.json says under 'release' of converted weights; None is what nobody tells.
+    """Content of config.json under 'release' for converted weights; unknown fields are None.
 
     Args:
         origin: What `read_origin` returned.
-        said: Fields of the release that other files or the settings tell.
+        said: Fields of the release that are known from other files or the settings.
     """
     known = ('trained_on', 'data_license', 'command', 'date', 'torch', 'timm', 'commit')
     release = {name: origin[name] for name in known}

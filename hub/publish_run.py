@@ -1,4 +1,4 @@
-"""A release on the Hub: what is there, the upload in one commit, the proof by download, and the record of it."""
+"""A release on the Hub: state of the repository, upload in one commit, verification by download, and its record."""
 import errno
 import hashlib
 import json
@@ -28,8 +28,8 @@ from publish_settings import PublishSettings
 from verification import verify
 
 WEIGHTS = Path(__file__).parents[1] / 'coatnet_zoo/weights'
-OPTIONAL = ('model.onnx', 'model.pt2', 'curves.png')  # of an earlier export; removed if this one has none
-# the transport under the client: httpx2 raises no OSError, requests, before version 1, did
+OPTIONAL = ('model.onnx', 'model.pt2', 'curves.png')  # deleted from the repository if this export has none
+# errors of the client's HTTP library: those of requests (before version 1) are OSErrors, those of httpx2 are not
 TRANSPORT = (*HfHubHTTPError.__bases__, OSError)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -44,7 +44,7 @@ class Release:
     files: dict[str, str]
 
     def entry(self, old: dict | None) -> dict:
-        """For releases.json; where the same weights already are is kept."""
+        """Entry of releases.json; locations of an earlier entry are kept if it has the same weights."""
         where = {'repo': None, 'commit': None, 'file': 'model.safetensors', 'packaged': None}
         if old and old['sha256'] == self.files['model.safetensors']:
             where = {key: old[key] for key in where}
@@ -57,14 +57,15 @@ class Release:
 
 @dataclass(frozen=True)
 class State:
-    """A commit of the repository beside the folder.
+    """A commit of the repository compared with the folder.
 
     Attributes:
-        commit: That of the release tag if it exists, else the last one.
-        tagged: Whether it is that of the release tag.
-        changed: Files of the folder that are not there, or not the same.
-        stale: Files there that an earlier export wrote and this one does not.
-        others: Files there that no export writes.
+        commit: Commit of the release tag if it exists, else the latest one.
+        tagged: Whether the release tag exists.
+        changed: Files of the folder that are missing in the commit, or differ.
+        stale: Files of the commit that an earlier export wrote and this one does not have.
+        others: Files of the commit that no export writes.
+        empty: Whether the commit has no files but .gitattributes.
     """
 
     commit: str
@@ -80,7 +81,7 @@ class State:
 
 
 def read_release(folder: Path) -> Release:
-    """Verify the folder, and that its weights may be released under their name."""
+    """Verify the folder and read it; raises ConfigError if its weights cannot be released under their name."""
     files = verify(folder)
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     architecture, cfg = config['architecture'], config['pretrained_cfg']
@@ -96,7 +97,7 @@ def read_release(folder: Path) -> Release:
 def write_address(release: Release, repo: str) -> Release:
     """Write the repository into README.md and config.json, and verify the folder again."""
     config = {**release.config, 'release': {**release.config['release'], 'repo': repo}}
-    write_card(release.folder, config)  # first: once config.json names the repository, the card does too
+    write_card(release.folder, config)  # first, so that the card names the repository whenever config.json does
     write_json(release.folder / 'config.json', config)
     return read_release(release.folder)
 
@@ -109,7 +110,7 @@ def read_releases() -> dict[str, dict]:
 
 
 def call_hub(repo: str, call: Callable, /, **arguments: object) -> object:
-    """Call the Hub; raises ConfigError with what to do for the errors that it answers with."""
+    """Call the Hub; raises ConfigError with advice for errors of the Hub, the token or the network."""
     try:
         return call(**arguments)
     except LocalTokenNotFoundError as error:
@@ -120,7 +121,7 @@ def call_hub(repo: str, call: Callable, /, **arguments: object) -> object:
                           f'check the name and the token.') from error
     except (*TRANSPORT, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise  # of this machine, not of the Hub
+            raise  # an error of this machine, not of the Hub
         status = getattr(getattr(error, 'response', None), 'status_code', None)
         message = {
             401: 'the Hub refuses the token of HF_TOKEN or of your login; renew it with `hf auth login` or set '
@@ -137,7 +138,7 @@ def call_hub(repo: str, call: Callable, /, **arguments: object) -> object:
 
 
 def read_state(api: HfApi, repo: str, tag: str, release: Release) -> State | None:
-    """What the repository holds beside what the folder holds; None if there is no repository that the token may see."""
+    """Compare the repository with the folder; None if the repository does not exist or is hidden from the token."""
     try:
         refs = api.list_repo_refs(repo)
     except RepositoryNotFoundError:
@@ -162,7 +163,7 @@ def read_state(api: HfApi, repo: str, tag: str, release: Release) -> State | Non
 
 
 def check_parent(state: State | None, recorded: dict | None, settings: PublishSettings) -> None:
-    """Raise ConfigError for files that somebody else has put there."""
+    """Raise ConfigError if a push would move an existing tag, or overwrite a commit that no release recorded."""
     if state is None or state.up_to_date:
         return
     if state.tagged:
@@ -179,7 +180,7 @@ def check_parent(state: State | None, recorded: dict | None, settings: PublishSe
 
 
 def upload(api: HfApi, state: State, release: Release, settings: PublishSettings) -> str:
-    """One commit upon the one that was looked at; returns its sha."""
+    """Upload the changed files in one commit on top of `state.commit`; returns its sha."""
     operations = [CommitOperationAdd(name, str(release.folder / name)) for name in state.changed]
     operations += [CommitOperationDelete(name) for name in state.stale]
     return api.create_commit(
@@ -187,7 +188,10 @@ def upload(api: HfApi, state: State, release: Release, settings: PublishSettings
 
 
 def check_download(repo: str, commit: str, release: Release) -> None:
-    """Download the commit into an empty cache, compare it with the folder, load it through timm and run it."""
+    """Download the commit into an empty cache, compare it with the folder, load it through timm and compare logits.
+
+    Raises ConfigError if a file differs, the model does not load, or logits differ by more than 1e-4 of the largest.
+    """
     with tempfile.TemporaryDirectory() as cache:
         for name, sha256 in release.files.items():
             path = call_hub(repo, hf_hub_download, repo_id=repo, filename=name, revision=commit, cache_dir=cache)
@@ -209,7 +213,7 @@ def check_download(repo: str, commit: str, release: Release) -> None:
 
 
 def record(release: Release, **where: str) -> bool:
-    """Write the release to releases.json; False if it is there already."""
+    """Write the release to releases.json; returns False if the same entry is already there."""
     releases = read_releases()
     entry = {**release.entry(releases.get(release.name)), **where}
     if releases.get(release.name) == entry:
@@ -228,7 +232,7 @@ def package(release: Release) -> None:
 
 
 def push(api: HfApi, release: Release, settings: PublishSettings) -> None:
-    """From the folder to a record of what the Hub really gives, every step of which may have been done before."""
+    """Upload, tag, verify by download and record a release; steps done by an earlier call are skipped."""
     repo, recorded = settings.repo, read_releases().get(release.name)
     call_hub(repo, api.create_repo, repo_id=repo, private=settings.private, exist_ok=True)
     state = call_hub(repo, read_state, api=api, repo=repo, tag=settings.release, release=release)
@@ -269,10 +273,10 @@ def describe_state(state: State | None, settings: PublishSettings) -> str:
 
 
 def run(settings: PublishSettings) -> None:
-    """Print what would be done, or do it."""
+    """Print the planned actions, and with --push or --package carry them out."""
     api = HfApi()
     if settings.push:
-        call_hub(settings.repo, api.whoami)  # a token that cannot work is reported before the long work
+        call_hub(settings.repo, api.whoami)  # reports an invalid token before the long verification
     release = read_release(settings.folder)
     shown, stored = release.config['release'].get('repo'), release
     with tempfile.TemporaryDirectory() as scratch:
@@ -280,7 +284,7 @@ def run(settings: PublishSettings) -> None:
             print(f'README.md and config.json name {shown or "no repository"}: '
                   f'{"--push would write " * (not settings.push)}{settings.repo}{" is written" * settings.push}')
             try:
-                if not settings.push:  # what it would upload, made elsewhere
+                if not settings.push:  # a copy with the files that --push would upload
                     release = replace(release, folder=Path(shutil.copytree(settings.folder, Path(scratch, 'release'))))
                 release = write_address(release, settings.repo)
             except OSError as error:
@@ -294,9 +298,9 @@ def publish(api: HfApi, release: Release, settings: PublishSettings, packaged: R
 
     Args:
         api: Client of the Hub.
-        release: Its card names the repository of --repo.
+        release: Release whose card names the repository of --repo.
         settings: Settings of publish.py.
-        packaged: What --package takes; it names no repository that nothing was pushed to.
+        packaged: Release for --package; without --push its card is unchanged.
     """
     print(describe(release))
     recorded = read_releases().get(release.name)

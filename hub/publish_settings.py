@@ -1,4 +1,4 @@
-"""Settings of publish.py, and the checks of single values, which need neither torch nor timm."""
+"""Settings of publish.py and their checks, without torch and timm."""
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ __all__ = ['PublishSettings', 'check_values']
 
 @dataclass(frozen=True, kw_only=True)
 class PublishSettings:
-    folder: tyro.conf.Positional[Path]  # What hub/export.py made.
+    folder: tyro.conf.Positional[Path]  # Folder that export.py made.
     repo: str = ''  # Repository on the Hub, as OWNER/NAME.
     push: bool = False  # Upload, tag, check and record; without it only what would be done is printed.
     package: bool = False  # Copy the weights into coatnet_zoo/weights and record them there.
@@ -29,7 +29,7 @@ def check_values(settings: PublishSettings) -> None:
         raise ConfigError(f'--release must be a git tag of letters, digits and single . _ - between them, such as '
                           f'v2, got {settings.release!r}.')
     if settings.repo:
-        from huggingface_hub.errors import HFValidationError  # where it is missing, --help works
+        from huggingface_hub.errors import HFValidationError  # imported here, so that --help works without it
         from huggingface_hub.utils import validate_repo_id
 
         try:

@@ -1,4 +1,4 @@
-"""The model of a released folder: what export.py stores and verify.py holds it to."""
+"""The model of a release folder, as export.py stores it and verify.py checks it."""
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs
@@ -12,7 +12,7 @@ __all__ = ['bare_model', 'largest_gap', 'own_cfg', 'split_name', 'stored_dtypes'
 
 
 def split_name(name: str, option: str = '--name') -> tuple[str, str]:
-    """('coatnet_pico_64', 'tin200') of 'coatnet_pico_64.tin200'; refuses what timm or this zoo could not register."""
+    """Split 'coatnet_pico_64.tin200' into architecture and tag; raises ConfigError if either cannot be registered."""
     architecture, _, tag = name.partition('.')
     mine = coatnet_zoo.list_models()
     if architecture not in mine:
@@ -23,11 +23,11 @@ def split_name(name: str, option: str = '--name') -> tuple[str, str]:
 
 
 def bare_model(config: dict, device: str | None = None) -> nn.Module:
-    """The registered name of a config.json with its classes, channels and image size, and nothing else changed.
+    """Create the registered architecture with the classes, channels and image size of a config.json, in eval mode.
 
     Args:
-        config: As in config.json.
-        device: Where parameters are created.
+        config: Content of config.json.
+        device: Device on which parameters are created.
     """
     channels, *size = config['pretrained_cfg']['input_size']
     return timm.create_model(
@@ -36,9 +36,9 @@ def bare_model(config: dict, device: str | None = None) -> nn.Module:
 
 
 def stored_dtypes(model: nn.Module, dtype: str) -> dict[str, torch.dtype]:
-    """How each tensor of a state dict is stored: 16 bits are for the weights of convolutions and linear layers alone.
+    """Stored dtype of each tensor: `dtype` for the weights of convolutions and linear layers, else that of the model.
 
-    Norms with their statistics, biases, bias tables, layer scales and the kernels of LightConv keep what the model has.
+    Norms with their statistics, biases, bias tables, layer scales and the kernels of LightConv are not rounded.
     """
     rounded = {f'{name}.weight' for name, module in model.named_modules()
                if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))}
@@ -47,11 +47,11 @@ def stored_dtypes(model: nn.Module, dtype: str) -> dict[str, torch.dtype]:
 
 
 def largest_gap(logits: torch.Tensor, golden: torch.Tensor) -> float:
-    """Largest difference from the golden logits, as a fraction of the largest of these; NaN counts as infinite."""
+    """Maximum absolute difference from the golden logits over their maximum absolute value; NaN counts as infinite."""
     gap = ((logits - golden).abs().max() / golden.abs().max()).item()
     return gap if gap == gap else float('inf')
 
 
 def own_cfg(architecture: str) -> dict:
-    """What the zoo registers for an architecture itself, such as its paper."""
+    """Default pretrained cfg that the zoo registers for an architecture, with its paper."""
     return next(iter(get_arch_pretrained_cfgs(architecture).values())).to_dict()

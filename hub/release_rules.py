@@ -1,4 +1,4 @@
-"""What a released folder holds, file by file, and the rules of its names, which need neither torch nor timm."""
+"""Files, fields and naming rules of a release folder, without torch and timm."""
 import re
 from pathlib import Path
 
@@ -9,14 +9,14 @@ __all__ = ['DTYPES', 'FILES', 'ONNX_FILES', 'RELEASE_FIELDS', 'TOLERANCE', 'chec
 FILES = ('README.md', 'config.json', 'model.safetensors', 'golden.safetensors', 'curves.png')
 ONNX_FILES = ('model.onnx', 'model.pt2')  # both or neither
 DTYPES = ('float32', 'float16', 'bfloat16')
-TOLERANCE = 1e-5  # of logits, relative to the largest golden one: float32 sums in another order differ by 1e-6
-# The key 'release' of config.json; null is what is not known, and the card then says so.
+TOLERANCE = 1e-5  # of logits, relative to the largest golden one: reordered float32 sums differ by 1e-6
+# Fields of the key 'release' of config.json; null means unknown, which the card states.
 RELEASE_FIELDS = (
     'metrics', 'evaluated_on', 'trained_on', 'recipe', 'command', 'hardware', 'hours', 'seed', 'commit', 'epochs',
     'data_license', 'dtype', 'source',
     'best_epoch', 'picked_best_epoch', 'started_from', 'teacher', 'date', 'torch', 'timm', 'dataset_id', 'repo',
     'license_name', 'license_link',
-    'origin')  # of weights that convert.py made: file, md5, url, top1 as its author reports, chelsea; else null
+    'origin')  # for weights that convert.py made: file, md5, url, top1 reported by the author, chelsea; else null
 
 
 def check_tag(name: str, option: str = '--name') -> None:
@@ -38,7 +38,7 @@ def check_license(license: str, license_name: str | None, license_link: str | No
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The files of a folder, once it holds those of the list and nothing else."""
+    """List the files of a release folder; raises ConfigError if files are missing or others are present."""
     if folder.is_symlink() or not folder.is_dir():
         raise ConfigError(f'FOLDER {folder} must be a folder that export.py made, and is none; give one.')
     found = sorted(folder.iterdir())
@@ -49,7 +49,7 @@ def list_files(folder: Path) -> list[Path]:
         if path.is_symlink() or not path.is_file():
             raise ConfigError(f'FOLDER {folder}: {path.name} must be a file, not a link or a folder; export anew.')
     names = {path.name for path in found}
-    wanted = {*FILES, *(ONNX_FILES if names & set(ONNX_FILES) else ())} - {'curves.png'}  # which a run alone has
+    wanted = {*FILES, *(ONNX_FILES if names & set(ONNX_FILES) else ())} - {'curves.png'}  # only runs have curves
     if missing := sorted(wanted - names):
         raise ConfigError(f'FOLDER {folder} lacks {", ".join(missing)}; export anew.')
     return found

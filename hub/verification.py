@@ -1,4 +1,4 @@
-"""Checks of a released folder: its files, tensors, config and card, and its logits in a fresh process."""
+"""Checks of a release folder: files, tensors, config, card, and logits in a fresh process."""
 import hashlib
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def require(holds: bool, file: str, rule: str) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """The config.json of a folder, once it says all that it must and nothing about other weights."""
+    """Read config.json; raises ConfigError if required fields are missing, or others are present."""
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         cfg, release = config['pretrained_cfg'], config['release']
@@ -63,7 +63,7 @@ def read_config(folder: Path) -> dict:
         require(len(size) == 3 and all(type(side) is int and side > 0 for side in size), 'config.json',
                 'must have an input_size of three positive integers')
         require(config['model_args'] == {'img_size': size[1:], 'in_chans': size[0]}, 'config.json',
-                # others change the architecture, and num_classes breaks transformers
+                # other arguments would change the architecture, and num_classes breaks transformers
                 'must have the img_size and in_chans of its input_size under model_args, and nothing else')
         require(len(cfg['mean']) == len(cfg['std']) == size[0] and min(cfg['std']) > 0 and 0 < cfg['crop_pct'] <= 1
                 and bool(cfg['interpolation'] and cfg['crop_mode']), 'config.json',
@@ -83,7 +83,7 @@ def read_config(folder: Path) -> dict:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file that says it is torch's, all of them finite."""
+    """Read a safetensors file; raises ConfigError unless its metadata has format: pt and all tensors are finite."""
     try:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
@@ -97,7 +97,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_tensors(found: dict[str, torch.Tensor], config: dict) -> None:
-    """Compare names, shapes and types with those of the registered model."""
+    """Raise ConfigError unless names, shapes and dtypes are those of the registered model as it is stored."""
     model = bare_model(config, device='meta')
     expected, dtypes = model.state_dict(), stored_dtypes(model, config['release']['dtype'])
     wrong = [f'{name} is missing' for name in expected if name not in found]
@@ -110,7 +110,7 @@ def check_tensors(found: dict[str, torch.Tensor], config: dict) -> None:
 
 
 def check_golden(golden: dict[str, torch.Tensor], config: dict) -> None:
-    """Raise ConfigError for golden tensors that could not tell a right model from a wrong one."""
+    """Raise ConfigError for golden tensors of wrong names, dtypes or shapes, or with equal logits for all inputs."""
     require({*golden} == {'input', 'logits'} and all(value.dtype == torch.float32 for value in golden.values()),
             'golden.safetensors', 'must hold the float32 tensors input and logits and nothing else')
     count, shape = len(golden['input']), tuple(golden['input'].shape[1:])
@@ -121,7 +121,7 @@ def check_golden(golden: dict[str, torch.Tensor], config: dict) -> None:
 
 
 def check_card(folder: Path, config: dict) -> None:
-    """Raise ConfigError for a card whose metadata say something else than config.json."""
+    """Raise ConfigError for a card whose YAML metadata disagree with config.json."""
     try:
         metadata = ModelCard.load(folder / 'README.md').data.to_dict()
     except Exception as error:  # yaml and the card's own checks raise many kinds
@@ -133,7 +133,7 @@ def check_card(folder: Path, config: dict) -> None:
 
 
 def check_curves(path: Path, converted: bool) -> None:
-    """Raise ConfigError unless a run has its curves as a PNG, and converted weights have none."""
+    """Raise ConfigError unless curves.png is a readable PNG, or missing in the case of converted weights."""
     if not (converted or path.exists()):
         raise ConfigError(f'FOLDER {path.parent} lacks {path.name}; export anew.')
     require(not (converted and path.exists()), path.name, 'must not be there: these weights were converted')
@@ -147,9 +147,9 @@ def check_curves(path: Path, converted: bool) -> None:
 
 
 def check_answers(folder: Path) -> list[str]:
-    """Load a folder as its users will, and compare logits with the golden ones; returns what was compared.
+    """Load a folder as users do, and compare logits with the golden ones; returns 'READER DIFFERENCE' messages.
 
-    Meant for a process that has done nothing else.
+    Meant to run in a fresh process. Raises ConfigError above TOLERANCE.
     """
     config, golden = read_config(folder), read_tensors(folder / 'golden.safetensors')
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
@@ -176,7 +176,7 @@ def check_answers(folder: Path) -> list[str]:
 
 
 def check_in_fresh_process(folder: Path) -> str:
-    """Run `check_answers` in a process of its own, offline and without a token."""
+    """Run `check_answers` in a new process, offline and without a token; returns its messages."""
     code = ('import sys; from pathlib import Path; from coatnet_train.runtime.cli import run_cli; from '
             'verification import check_answers; '
             'run_cli("", lambda: print(*check_answers(Path(sys.argv[1])), sep=", "))')
@@ -195,7 +195,7 @@ def check_in_fresh_process(folder: Path) -> str:
 
 
 def verify(folder: Path) -> dict[str, str]:
-    """The sha256 of every file of a released folder, after all checks; ConfigError says what is amiss."""
+    """Run all checks on a release folder and return the sha256 of every file; raises ConfigError if a check fails."""
     files = list_files(folder)
     config = read_config(folder)
     check_tensors(read_tensors(folder / 'model.safetensors'), config)

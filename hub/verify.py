@@ -1,12 +1,12 @@
-"""Hold a released folder to what a release is, before anyone sees it; prints the sha256 of each file.
+"""Verify a release folder before it is published; prints the sha256 of each file.
 
     python hub/verify.py output/hub/coatnet_pico_64.tin200
 
-Refuses anything off the list of files (links and hidden files too), tensors whose names, shapes or types are not those
-of the registered model or that are not finite, a config or a card that leaves out the tag or the licence or disagree,
-and pickled data in model.pt2. Then a fresh process loads the folder as users will, through timm's local-dir: (and
-through transformers, onnxruntime and torch.export where they apply), and compares logits on the golden inputs: the
-difference must be at most 1e-5 of the largest golden logit. Exit code 2 and one message if anything is wrong.
+Rejects files that are not on the list (links and hidden files too); tensors that are not finite, or whose names, shapes
+or dtypes differ from the registered model; a config or card without tag or licence, or that disagree; and pickled data
+in model.pt2. Then a fresh process loads the folder as users do, through timm's local-dir: (and through transformers,
+onnxruntime and torch.export where they apply), and compares logits on the golden inputs: the difference must be at most
+1e-5 of the largest golden logit. A failure gives one message and exit code 2.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class VerifySettings:
 
 
 def main(settings: VerifySettings) -> None:
-    """Verify the folder and print its checksums."""
+    """Verify the folder and print the checksums of its files."""
     from verification import verify  # here: torch and timm take seconds to import
 
     for name, digest in verify(settings.folder).items():

@@ -1,8 +1,8 @@
-"""Time one model against another, side by side in one run: images/s, peak memory and the ratio.
+"""Time one model against another in one run: images/s, peak memory and the ratio.
 
-Six sub-commands make other tables: `ops` times the operators by themselves, `scaling` models over image sizes,
-`loader` the reading of images, `distillation` training from a teacher's stored outputs, `inference_form` its
-optimisations on a CPU, `runtimes` it beside ONNX Runtime and OpenVINO; each has a --help of its own.
+Six sub-commands make other tables: `ops` times the operators alone, `scaling` models over image sizes, `loader` the
+reading of images, `distillation` training from a teacher's stored outputs, `inference_form` the optimisations of the
+inference form on a CPU, and `runtimes` the inference form in ONNX Runtime and OpenVINO. Each has its own --help.
 
     python scripts/benchmark.py --model coatnet_0 --against coatnet_0_224
     python scripts/benchmark.py --model coatnet_0 --model-kwargs flavor=timm --against coatnet_0_224 --modes inference
@@ -11,9 +11,9 @@ optimisations on a CPU, `runtimes` it beside ONNX Runtime and OpenVINO; each has
     python scripts/benchmark.py scaling --models lightconvnet_pico coatnet_pico
     python scripts/benchmark.py loader --data-dir imagenette
 
-Inference is timed in the inference form of both (`timm.utils.reparameterize_model`, which leaves a model as it is
-where it has nothing to fold), training as forward, backward and a step of SGD. The two take turns, a window of at
-least --window seconds each, and the median window counts, so that a busy machine slows both.
+Inference is timed in the inference form of both models (`timm.utils.reparameterize_model`, which changes nothing where
+there is nothing to fold), training as forward, backward and a step of SGD. The models take turns in windows of at least
+--window seconds, and the median window counts, so that other load on the machine slows both.
 """
 import sys
 from inspect import cleandoc
@@ -41,7 +41,7 @@ TABLES = {
 
 
 def dispatch(arguments: list[str]) -> None:
-    """Take the command line, without the name of the script; what takes seconds to import comes last."""
+    """Parse the command line (without the script's name), check it, and only then import and run the benchmark."""
     table = arguments[0] if arguments and arguments[0] in TABLES else ''
     kind = TABLES.get(table, ModelPairSettings)
     description = cleandoc(kind.__doc__) if table else __doc__

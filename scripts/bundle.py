@@ -1,16 +1,16 @@
-"""Pack what a machine without network needs into one folder: code, tests, wheels, and data files.
+"""Pack code, tests, wheels and data files into one folder, for a machine without network.
 
     python scripts/bundle.py
     python scripts/bundle.py --data tiny-imagenet-train-0.zip tiny-imagenet-train-1.zip --weights
-    sh output/bundle/run.sh                                  # there: gpu_report.py --budget 8
+    sh output/bundle/run.sh                                  # on that machine: gpu_report.py --budget 8
     sh output/bundle/run.sh gpu_report.py --budget 25 --output out
     sh output/bundle/run.sh finetune.py --recipe tin200 --data-dir ...
 
-The other machine needs Python of the version --python as python3, and installed: torch with triton, torchvision, numpy,
+The other machine needs python3 of the version --python with these packages: torch with triton, torchvision, numpy,
 Pillow, safetensors, huggingface_hub and filelock; pytest for gpu_report.py; accelerate, tqdm and matplotlib for
-finetune.py, teach.py and gpu_train.py. What of these is missing there goes into --wheels, with what it needs itself.
-run.sh installs the wheels, of the versions that are installed here, into the folder; nothing else changes there.
-Results name the commit in its file COMMIT.
+finetune.py, teach.py and gpu_train.py. List missing ones in --wheels, with their own dependencies. The wheels have the
+versions installed on this machine. run.sh installs them into the folder and changes nothing else. Results record the
+commit from the folder's file COMMIT.
 """
 import re
 import shutil
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKED = ('coatnet_zoo', 'scripts', 'tests', 'hub', 'pyproject.toml', 'Makefile', 'README.md', 'LICENSE')
 LEFT_OUT = ('__pycache__', '*.pyc', '.git*', '.*_cache')
 WEIGHTS = ('*.safetensors', '*.h5', '*.npz')
-MARKS = ('COMMIT', 'run.sh', 'scripts/bundle.py')  # a folder with all of these is an earlier bundle
+MARKS = ('COMMIT', 'run.sh', 'scripts/bundle.py')  # files that identify an earlier bundle
 RUN = '''#!/bin/sh
 # sh run.sh [SCRIPT [ARGUMENTS]]: install the wheels into .site beside this file, once, and run a script of scripts/.
 set -e
@@ -51,7 +51,7 @@ class BundleSettings:
     wheels_from: str = ''  # Folder of wheels to take them from, in place of the package index.
     weights: bool = False  # Pack the released weights too.
     data: tuple[str, ...] = ()  # Files to pack into data/, such as shards of images or stored outputs of a teacher.
-    max_mib: float = 64.0  # Most that the folder may take.
+    max_mib: float = 64.0  # Maximum size of the folder.
 
 
 def size_of(path: Path) -> int:
@@ -60,7 +60,7 @@ def size_of(path: Path) -> int:
 
 
 def check_size(parts: dict[str, int], max_mib: float) -> None:
-    """Raise ConfigError where the parts, in bytes, are larger together than allowed; it names the largest ones."""
+    """Raise ConfigError, naming the largest parts, if the sizes in bytes add up to more than `max_mib`."""
     total = sum(parts.values()) / 2**20
     if total > max_mib:
         largest = sorted(parts.items(), key=lambda part: -part[1])[:4]
@@ -71,7 +71,7 @@ def check_size(parts: dict[str, int], max_mib: float) -> None:
 
 
 def download_wheels(settings: BundleSettings, folder: Path) -> None:
-    """Wheels of the versions that are installed here, for the other machine's Python."""
+    """Download wheels of the installed versions for the Python of --python; raises ConfigError if pip fails."""
     def pinned(name: str) -> str:
         try:
             return f'{name}=={version(name)}'
@@ -92,7 +92,7 @@ def download_wheels(settings: BundleSettings, folder: Path) -> None:
 
 
 def check_bundle(settings: BundleSettings, output: Path) -> None:
-    """Raise ConfigError for settings that cannot work, and where making the folder would cost anyone's files."""
+    """Raise ConfigError for settings that cannot work, or an --output whose replacement would delete other files."""
     check_range(settings, 'max_mib', 0.01, 1e6)
     if not re.fullmatch(r'3\.\d{1,2}', settings.python):
         raise ConfigError(f'--python must be a version such as 3.12, got {settings.python!r}.')
@@ -120,7 +120,7 @@ def check_bundle(settings: BundleSettings, output: Path) -> None:
 
 
 def fill(folder: Path, settings: BundleSettings) -> dict[str, int]:
-    """Write all of a bundle into a new folder; returns the bytes of each of its parts."""
+    """Write the bundle into a new folder; returns the size of each part in bytes."""
     from coatnet_train.runtime.provenance import commit  # here: torch and timm take seconds to import
     folder.mkdir(parents=True)
     (folder / 'COMMIT').write_text(f'{commit()}\n', encoding='utf-8')
@@ -142,12 +142,12 @@ def fill(folder: Path, settings: BundleSettings) -> dict[str, int]:
 
 
 def main(settings: BundleSettings) -> dict[str, int]:
-    """Make the folder; returns the bytes of each of its parts."""
+    """Make the folder, replacing an earlier bundle; returns the size of each part in bytes."""
     check_output(Path(settings.output))
     check_bundle(settings, output := Path(settings.output).resolve())
     temporary = output.with_name(f'.{output.name}.tmp')
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a call that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed call
         parts = fill(temporary, settings)
         replace_dir(temporary, output)
     except OSError as error:

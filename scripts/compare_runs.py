@@ -1,18 +1,18 @@
-"""Set finished runs of finetune.py side by side: a table, their curves, and a file with both and where they come from.
+"""Compare finished runs of finetune.py: a table, their curves, and a JSON file with results and provenance.
 
     python scripts/compare_runs.py output/imagenette_64/coatnet_pico_64 output/imagenette_64/convnextv2_femto \\
         --results-file results/imagenette_64_cpu.json
     python scripts/compare_runs.py output/lr_1e-3 output/lr_5e-4 --allow-different
 
-Runs are named by as much of their folders as tells them apart. They must share data, recipe and seed, so that only the
-models differ; --allow-different compares others too, and lists the settings in which they differ.
+Runs are named by the shortest part of their paths that distinguishes them. They must share data, recipe and seed, so
+that only the models differ. --allow-different also compares other runs, and lists the settings in which they differ.
 """
 from dataclasses import dataclass
 from pathlib import Path
 
 from coatnet_train.runtime.cli import ConfigError, parse_flags, run_cli, tyro
 
-MAX_RUNS = 5  # curves that one plot can hold
+MAX_RUNS = 5  # maximum number of curves in a plot
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,11 @@
-"""Show two photographs to the best model that ships, then teach a quicker one and its untrained twin to read digits.
+"""Classify two photographs with the best packaged model, then fine-tune a faster one on digits, pretrained and not.
 
     python scripts/demo.py
     python scripts/demo.py --results-file results/demo_cpu.json
 
-The photographs are scikit-image's cup of coffee and cat, the digits scikit-learn's 1,797; both trainings have the same
-settings and seed. Takes 2 to 3 minutes on 2 CPU cores. Ends with output/demo/demo.png, and with exit code 1 if the
-pretrained model has an accuracy below 97 % on the held-out digits, or is another one once reloaded.
+The photographs are scikit-image's cup of coffee and cat, the digits scikit-learn's 1,797. Both trainings have the same
+settings and seed. Takes 2 to 3 minutes on 2 CPU cores, and writes output/demo/demo.png. The exit code is 1 if the
+pretrained model has an accuracy below 97 % on the held-out digits, or another accuracy once reloaded.
 """
 import sys
 

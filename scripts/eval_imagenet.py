@@ -6,16 +6,17 @@
     python scripts/eval_imagenet.py --data-dir imagenet --model resnet50.a1_in1k --real-labels timm
     torchrun --nproc-per-node 8 scripts/eval_imagenet.py --data-dir imagenet-c --model resnet50.a1_in1k
 
-The folder has val/ (or validation/, test/), or is itself one of classes: synsets for ImageNet-1k, -A, -R and -Sketch,
-numbers for -V2, a model's own names after fine-tuning, CORRUPTION/SEVERITY/ with synsets for -C. Several names or
-checkpoints give one table. Numbers are those of timm's validate.py: top-1, top-5 (%), loss (nats); ECE (%) has 15 bins.
+The folder has val/ (or validation/, test/), or itself holds the class folders: synsets for ImageNet-1k, -A, -R and
+-Sketch, numbers for -V2, a model's own class names after fine-tuning, CORRUPTION/SEVERITY/ with synsets for -C. Several
+models or checkpoints share one table. Metrics are those of timm's validate.py: top-1, top-5 (%), loss (nats); and ECE
+(%) over 15 bins.
 """
 from coatnet_train.evaluation.config import EvaluationSettings, check_values
 from coatnet_train.runtime.cli import parse_flags, run_cli
 
 
 def main(settings: EvaluationSettings) -> list[dict]:
-    """Evaluate as `settings` say and return the rows of the table."""
+    """Evaluate all requested models and return the rows of the table."""
     check_values(settings)
     from coatnet_train.evaluation.imagenet import evaluate  # here: torch and timm take seconds to import
     return evaluate(settings)

@@ -1,4 +1,4 @@
-"""Fine-tune any timm or zoo model on a folder of images, a torchvision data set, or one of the Hugging Face Hub.
+"""Fine-tune any timm or zoo model on a folder of images, or a data set of torchvision or the Hugging Face Hub.
 
     python scripts/finetune.py --recipe small_data --data-dir flowers \\
         --model lightconvnet_pico_64.dist_tin200 --pretrained
@@ -6,12 +6,12 @@
     python scripts/finetune.py --data-dir flowers --model coatnet_pico_64 --epochs 20 --resume auto
     torchrun --nproc-per-node 8 scripts/finetune.py --recipe coatnet_in1k --data-dir imagenet --model coatnet_0
 
-The folder has train/ and val/ (or validation/, test/), with one sub-folder per class in each. The run goes to
-OUTPUT/EXPERIMENT: best weights with their config, metrics.csv, curves.png, summary.json, and of these weights
-confusion.png, misclassified.png and predictions.csv (file, label, prediction and confidence of each held-out image).
-Once `coatnet_zoo` is imported, `timm.create_model('local-dir:OUTPUT/EXPERIMENT', pretrained=True)`
-loads it. Exit codes: 2 for a setting that cannot work, 75 when a SIGTERM was answered by saving (--resume auto goes
-on from there), 1 for a loss that is not finite.
+The folder has train/ and val/ (or validation/, test/), with one sub-folder per class in each. The run
+directory OUTPUT/EXPERIMENT gets the best weights with their config, metrics.csv, curves.png and summary.json, and for
+these weights confusion.png, misclassified.png and predictions.csv (file, label, prediction and confidence of each
+held-out image). After `import coatnet_zoo`, `timm.create_model('local-dir:OUTPUT/EXPERIMENT', pretrained=True)` loads
+them. Exit codes: 2 for a setting that cannot work, 75 after SIGTERM with everything saved (--resume auto continues), 1
+for a loss that is not finite.
 """
 import sys
 
@@ -20,7 +20,7 @@ from coatnet_train.training.config import FinetuneSettings, check_values, read_s
 
 
 def main(settings: FinetuneSettings) -> dict:
-    """Fine-tune as `settings` say, and return the summary that is also written to summary.json."""
+    """Fine-tune a model, and return the summary that is also written to summary.json."""
     check_values(settings)
     from coatnet_train.training.run import finetune  # here: torch and timm take seconds to import
     return finetune(settings)

@@ -1,4 +1,4 @@
-"""Train on a GPU that is there for minutes at a time: the runs that wait for one, resumed from one session to the next.
+"""Train a fixed list of runs in short GPU sessions, resuming unfinished runs in the next session.
 
     python scripts/gpu_train.py --list
     python scripts/gpu_train.py --shards tiny-imagenet-train-*.zip --weights lite2.safetensors --minutes 9
@@ -6,10 +6,10 @@
     python scripts/gpu_train.py --unpack parts --minutes 9
     python scripts/gpu_train.py --tiny --shards small/tiny-imagenet-train-0.zip --data output/tiny --output output/runs
 
-The list of runs is coatnet_train/experiments/gpu_runs.py: a teacher, its stored outputs, and the small models and their
-peers with and without them, then Imagenette. Finished runs are skipped, and a run that is not through when the time is
-over saves itself. --pack writes all that comes back in parts below --part-mib. Results of a run go to results/ as
-docs/training.md says.
+The runs are listed in coatnet_train/experiments/gpu_runs.py: a teacher and its stored outputs, the small models and
+comparable models of timm with and without distillation, then Imagenette. Finished runs are skipped, and a run that is
+unfinished at the end of the session saves its state. --pack writes the runs to transfer in parts of at most --part-mib.
+docs/training.md says how the results of a run get into results/.
 """
 import sys
 

@@ -1,11 +1,10 @@
-"""Take some images of each class out of a training folder, so that settings are not chosen on the validation split.
+"""Hold out some training images of each class, so that settings are not chosen on the validation split.
 
     python scripts/hold_out.py tiny-imagenet/train tin200 --per-class 10
 
-fills tin200/train and tin200/validation with links to the images, the last ones of each class in natural order in
-validation; the folder it reads stays as it is. Links are made to the files that finetune.py would read, and to no
-others. finetune.py takes --data-dir tin200, and the real validation split is looked at once, at the end, by
-eval_imagenet.py.
+fills tin200/train and tin200/validation with links to the images; the last images of each class in natural order go to
+validation. The source folder is not changed. Only the files that finetune.py would read are linked. Train with
+finetune.py --data-dir tin200, and evaluate on the real validation split once, at the end, with eval_imagenet.py.
 """
 import os
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ class HoldOutSettings:
 
 
 def main(settings: HoldOutSettings) -> dict[str, int]:
-    """Fill the new folder, and return how many images went where."""
+    """Fill the new folder, and return the number of images of each split; raises ConfigError if it cannot be filled."""
     if not settings.train_dir.is_dir():
         raise ConfigError(f'TRAIN_DIR {settings.train_dir} is not a folder; give one with a sub-folder for each '
                           f'class.')
@@ -51,7 +50,7 @@ def main(settings: HoldOutSettings) -> dict[str, int]:
             link = settings.output / split / name / image.name
             try:
                 link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(os.path.relpath(image, link.parent))  # so that both may move together
+                link.symlink_to(os.path.relpath(image, link.parent))  # relative, so that both folders may move together
             except OSError as error:
                 raise ConfigError(f'OUTPUT {settings.output} cannot be written: {one_line(error)}.') from error
             counts[split] += 1

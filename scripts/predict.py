@@ -1,15 +1,15 @@
-"""Ask any timm or zoo model what is in an image, and see what it looked at.
+"""Classify images with any timm or zoo model, and draw attention, dynamic kernels or Grad-CAM over them.
 
     python scripts/predict.py kite.jpg
     python scripts/predict.py kite.jpg flowers/val --model local-dir:output/coatnet_pico --output overlays
 
-Prints the top-5 predictions for each image and writes OUTPUT/predictions.csv, a row an image in the order they were
-given: file, then label_1, description_1 (empty where a label is not described) and confidence_1 (0 to 1) to label_5,
-description_5 and confidence_5. Also writes OUTPUT/IMAGE-KIND.png, an overlay of one KIND: attention of
-the last T stage, the kernels that the last D stage predicts, or Grad-CAM of the predicted class for models without them
-(also timm's own with attention). Folders are searched with their sub-folders. Images are read as in evaluation:
-orientation tags are not applied, transparency is dropped. An image that cannot be read is named and left out; the
-exit code is then 1, or 2 if none could be read.
+Prints the top-5 predictions for each image and writes OUTPUT/predictions.csv, one row per image in the given order:
+file, then label_1, description_1 (empty where a label has none) and confidence_1 (0 to 1) to label_5, description_5 and
+confidence_5. Also writes the overlay OUTPUT/IMAGE-KIND.png. KIND is the attention of the last T stage, the kernels
+predicted by the last D stage, or Grad-CAM of the predicted class for models without such stages (also timm's own models
+with attention). Folders are searched with their sub-folders. Images are read as in evaluation: EXIF orientation is not
+applied, transparency is dropped. Unreadable images are named and left out; the exit code is then 1, or 2 if none could
+be read.
 """
 import sys
 

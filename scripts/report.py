@@ -1,8 +1,8 @@
 """Fill the tables of README.md and docs/ from the files under results/.
 
     python scripts/report.py            rewrite the tables
-    python scripts/report.py --count    count parameters and multiply-adds anew first, into results/models.json
-    python scripts/report.py --check    exit with 1 if a table is not what the files say
+    python scripts/report.py --count    first recount parameters and multiply-adds into results/models.json
+    python scripts/report.py --check    exit with 1 if a table differs from the files
 """
 import sys
 from pathlib import Path

@@ -4,9 +4,9 @@
     python tests/conformance.py --max-params 45e6                  # names up to 45 M parameters, as in CI
     python tests/conformance.py --models 'coatnet_*_64' -x -k fx   # some names; the rest goes to pytest
 
-The tests are tests/test_models.py of timm's source distribution, in the version that is installed. It is downloaded
-once into .cache/, checked against tests/timm_sdist.sha256 and run unchanged, with `timm.list_models` narrowed to our
-names. A name that one of the EXPECTED tests leaves out, or a skip not in ALLOWED_SKIPS, fails the run.
+The tests are tests/test_models.py of timm's source distribution in the installed version. It is downloaded once into
+.cache/, checked against tests/timm_sdist.sha256 and run unchanged, with `timm.list_models` restricted to our names. The
+run fails if one of the EXPECTED tests misses a name, or for a skip that is not in ALLOWED_SKIPS.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def verify_checksum(sdist: Path, accept_new: bool) -> None:
 
 
 def extract_tests(sdist: Path, version: str) -> Path:
-    """Unpack tests/ of the sdist beside it, each time so that an edited copy is never run; return test_models.py."""
+    """Unpack tests/ beside the sdist, every time, so that an edited copy is never run; returns test_models.py."""
     top = f'timm-{version}'
     with tarfile.open(sdist) as archive:
         members = [m for m in archive.getmembers() if m.name.startswith(f'{top}/tests/')]
@@ -88,7 +88,7 @@ def extract_tests(sdist: Path, version: str) -> Path:
 
 
 def registered_names() -> list[str]:
-    """Return the names that importing coatnet_zoo adds to timm's registry, or takes over in it."""
+    """Return the names that importing coatnet_zoo adds to timm's registry or replaces in it."""
     import timm
 
     before = {name: timm.models.model_entrypoint(name) for name in timm.list_models()}
@@ -120,7 +120,7 @@ def select_names(names: list[str], patterns: list[str], max_params: float) -> li
 
 
 def narrow_listing(patch: pytest.MonkeyPatch, names: list[str]) -> None:
-    """Make timm's list_models and list_pretrained choose among `names`: filters apply, `module` is ours throughout."""
+    """Restrict timm's list_models and list_pretrained to `names`: filters apply, `module` is always ours."""
     import timm
 
     list_models, list_pretrained = timm.list_models, timm.list_pretrained
@@ -157,7 +157,7 @@ class ConformancePlugin:
         for item in items:
             test = getattr(item, 'originalname', item.name)
             parameters = item.callspec.params if hasattr(item, 'callspec') else {}
-            # A literal timm name is no concern of ours; an empty list of names comes as a placeholder object.
+            # Literal timm names are ignored; an empty list of names comes as a placeholder object.
             model = str(parameters.get('model_name')).partition('.')[0]
             if model in self.names and test not in HUB_TESTS:
                 self.items[item.nodeid] = test, model
@@ -178,7 +178,7 @@ class ConformancePlugin:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         import torch
 
-        torch.manual_seed(0)  # weights and inputs are random: a failure must come back when run again
+        torch.manual_seed(0)  # weights and inputs are random: a failure must be reproducible
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test, model = self.items[report.nodeid]
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument('--accept-new-sdist', action='store_true', help='run a timm version with no recorded sha256')
     options, pytest_arguments = parser.parse_known_args(arguments)
 
-    sys.path.append(str(ROOT))  # an installed coatnet_zoo goes first, the checkout serves where there is none
+    sys.path.append(str(ROOT))  # an installed coatnet_zoo has precedence over the checkout
     registered = registered_names()
     names = select_names(registered, options.models, options.max_params)
     version = importlib.metadata.version('timm')

@@ -1,4 +1,4 @@
-"""Shared by all tests: models with weights that show a mistake."""
+"""Fixtures of all tests: random weights that expose mistakes, names of parametrised tests, and cheap figures."""
 import gc
 import os
 import tempfile
@@ -12,12 +12,12 @@ from PIL import Image
 from torch import nn
 
 if capability := os.environ.get('ATEN_CPU_CAPABILITY'):
-    # inductor's cache forgets this setting, and what was compiled under another one gives NaN
+    # inductor's cache ignores this setting, and code compiled under another one gives NaN
     os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(Path(tempfile.gettempdir(), f'inductor-{capability}')))
 
-torch.set_num_threads(1)  # the models here are tiny: waking a second thread takes longer than their work
+torch.set_num_threads(1)  # the models are tiny: starting a second thread takes longer than their work
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # the same for processes that tests start
-# Who asks the Hub in vain waits for its retries. It is read when huggingface_hub is imported, so not above this line.
+# Without network, requests to the Hub would wait for retries. huggingface_hub reads this when it is imported, later on.
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 
@@ -28,7 +28,7 @@ def pytest_collection_finish() -> None:
 
 
 def plain_text(value: object) -> str | None:
-    """A short text of settings, alike in every process; None for what has no such text, such as a function."""
+    """Short text of a parameter, the same in every process; None for values without one, such as functions."""
     if isinstance(value, bytes):
         return f'{len(value)} bytes'
     if isinstance(value, torch.dtype):
@@ -47,7 +47,7 @@ def plain_text(value: object) -> str | None:
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Name parametrised tests by their settings, where pytest would number them."""
+    """Name parametrised tests by their values where pytest would number them."""
     if isinstance(val, (dict, tuple, list, bytes, torch.dtype, torch.Tensor)) and (text := plain_text(val)) is not None:
         return text[:80] or 'none'
     return None
@@ -55,7 +55,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 @pytest.fixture
 def randomize() -> Callable[[nn.Module], nn.Module]:
-    """Give a model random norms, biases, running statistics and sizeable weights, so that no term hides at zero."""
+    """Give a model random norms, biases, running statistics and large weights, so that no term is hidden by zeros."""
 
     @torch.no_grad()
     def fill(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -87,7 +87,7 @@ def randomize() -> Callable[[nn.Module], nn.Module]:
 
 @pytest.fixture
 def plain_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Save a white pixel for every figure, unless the test is marked draws_figures: drawing is half of a short run."""
+    """Save a white pixel for every figure unless the test is marked draws_figures: drawing is half of a short run."""
     pixel = Image.new('L', (1, 1), 255)
     if not request.node.get_closest_marker('draws_figures'):
         monkeypatch.setattr(Figure, 'savefig', lambda self, path, **kwargs: pixel.save(path, 'PNG'))
@@ -95,6 +95,6 @@ def plain_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def skip_init(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave new parameters as they are allocated, where a test fills or loads all of them anyway."""
+    """Skip the initialisation of parameters, for tests that fill or load all of them."""
     for name in ('normal_', 'trunc_normal_', 'uniform_', 'kaiming_uniform_', 'xavier_uniform_'):
         monkeypatch.setattr(f'torch.nn.init.{name}', lambda tensor, *args, **kwargs: tensor)

@@ -1,11 +1,12 @@
-"""Keep what a packaged release must remain: its tensors by name, type and shape, its golden logits, its predictions.
+"""Freeze a packaged release for regression tests: names, dtypes and shapes of tensors, golden logits, predictions.
 
-    python tests/freeze_release.py output/hub/coatnet_pico_64.tin200 ...           # all of it
-    python tests/freeze_release.py --predictions-only coatnet_pico_64.tin200 ...     # where the rest is frozen
+    python tests/freeze_release.py output/hub/coatnet_pico_64.tin200 ...           # everything
+    python tests/freeze_release.py --predictions-only coatnet_pico_64.tin200 ...   # if the rest is frozen
 
-once, when hub/publish.py --package has shipped it; tests/models/test_shipped_weights.py holds the package to it. The
-predictions are those for every 20th held-out image of Tiny-ImageNet, 500 of 10,000; they need tiny-imagenet-val.zip in
-$COATNET_ZOO_DATA, by default ../shared/data beside the checkout. Remove the files of a release that ships no more.
+Run it once, after hub/publish.py --package; tests/models/test_shipped_weights.py compares the package with the frozen
+files. The predictions are those for every 20th held-out image of Tiny-ImageNet, 500 of 10,000; they need
+tiny-imagenet-val.zip in $COATNET_ZOO_DATA, by default ../shared/data beside the checkout. Remove the files of a release
+that is no longer packaged.
 """
 import argparse
 import csv
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from timm.data import create_transform, resolve_data_config
 
-sys.path.append(str(Path(__file__).parents[1]))  # an installed coatnet_zoo goes first, as in conformance.py
+sys.path.append(str(Path(__file__).parents[1]))  # an installed coatnet_zoo has precedence, as in conformance.py
 
 import coatnet_zoo  # noqa: F401  registers the names
 from support.images import unpack_images
@@ -31,7 +32,7 @@ IMAGES, EVERY = 'tiny-imagenet-val', 20
 
 
 def tensors_of(path: Path) -> dict[str, list]:
-    """[type, shape] of every tensor of a safetensors file, sorted by name."""
+    """[dtype, shape] of every tensor of a safetensors file, sorted by name."""
     with safe_open(path, framework='pt') as file:
         slices = {name: file.get_slice(name) for name in sorted(file.keys())}
         return {name: [part.get_dtype(), list(part.get_shape())] for name, part in slices.items()}
@@ -39,7 +40,7 @@ def tensors_of(path: Path) -> dict[str, list]:
 
 @torch.inference_mode()
 def predict_images(name: str, folder: Path) -> list[dict]:
-    """Predict every image below a folder with released weights: rows of file, prediction and its probability."""
+    """Predict all images below a folder with released weights; returns rows of file, prediction and probability."""
     model = timm.create_model(name, pretrained=True).eval()
     transform = create_transform(**resolve_data_config(model=model, use_test_size=True))
     labels, rows = model.pretrained_cfg['label_names'], []
@@ -71,7 +72,7 @@ def write_predictions(name: str, images: Path) -> None:
 def write_tensors(folder: Path) -> None:
     lines = [f'{json.dumps(name)}: {json.dumps(kind)}' for name, kind in
              tensors_of(folder / 'model.safetensors').items()]
-    with (RELEASES / f'{folder.name}.json').open('x', encoding='utf-8') as file:  # never over an earlier one
+    with (RELEASES / f'{folder.name}.json').open('x', encoding='utf-8') as file:  # fails if the file exists
         file.write('{' + ',\n'.join(lines) + '}\n')
     shutil.copyfile(folder / 'golden.safetensors', RELEASES / f'{folder.name}.golden.safetensors')
 

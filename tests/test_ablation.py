@@ -1,4 +1,4 @@
-"""The ablation: its rows can be built, finished runs are read back, and the table says what the runs say."""
+"""scripts/ablation.py: rows can be built, finished runs are read back, and the table agrees with the runs."""
 import csv
 import json
 from pathlib import Path
@@ -15,7 +15,10 @@ from coatnet_train.runtime.cli import ConfigError, parse_argument
 
 @pytest.fixture
 def runs(monkeypatch) -> list[finetune.FinetuneSettings]:
-    """Training as a stub that leaves the files of a run; top-1 falls in the last epoch and depends on the seed."""
+    """Replace training by a stub that writes a run's files; top-1 falls in the last epoch and depends on the seed.
+
+    Returns the list of settings with which it was called.
+    """
     seen = []
 
     def train(settings: finetune.FinetuneSettings) -> None:

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py: what it measures, writes and refuses."""
+"""scripts/benchmark.py: measurements, files and rejected settings."""
 
 import pytest
 import torch

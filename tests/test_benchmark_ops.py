@@ -1,4 +1,4 @@
-"""scripts/benchmark.py ops and scaling: what they measure, write and refuse, and the formulas behind the figures."""
+"""scripts/benchmark.py ops and scaling: measurements, formulas, files and rejected settings."""
 import csv
 import json
 import weakref
@@ -98,7 +98,7 @@ def test_rows_and_cells_that_are_not_measured():
 
 
 def test_ceilings_of_a_gpu_are_measured_in_the_dtype_of_the_rows(monkeypatch):
-    """With the CPU in the GPU's place: a copy of 1 GiB and a product of bfloat16 matrices, on random numbers."""
+    """Ceilings are those of a 1 GiB copy and a product of bfloat16 matrices; stubs create tensors without data."""
     made = []
 
     def draw(*shape, device, dtype=torch.float32):
@@ -121,7 +121,7 @@ def test_calls_of_a_gpu_take_enough_inputs_in_turn_to_pass_its_cache(monkeypatch
 
 
 def test_a_gpu_replays_captured_calls_whose_outputs_live_side_by_side(monkeypatch):
-    """torch.cuda by stand-ins: the graph is what ran while it was captured."""
+    """With stubs for torch.cuda: outputs of the captured calls stay alive until the capture ends."""
     log, current = [], SimpleNamespace(wait_stream=lambda stream: None)
     graph = SimpleNamespace(replay=lambda: log.append('replayed'))
     for name, value in dict(

@@ -1,4 +1,4 @@
-"""tests/support/closeness.py: other kernels pass, a wrong tensor does not."""
+"""tests/support/closeness.py: the tolerance accepts other kernels and rejects wrong tensors."""
 import copy
 
 import pytest
@@ -25,7 +25,7 @@ def test_order_of_summation_passes_and_other_values_do_not():
 @pytest.mark.parametrize('name', sorted(name for name, entry in releases.RELEASES.items() if entry['packaged']))
 @torch.no_grad()
 def test_each_wrong_tensor_of_a_released_model_is_seen(name):
-    """Kernels shifted by one tap; weights, biases and statistics of the next channel."""
+    """Wrong tensors are kernels shifted by one tap, and weights, biases and statistics of the next channel."""
     model = timm.create_model(name, pretrained=True).eval()
     expected = model(IMAGES)
     assert_same_up_to_rounding(torch.cat([model(image[None]) for image in IMAGES]), expected)

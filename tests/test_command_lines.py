@@ -1,4 +1,4 @@
-"""Command lines of all scripts: --help and a wrong value are answered without the seconds that torch and timm take."""
+"""Command lines of all scripts: --help and wrong values are handled without importing torch and timm."""
 import ast
 import os
 import subprocess
@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# a command, and a value that it must refuse by itself
+# commands, each with a value that it must reject itself
 COMMANDS = {
     'finetune.py': ('--model x --lr -1', '--lr must be greater than 0'),
     'eval_imagenet.py': ('--model x --batch-size 0', '--batch-size must be from 1'),
@@ -50,7 +50,7 @@ COMMANDS = {
     'hub/publish.py': ('folder --repo colours', '--repo must be OWNER/NAME'),
     'hub/space/app.py': ('', ''),
 }
-# Runs a script in this process and says which of the slow packages it has imported by its end.
+# Code that runs a script and prints which of the slow packages were imported by its end.
 PROBE = '''
 import atexit, runpy, sys
 atexit.register(lambda: print('slow:', *({'torch', 'timm', 'accelerate', 'matplotlib', 'gradio'} & set(sys.modules))))
@@ -61,11 +61,11 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 def run(command: str, arguments: str, before: str = '') -> subprocess.CompletedProcess:
-    """Run a command in a process of its own.
+    """Run a command in a new process.
 
     Args:
-        command: Script, with its folder unless that is scripts/, and its first words.
-        arguments: The rest of the command line.
+        command: Script (with its folder unless that is scripts/) and its first arguments.
+        arguments: Further arguments.
         before: Code that the process executes first.
     """
     script, *words = command.split()
@@ -119,14 +119,14 @@ def test_what_is_imported_late_is_explained_too():
     done = run('hub/space/app.py', '--model resnet18', missing('gradio'))
     assert done.returncode == 2 and done.stderr.startswith('app.py: the module gradio is not installed; ')
     assert done.stderr.endswith("pip install '.[space]'\n")
-    with pytest.raises(ModuleNotFoundError, match='no_such_module'):  # a fault of the code stays a traceback
+    with pytest.raises(ModuleNotFoundError, match='no_such_module'):  # a bug in the code stays a traceback
         packages.explain_missing_module(ModuleNotFoundError('no_such_module', name='no_such_module'))
     with pytest.raises(ModuleNotFoundError):
         packages.explain_missing_module(ModuleNotFoundError('no torch.nowhere', name='torch.nowhere'))
 
 
 def test_every_import_is_brought_by_the_extra_that_is_named():
-    """All imports of scripts/ and hub/, also those inside functions, against pyproject.toml."""
+    """Compares all imports of scripts/ and hub/, also those inside functions, with pyproject.toml."""
     files = [*(ROOT / 'scripts').rglob('*.py'), *(ROOT / 'hub').rglob('*.py')]
     imported = set()
     for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
@@ -138,7 +138,7 @@ def test_every_import_is_brought_by_the_extra_that_is_named():
 
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
     distributions = packages_distributions()
-    for module in imported & {*distributions} - {'coatnet_zoo', 'numpy', 'onnx_ir', 'pyarrow'}:  # brought by others
+    for module in imported & {*distributions} - {'coatnet_zoo', 'numpy', 'onnx_ir', 'pyarrow'}:  # indirect
         brought = ' '.join([*project['dependencies'], *project['optional-dependencies'][extra_of[module]]]).lower()
         assert any(name.lower().replace('_', '-') in brought for name in distributions[module]), module
 

@@ -1,4 +1,4 @@
-"""scripts/compare_recipes.py: what is drawn, what is recorded, and that finished rows stay."""
+"""scripts/compare_recipes.py: drawn images, recorded rows, and reuse of finished rows."""
 import dataclasses
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def settings(tmp_path) -> CompareRecipesSettings:
 
 @pytest.fixture
 def runs(monkeypatch) -> list[finetune.FinetuneSettings]:
-    """What would have been trained; the scores are those of a run that is better with the recipe."""
+    """Replace training by a stub that scores higher with the recipe; returns the list of settings that it was given."""
     made = []
 
     def train(settings: finetune.FinetuneSettings) -> dict:
@@ -67,7 +67,7 @@ def test_seeds_draw_other_images_and_none_is_in_both_splits(settings, tmp_path):
         assert not first['train'] & first['validation'] and 'Thumbs.db' not in first['train'] | first['validation']
         assert abs(len(first['train']) - train) < 10 and abs(len(first['validation']) - held_out) < 10
         assert len(list((tmp_path / name / 'first' / 'train').iterdir())) == classes
-        with Image.open(next((tmp_path / name / 'first' / 'validation').glob('*/*'))) as image:  # links lead somewhere
+        with Image.open(next((tmp_path / name / 'first' / 'validation').glob('*/*'))) as image:  # links are not broken
             image.load()
 
 

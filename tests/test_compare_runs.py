@@ -1,4 +1,4 @@
-"""scripts/compare_runs.py: runs of one recipe side by side, and nothing else."""
+"""scripts/compare_runs.py: comparison of runs of one recipe, and rejection of others."""
 import json
 import shutil
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_folders_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path, m
 
 
 def test_other_recipes_are_compared_on_request_and_what_differs_is_listed(runs, tmp_path, capsys):
-    """The same model twice, in folders of the same name."""
+    """The runs have the same model, other settings, and folders of the same name."""
     other = tmp_path / 'slow' / 'test_resnet'
     shutil.copytree(runs[0], other)
     args = json.loads((other / 'args.json').read_text())

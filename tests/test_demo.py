@@ -1,4 +1,4 @@
-"""scripts/demo.py without its training: the digits it writes, the image it draws, and when it fails."""
+"""scripts/demo.py without its full training: the digits, the figure, and the exit codes."""
 import dataclasses
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from coatnet_train.models.released import best_release
 
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
-    """Tiny steps gain nothing from threads, and lose a lot on a busy machine."""
+    """Use one thread: tiny steps gain nothing from more, and lose a lot on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -94,7 +94,7 @@ def test_first_epoch_is_the_first_that_was_good_enough():
 def test_photographs_are_looked_at_by_the_weights_that_ship(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_run, 'DEMO_DIR', tmp_path)
     overlays = demo_run.look_at_photographs()
-    assert [path.stem.partition('-')[0] for path in overlays] == ['coffee', 'cat']  # what it knows comes first
+    assert [path.stem.partition('-')[0] for path in overlays] == ['coffee', 'cat']  # a known class is first
     said = capsys.readouterr().out
     assert f'{best_release()}: its own weights' in said and said.count('  1  ') == 2
     assert said.index('coffee.png') < said.index('espresso') < said.index('cat.png')

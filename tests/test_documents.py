@@ -1,4 +1,4 @@
-"""README and docs/: every Python block and the notebook run, links lead somewhere, and each table stands once."""
+"""README and docs/: Python blocks and the notebook run, links are not broken, and each table appears once."""
 import contextlib
 import io
 import json
@@ -65,7 +65,7 @@ def test_python_block_runs(path, number, tmp_path, monkeypatch, no_network):
 
 
 def test_notebook_prints_what_it_shows(tmp_path, monkeypatch, no_network):
-    """Run in order in one namespace; words must be those stored, numbers may differ between processors."""
+    """Cells run in order in one namespace; printed words must equal those stored, numbers may differ between CPUs."""
     monkeypatch.chdir(tmp_path)
     matplotlib.use('agg')
     namespace, numbers = {}, re.compile(r'[\d.]+')
@@ -79,13 +79,13 @@ def test_notebook_prints_what_it_shows(tmp_path, monkeypatch, no_network):
 
 
 def anchors(path: Path) -> set[str]:
-    """Anchors of a document's headings, as GitHub makes them."""
+    """Anchors of the headings of a document, by GitHub's rule."""
     titles = re.findall(r'^#+ (.*)$', re.sub(r'```.*?```', '', path.read_text(), flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
 
 
 def broken_links(path: Path) -> Iterator[str]:
-    """Relative links and images that lead nowhere."""
+    """Relative links and images whose target does not exist."""
     for link in re.findall(r'\]\(([^)\s]+)\)', path.read_text()):
         if not link.startswith(('http://', 'https://')):
             name, _, anchor = link.partition('#')
@@ -121,7 +121,7 @@ def recipe_comments() -> dict[str, str]:
 
 
 def test_recipes_say_what_they_gave():
-    """Command, hardware and a result that its file confirms; or that the recipe was not run."""
+    """A recipe's comment has command, hardware and a result that its file confirms, or says that it was not run."""
     comments = recipe_comments()
     assert set(comments) == set(RECIPES)
     for name, comment in comments.items():
@@ -136,7 +136,7 @@ def test_recipes_say_what_they_gave():
 
 
 def figures(path: Path) -> set[str]:
-    """Figures of a results file, rounded to two digits and to one."""
+    """Numbers in a results file, rounded to two decimals and to one."""
     numbers = [float(number) for number in re.findall(r'\d+\.\d+', path.read_text())]
     return {f'{number:.{digits}f}' for number in numbers for digits in (1, 2)}
 

@@ -1,4 +1,4 @@
-"""A grey model, named without --in-chans, is grey for every script: each is compared with the model run by hand."""
+"""Every script reads grey images for a grey model without --in-chans, as a comparison with the model itself shows."""
 import dataclasses
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ CPU = torch.device('cpu')
 
 @pytest.fixture(scope='module')
 def settings(tmp_path_factory) -> finetune.FinetuneSettings:
-    """Of a first, grey run: the colours of the images differ in grey too."""
+    """Settings of a first run on grey images, whose colours also differ in grey."""
     folder = tmp_path_factory.mktemp('grey')
     return finetune.FinetuneSettings(
         data_dir=str(write_images(folder / 'colours')), model='lightconvnet_pico_64', img_size=32, in_chans=1,
@@ -47,7 +47,7 @@ def run(settings) -> str:
 
 @pytest.fixture(scope='module')
 def by_hand(settings, run):
-    """Model, images and labels of the validation split, and the logits of each."""
+    """Model, images and labels of the validation split, and the logits, computed without the scripts."""
     model = timm.create_model(run, pretrained=True).eval()
     transform = create_transform(**resolve_data_config({}, model=model))
     files = [(path, label) for label, name in enumerate(CLASSES)
@@ -60,7 +60,7 @@ def by_hand(settings, run):
 
 @pytest.fixture
 def again(settings, run) -> finetune.FinetuneSettings:
-    """Of a second run from the first one, without its flags for the images."""
+    """Settings of a second run that starts from the first one, without its flags for the images."""
     return dataclasses.replace(settings, model=run, pretrained=True, in_chans=None, img_size=None, mean=(), std=())
 
 
@@ -135,7 +135,7 @@ def test_initial_checkpoint_of_a_name_that_is_grey_by_its_flag_alone(settings, r
 
 
 def test_teacher_is_grey_by_itself_and_a_colour_student_refused(settings, run, again):
-    """The whole loss from a teacher that is the student itself: there is nothing to learn from grey images."""
+    """If the whole loss comes from a teacher that equals the student, the loss on grey images is zero."""
     finetune.main(dataclasses.replace(
         again, teacher=run, kd_loss_weight=1.0, experiment='taught', freeze_trunk=True))
     assert read_metrics(Path(settings.output) / 'taught')[0]['train_loss'] < 1e-3
@@ -145,7 +145,7 @@ def test_teacher_is_grey_by_itself_and_a_colour_student_refused(settings, run, a
 
 
 def test_colour_teacher_made_grey_by_the_flag(settings, tmp_path):
-    """timm says three means of such a teacher, and its one channel takes one."""
+    """timm reports three means for such a teacher, but its single input channel needs one."""
     finetune.main(dataclasses.replace(
         settings, in_chans=None, mean=(), std=(), output=str(tmp_path), experiment='colour'))
     finetune.main(dataclasses.replace(

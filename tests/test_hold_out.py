@@ -1,4 +1,4 @@
-"""scripts/hold_out.py: every image once, the original folder untouched, refusals in a sentence."""
+"""scripts/hold_out.py: every image is linked once, the source folder is unchanged, and errors have a message."""
 from pathlib import Path
 
 import pytest

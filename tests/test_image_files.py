@@ -1,4 +1,4 @@
-"""coatnet_train/data/image_files.py: one conversion for images of every source, and file names that are no UTF-8."""
+"""coatnet_train/data/image_files.py: one conversion for images of every source, and file names that are not UTF-8."""
 import io
 import json
 import logging
@@ -32,7 +32,7 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def read(source: str, content: bytes, suffix: str, folder: Path, mode: str = 'RGB') -> list[torch.Tensor]:
-    """What training reads of three equal files of class 0 and one white one of class 1, from this source."""
+    """Training images read from a source with three equal files of class 0 and a white one of class 1."""
     white = encoded(Image.new('RGB', (40, 30), 'white'), 'PNG')
     files = [(f'one/{number}.{suffix}', content) for number in range(3)] + [('two/0.png', white)]
     options = dict(workers=0, data_dir=str(folder / 'data'))

@@ -1,4 +1,4 @@
-"""coatnet_train/data/image_folder.py: which files of a folder are images of which class, for every script."""
+"""coatnet_train/data/image_folder.py: images and classes of a folder, as every script reads them."""
 import shutil
 import sys
 import unicodedata

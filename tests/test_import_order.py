@@ -1,4 +1,4 @@
-"""Imports inside scripts/: sub-packages of coatnet_train in one order, no two modules that import each other."""
+"""Imports inside scripts/: the sub-packages of coatnet_train have an order, and no modules import each other."""
 import ast
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -9,13 +9,13 @@ import pytest
 from support.constants import ROOT
 
 SCRIPTS = ROOT / 'scripts'
-# each imports from its own level and those below
+# sub-packages by level; each may import from its own level and from those below
 LEVELS = ({'runtime'}, {'data', 'models'}, {'training', 'evaluation', 'explain', 'plotting', 'report'}, {'benchmarks'},
           {'experiments'})
 
 
 def level_of(module: str) -> int:
-    """Level of coatnet_train.PACKAGE.MODULE; commands are above all."""
+    """Level of coatnet_train.PACKAGE.MODULE; commands have the highest level."""
     parts = module.split('.')
     return next((level for level, names in enumerate(LEVELS) if parts[0] == 'coatnet_train' and parts[1] in names),
                 len(LEVELS))
@@ -37,7 +37,7 @@ def imports(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def upward(folder: Path) -> list[str]:
-    """Imports that go against the order of the sub-packages, and those of commands."""
+    """Imports that violate the order of the sub-packages, and imports of commands."""
     return [f'{name} imports {module}' for name, module in imports(folder)
             if level_of(module) > level_of(name) or level_of(module) == len(LEVELS)]
 

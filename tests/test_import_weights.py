@@ -1,4 +1,4 @@
-"""scripts/import_weights.py: tensors are paired by their order, and only where all of them fit."""
+"""scripts/import_weights.py: tensors are paired in their order, and rejected unless all shapes agree."""
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ def model(randomize) -> torch.nn.Module:
 
 @pytest.fixture
 def weights(model, tmp_path) -> Path:
-    """The tensors of a model under the names of another package."""
+    """A file with the tensors of a model under other names, as in a port by another package."""
     path = tmp_path / 'port.pth'
     torch.save({f'net.{number}.w': tensor for number, tensor in enumerate(model.state_dict().values())}, path)
     return path

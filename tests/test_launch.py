@@ -1,4 +1,4 @@
-"""scripts/launch/slurm.sh with stand-ins for the cluster's commands: only what was preempted starts again."""
+"""scripts/launch/slurm.sh with stubs for the cluster's commands: only preempted jobs are requeued."""
 import os
 import signal
 import stat
@@ -13,7 +13,7 @@ SCRIPT = ROOT / 'scripts' / 'launch' / 'slurm.sh'
 STAND_INS = {
     'scontrol': 'echo "$@" >> scontrol.log; echo node1',
     'srun': 'shift; exec "$@"',
-    # saves for a moment after SIGTERM, and reports a failure of its workers, as the real one does
+    # saves for a moment after SIGTERM and exits with 1, as the real torchrun does when its workers are stopped
     'torchrun': 'echo "$@" > torchrun.log; trap "sleep 0.3; touch saved; exit 1" TERM; touch begun; eval "$BODY"',
 }
 

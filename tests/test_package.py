@@ -1,4 +1,4 @@
-"""What `import coatnet_zoo` does to a process, the order of the rooms, and the wheel outside the checkout."""
+"""Side effects of `import coatnet_zoo`, import order of the sub-packages, and the wheel outside of the checkout."""
 import ast
 import json
 import os
@@ -45,7 +45,7 @@ print(json.dumps(dict(
 
 
 def test_import_is_light():
-    """Nothing but the package itself is imported on top of timm."""
+    """After timm, importing coatnet_zoo imports no other top-level package."""
     code = '''
 import sys
 import timm
@@ -74,7 +74,7 @@ def test_only_the_api_imports_kernels_and_inside_a_branch():
 
 
 def upward_imports(package: Path) -> list[str]:
-    """Imports that go against ops < blocks < models, or leave the package for scripts, hub or its own name."""
+    """Imports that violate the order ops < blocks < models, or of scripts, hub or the package's own name."""
     above = {'ops': {'blocks', 'models'}, 'blocks': {'models'}}
     found = []
     for file in sorted(package.rglob('*.py')):
@@ -106,7 +106,7 @@ def test_data_flows_one_way(tmp_path):
 def wheel(tmp_path_factory) -> Path:
     pytest.importorskip('hatchling', reason='hatchling, the build backend, comes with the test extra')
     folder = tmp_path_factory.mktemp('wheel')
-    project = folder / 'project'  # a copy, for a file of weights that no release has
+    project = folder / 'project'  # a copy, to which a weights file that belongs to no release is added
     shutil.copytree(PACKAGE, project / 'coatnet_zoo', ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('pyproject.toml', 'README.md', 'LICENSE', '.gitignore'):
         shutil.copy(ROOT / name, project)
@@ -136,7 +136,7 @@ print(tuple(timm.create_model('coatnet_pico_64', num_classes=3)(torch.zeros(1, 3
 
 
 def test_wheel_carries_the_weights(wheel, tmp_path):
-    """Every packaged release loads from the wheel alone: no cache, and no name is looked up."""
+    """Every packaged release loads from the wheel alone, without cache or network."""
     assert wheel.stat().st_size < 30e6
     site = tmp_path / 'site'
     with zipfile.ZipFile(wheel) as archive:

@@ -1,4 +1,4 @@
-"""Fonts of coatnet_train/plotting/plots.py, and names that are no UTF-8 in what runs write."""
+"""Fonts of coatnet_train/plotting, and names that are not UTF-8 in the files of runs."""
 import csv
 import io
 import json
@@ -28,7 +28,7 @@ SHIPPED = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
 
 @pytest.fixture(autouse=True)
 def few_fonts(monkeypatch):
-    """The fonts that come with Matplotlib alone, on any machine."""
+    """Only the fonts that come with Matplotlib, on any machine."""
     fonts = [entry for entry in font_manager.fontManager.ttflist if Path(entry.fname).parent == SHIPPED]
     monkeypatch.setattr(font_manager.fontManager, 'ttflist', fonts)
     console.note.cache_clear()

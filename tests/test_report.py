@@ -1,4 +1,4 @@
-"""The tables of the documents are what the results files say."""
+"""The generated tables of the documents agree with the results files."""
 import json
 import subprocess
 import sys
@@ -177,7 +177,7 @@ def test_operators_have_a_table_for_each_gpu(tmp_path):
 
 
 def write_card(root: Path, hardware: str) -> None:
-    """Rows of a card on which everything but one target is met: forward at 14 x 14 x 384."""
+    """Write results of a card that meets all targets but one: forward at 14 x 14 x 384."""
     (root / 'results').mkdir(exist_ok=True)
     ops = []
     for op, kernel, side, channels in (

@@ -1,4 +1,4 @@
-"""scripts/robustness.py: sizes and corruption against an evaluation by hand."""
+"""scripts/robustness.py: accuracy at other sizes and under corruptions against an independent evaluation."""
 import dataclasses
 import json
 import shutil

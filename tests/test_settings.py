@@ -1,4 +1,4 @@
-"""Defaults, bars and refusals that all scripts share, without torch."""
+"""Defaults, progress bars and error checks that all scripts share, without torch."""
 import io
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_workers_are_at_most_the_cores_of_a_process(monkeypatch, cores, processe
     monkeypatch.delattr(os, 'sched_getaffinity')
     monkeypatch.setattr(os, 'cpu_count', lambda: cores)
     assert default_workers() == workers
-    assert DataSettings(workers=9).workers == 9  # whoever names a number gets it
+    assert DataSettings(workers=9).workers == 9  # an explicit number has no limit
 
 
 class Terminal(io.StringIO):
@@ -31,7 +31,7 @@ def test_bars_are_drawn_on_terminals_alone(capsys):
     for file, quiet, drawn in ((Terminal(), False, True), (Terminal(), True, False), (io.StringIO(), False, False)):
         bar = progress_bar(range(3), quiet, file=file, desc='reading')
         assert [*bar] == [0, 1, 2] and ('reading' in file.getvalue()) == drawn, (file, quiet)
-        bar.write('a line')  # in any case
+        bar.write('a line')  # printed with or without a bar
         assert capsys.readouterr().out == 'a line\n'
 
 
@@ -43,6 +43,6 @@ def test_there_is_no_other_bar():
 def test_output_that_cannot_be_looked_up_is_refused(tmp_path):
     check_output(tmp_path / 'new' / 'run')
     (tmp_path / 'file').write_text('')
-    check_output(tmp_path / 'file' / 'run')  # refused where the folder is made, with the reason
+    check_output(tmp_path / 'file' / 'run')  # accepted here; making the folder fails later with the reason
     with pytest.raises(ConfigError, match=r'--output cannot be used: .*File name too long.*; choose another'):
         check_output(Path(tmp_path, 'x' * 300))

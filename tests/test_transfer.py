@@ -1,4 +1,4 @@
-"""scripts/transfer.py: what is drawn, what is compared, and that finished rows stay."""
+"""scripts/transfer.py: drawn subsets, compared methods, and reuse of finished rows."""
 import dataclasses
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from support.images import write_images
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> tuple[Path, Path]:
-    """Images, and a run on them."""
+    """(Image folder, run folder of a model trained on it)."""
     folder = tmp_path_factory.mktemp('transfer')
     data = write_images(folder / 'colours')
     finetune.main(finetune.FinetuneSettings(
@@ -86,7 +86,7 @@ def test_rows_of_other_settings_are_refused(settings):
     settings = dataclasses.replace(settings, methods=('linear probe',), subsets=(1, 1))
     first = transfer.main(settings)
     more = transfer.main(dataclasses.replace(settings, subsets=(2, 1), workers=1))
-    assert len(more['rows']) == len(first['rows']) + 1  # more draws, or another method to read them, go on
+    assert len(more['rows']) == len(first['rows']) + 1  # more draws, or other --workers, reuse finished rows
     for changes, said in (({'model': 'local-dir:other'}, "--model was 'local-dir:.*' and is 'local-dir:other'"),
                           ({'updates': (4, 7)}, '--updates was 6 and is 7 for fraction 1'),
                           ({'lr': 1.0}, '--lr was 0.0005 and is 1.0')):

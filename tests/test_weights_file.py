@@ -1,4 +1,4 @@
-"""Files of weights into any model, by the flags of every script: what loads, and what the error message says first."""
+"""Loading weight files into any model through the flags of the scripts: accepted files and error messages."""
 import pathlib
 
 import pytest
@@ -23,7 +23,7 @@ def model(randomize) -> torch.nn.Module:
 
 @pytest.fixture
 def load(tmp_path):
-    """Save something with torch and open it as the weights of a model."""
+    """Function that saves an object with torch and opens it as the weights of a model."""
 
     def save_and_open(content, name=NAME, num_classes=4, option='--checkpoint', **changes):
         torch.save(content, tmp_path / 'weights.pth')
@@ -94,7 +94,7 @@ def head(state: dict, classes: int) -> dict:
     return {**state, 'head.fc.weight': torch.zeros(classes, 64), 'head.fc.bias': torch.zeros(classes)}
 
 
-MISFITS = {  # what is in the file, how it is opened, and the start of the message after "does not fit --model NAME: "
+MISFITS = {  # file content, options for opening it, and the start of the message after "does not fit --model NAME: "
     'classes': (
         lambda state: head(state, 1000), {}, r'it has 1000 classes and the model 4\. .*Give --num-classes 1000'),
     'classes_of_data': (
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_said_first(model, load, make, opened, message):
 
 
 class Whole:
-    """Stands for anything that pickle would have to import."""
+    """Stand-in for any object that pickle would have to import."""
 
 
 UNREADABLE = {

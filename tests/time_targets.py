@@ -1,6 +1,6 @@
-"""Time targets of make, and keep the seconds in results/make_cpu.json, a row a target.
+"""Time targets of make, and record the seconds in results/make_cpu.json, one row per target.
 
-    python tests/time_targets.py test demo     # on a machine that does nothing else, after `make .venv/.test`
+    python tests/time_targets.py test demo     # on an otherwise idle machine, after `make .venv/.test`
 """
 import os
 import re
@@ -20,7 +20,7 @@ RESULTS = ROOT / 'results' / 'make_cpu.json'
 
 
 def time_target(target: str) -> dict[str, object]:
-    """Run `make target` with its output shown: seconds, cores, and the tests that passed if there were any."""
+    """Run `make target`, showing its output; returns seconds, cores, and the number of tests that passed or None."""
     begin, passed = time.perf_counter(), None
     with subprocess.Popen(['make', target], stdout=subprocess.PIPE, text=True, cwd=ROOT) as running:
         for line in running.stdout:
@@ -33,7 +33,7 @@ def time_target(target: str) -> dict[str, object]:
 
 
 def main(targets: list[str]) -> None:
-    """Time every target and write the file after each; exit code 2 where one is not in the list of `make help`."""
+    """Time every target and write the file after each; exits with 2 for a target that `make help` does not list."""
     known = re.findall('^([a-z-]+):.*## ', (ROOT / 'Makefile').read_text(encoding='utf-8'), re.MULTILINE)
     if not targets or not {*targets} <= {*known}:
         print(__doc__, f'Targets: {" ".join(known)}', sep='\n', file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the page says of an image: the top-5 predictions, what the stages looked at, and the time that it took."""
+"""Results of the page for one image: top-5 predictions, explanation maps of the stages, and inference time."""
 import io
 import time
 from dataclasses import dataclass
@@ -21,21 +21,21 @@ from coatnet_zoo.models.backbone import Backbone
 
 __all__ = ['Answer', 'Model', 'Panel', 'answer', 'open_models', 'position_in_image']
 
-SEEN_SIDE = 448  # least width of the image to click on, in pixels
-TEXT = '#7d8590'  # of scales; legible on white and on near black
+SEEN_SIDE = 448  # minimum width of the image to click on, in pixels
+TEXT = '#7d8590'  # text of colour bars; legible on white and on near black
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model on offer."""
+    """A model that the page offers."""
 
     title: str
-    weights: str  # where they come from
+    weights: str  # description of the weights
     settings: ModelSettings
     network: nn.Module
     data_config: dict
     labels: list[Label]
-    targets: list[ExplainTarget]  # what can be shown, the last one Grad-CAM
+    targets: list[ExplainTarget]  # available explanations, the last one Grad-CAM
 
     @property
     def layout(self) -> str:
@@ -49,7 +49,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Panel:
-    """A map drawn over the image: PNG and words."""
+    """A map drawn over the image: a PNG with its texts."""
 
     stage: str
     title: str
@@ -59,23 +59,23 @@ class Panel:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the page shows of one image."""
+    """Results for one image."""
 
-    top5: dict[str, float]  # best first
-    seen: Image.Image  # what the model sees, with a ring around the chosen position
+    top5: dict[str, float]  # probability by label, highest first
+    seen: Image.Image  # the model's input, with a ring around the chosen position
     panels: list[Panel]
-    milliseconds: float  # of one forward pass of this image, of this request
+    milliseconds: float  # time of one forward pass of this image
 
 
 def open_models(names: tuple[str, ...], released: tuple[str, ...], device: torch.device) -> dict[str, Model]:
-    """Open models by their names, once and for all requests; the keys are their titles on the page.
+    """Open models by their names, once for all requests; the keys are their titles on the page.
 
     Args:
-        names: As for --model of predict.py; those of `released` get their weights, other names random ones.
-        released: Names that have weights.
-        device: Where they run.
+        names: Names as for --model of predict.py; those in `released` get their weights.
+        released: Names that have released weights.
+        device: Device that the models run on.
 
-    Raises ConfigError for a model that cannot be opened or shown, or two of one title.
+    Raises ConfigError for a model that cannot be opened, reads grey images, or has the title of another.
     """
     models = {}
     for name in names:
@@ -103,9 +103,9 @@ def answer(model: Model, photo: Image.Image, at: tuple[float, float] | None = No
     """Predict an image in RGB, and explain the prediction.
 
     Args:
-        model: One of `open_models`; one call at a time, because hooks are set inside the network.
-        photo: What `read_upload` returned.
-        at: (X, Y) of the query or kernel to show, fractions from 0 to 1 of what the model sees; None shows all.
+        model: One of `open_models`; not thread-safe, because hooks are set inside the network.
+        photo: Image that `read_upload` returned.
+        at: (X, Y) of the query or kernel to show, as fractions of the model's input in 0..1; None shows all of them.
     """
     image = create_transform(**model.data_config)(photo)
     crop = to_pixels(image, model.data_config['mean'], model.data_config['std'])
@@ -118,12 +118,12 @@ def answer(model: Model, photo: Image.Image, at: tuple[float, float] | None = No
 
     with torch.inference_mode():
         start = time.perf_counter()
-        probabilities = model.network(batch)[0].float().softmax(-1).cpu()  # cpu() waits for a GPU
+        probabilities = model.network(batch)[0].float().softmax(-1).cpu()  # cpu() synchronises a GPU
         milliseconds = 1000 * (time.perf_counter() - start)
     best = probabilities.topk(min(5, len(probabilities)))
     labels = [model.labels[i] for i in best.indices.tolist()]
     short = [label.short for label in labels]
-    names = [label.short if short.count(label.short) == 1 else str(label) for label in labels]  # there are two cranes
+    names = [label.short if short.count(label.short) == 1 else str(label) for label in labels]  # there are 2 cranes
     return Answer(
         top5=dict(zip(names, best.values.tolist(), strict=True)),
         seen=draw_seen(Image.fromarray((crop * 255).round().astype('uint8')), at), panels=panels,
@@ -131,7 +131,7 @@ def answer(model: Model, photo: Image.Image, at: tuple[float, float] | None = No
 
 
 def position_in_image(model: Model, index: tuple[float, float]) -> tuple[float, float]:
-    """Position (X, Y), in fractions of `Answer.seen`, of the pixel (column, row) in it."""
+    """Position (X, Y), as fractions of `Answer.seen`, of a pixel (column, row) in it."""
     _, height, width = model.data_config['input_size']
     scale = seen_scale(width)
     return tuple(min(max((place + 0.5) / (size * scale), 0), 1) for place, size in zip(
@@ -143,7 +143,7 @@ def seen_scale(width: int) -> int:
 
 
 def draw_seen(crop: Image.Image, at: tuple[float, float] | None) -> Image.Image:
-    """What the model sees, each of its pixels a square, with a ring at the chosen position."""
+    """Enlarge the model's input by nearest neighbours, and draw a ring at the chosen position."""
     scale = seen_scale(crop.width)
     seen = crop.resize((crop.width * scale, crop.height * scale), Image.Resampling.NEAREST)
     if at is not None:
@@ -156,11 +156,11 @@ def draw_seen(crop: Image.Image, at: tuple[float, float] | None) -> Image.Image:
 
 
 def draw_panel(draw: partial, stage: str, aspect: float) -> Panel:
-    """One panel of predict.py's overlay as a PNG without words, which the page sets beside it."""
+    """Draw one panel of predict.py's overlay as a PNG without its texts, which the page shows beside it."""
     figure = Figure(figsize=(3.2, 3.2 * aspect))
     axes = figure.add_axes((0, 0, 1, 1))
     draw(axes, title='', subtitle='')
-    axes.set_title('', loc='left')  # it was a line break, which takes room
+    axes.set_title('', loc='left')  # remove the line break of an empty title, which takes space
     for scale in axes.child_axes:
         scale.tick_params(colors=TEXT, labelsize=9)
         scale.yaxis.label.set(color=TEXT, fontsize=9.5)

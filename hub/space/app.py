@@ -1,11 +1,11 @@
-"""A page to try the models: drop an image, see the top-5 predictions and what the stages looked at.
+"""Demo page for the models: upload an image, see the top-5 predictions and explanation maps of the stages.
 
     python hub/space/app.py --model coatnet_pico_64.dist_tin200 local-dir:output/coatnet_pico
     python app.py
 
-The second line is how a Space starts it: with the released models, the most accurate of those that ship first, with
-coatnet_0_kecam.in1k if its weights are in the cache, and those in the folder models/ beside this file.
-Nothing but this machine is asked for anything, except the Hub for released weights that do not ship with the package.
+The second line is how a Space starts it. It offers the released models, the most accurate packaged one first,
+coatnet_0_kecam.in1k if its weights are in the cache, and those in the folder models/ beside this file. The only network
+access is to the Hub, for released weights that do not ship with the package.
 """
 import os
 import sys
@@ -32,7 +32,7 @@ class AppSettings:
 
 
 def choose_models(settings: AppSettings, folder: Path = HERE / 'models') -> tuple[str, ...]:
-    """Names of the models on offer: those requested, else the released ones and the run folders in `folder`."""
+    """Names of the models to offer: those requested, else the released ones and the run folders in `folder`."""
     found = settings.model or (
         *released_models(), *(f'local-dir:{config.parent}' for config in sorted(folder.glob('*/config.json'))))
     if not found:
@@ -53,7 +53,7 @@ def main(settings: AppSettings) -> None:
     for model in models.values():
         print(f'{model.title}: {model.weights}', flush=True)
     with TemporaryDirectory() as folder, suppress(KeyboardInterrupt):
-        os.environ['GRADIO_TEMP_DIR'] = folder  # where gradio keeps what users send
+        os.environ['GRADIO_TEMP_DIR'] = folder  # where gradio keeps uploads
         serve(build_page(models), server_name=settings.host, server_port=settings.port)
 
 

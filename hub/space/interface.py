@@ -1,4 +1,4 @@
-"""The page: what it shows of an image, its queue, and how it is served."""
+"""The page: its layout, its request queue, and its server."""
 import base64
 import os
 import time
@@ -19,8 +19,8 @@ from upload import MAX_BYTES, MAX_PIXELS, read_upload
 STYLE = Path(__file__).with_name('style.css')
 SYSTEM_FONTS = ('system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'Helvetica Neue', 'sans-serif')
 MONO_FONTS = ('ui-monospace', 'Menlo', 'Consolas', 'monospace')
-MAX_WAITING = 20  # requests in the queue; the next one is told that it is full
-KEPT = 3600  # seconds after which the next request deletes a user's files
+MAX_WAITING = 20  # maximum number of requests in the queue; further ones are rejected
+KEPT = 3600  # seconds that uploads are kept; the next request deletes older ones
 INTRODUCTION = '''
 <h1>What does it see?</h1>
 <p>Image classifiers of <b>coatnet_zoo</b>: convolution (C), attention (T), LightConv (L) and DynamicConv (D), stage by
@@ -34,7 +34,7 @@ def show_messages(messages: list[str], kind: str) -> str:
 
 
 def show_facts(model: Model, given: Answer) -> str:
-    """Parameters, input and speed, as a list."""
+    """HTML list of parameters, input size, stages, classes and inference time."""
     device = next(model.network.parameters()).device
     threads = torch.get_num_threads()
     where = 'CPU, 1 thread' if threads == 1 else f'CPU, {threads} threads'
@@ -50,7 +50,7 @@ def show_facts(model: Model, given: Answer) -> str:
 
 
 def show_panels(model: Model, given: Answer, at: tuple[float, float] | None) -> str:
-    """The maps in a grid, and what a click would change."""
+    """HTML grid of the maps, with a hint about choosing a position."""
     hint = 'These stages have neither attention nor predicted kernels, only the last map of features.'
     if model.positions:
         descriptions = {'attention': 'where it looks', 'kernels': 'the kernels predicted there'}
@@ -67,14 +67,14 @@ def show_panels(model: Model, given: Answer, at: tuple[float, float] | None) -> 
 
 
 def delete_old(folder: Path) -> None:
-    """Delete files of KEPT seconds; gradio's own delete_cache passes over the images that it sends."""
+    """Delete files older than KEPT seconds; gradio's own delete_cache does not delete the images that it sends."""
     for file in folder.rglob('*'):
         if file.is_file() and time.time() - file.stat().st_mtime > KEPT:
             file.unlink(missing_ok=True)
 
 
 def build_page(models: dict[str, Model]) -> gr.Blocks:
-    """The page; requests wait in one queue, for one at a time is in the network."""
+    """Build the page; requests wait in one queue, because a model handles one at a time."""
 
     def show(title: str, file: str | None, at: tuple[float, float] | None = None) -> tuple:
         """(message, results, seen, top5, facts, panels) for a file, or a message and no results."""
@@ -93,7 +93,7 @@ def build_page(models: dict[str, Model]) -> gr.Blocks:
                 show_facts(model, given), show_panels(model, given, at))
 
     def show_position(title: str, file: str | None, click: gr.SelectData) -> tuple:
-        """The same, of the position that was clicked in the image."""
+        """The outputs of `show` for the position that was clicked in the image."""
         return show(title, file, at=position_in_image(models[title], click.index) if models[title].positions else None)
 
     with gr.Blocks(title='coatnet_zoo', analytics_enabled=False) as page:
@@ -123,7 +123,7 @@ def build_page(models: dict[str, Model]) -> gr.Blocks:
 
 
 def serve(page: gr.Blocks, **options: object) -> tuple:
-    """`Blocks.launch` with what this page needs: no font, script or share link from elsewhere, uploads bounded."""
+    """Call `Blocks.launch` with the style of this page, system fonts, no share link, and limited upload size."""
     theme = gr.themes.Base(primary_hue='blue', neutral_hue='slate', font=SYSTEM_FONTS, font_mono=MONO_FONTS,
                            radius_size='md').set(body_text_color_subdued='*neutral_500')  # 400 is faint on white
     return page.launch(

@@ -1,4 +1,4 @@
-"""Uploads of the page: size and format are checked before decoding, and errors say what is wrong with a file."""
+"""Uploads of the page: size and format are checked before decoding, with error messages for users."""
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -8,19 +8,19 @@ from coatnet_train.runtime.cli import ConfigError, one_line
 
 __all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'read_upload']
 
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # Pillow knows more, some through programs of others
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # Pillow knows more formats, some through external programs
 MAX_BYTES = 10 * 2 ** 20
 MAX_SIDE = 12_000  # pixels
 MAX_PIXELS = 60_000_000
 
 
 def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
-    """The image in a file, upright, in RGB, and a note for each thing about it that was changed.
+    """Read an image file as upright RGB; returns the image and a note for each noteworthy change.
 
-    Orientation tags are applied, as phones store images lying on a side; of several frames the first is taken. All
-    else is converted as the scripts do, by `image_files.to_mode`, so that a file gets one answer.
+    EXIF orientation is applied, because phones store photographs rotated; of several frames the first is taken. The
+    conversion is otherwise that of the scripts (`image_files.to_mode`), so that predictions agree.
 
-    Raises ConfigError for a file that is no image, damaged or too large.
+    Raises ConfigError for a file that is not an image, damaged or too large.
     """
     if not path.is_file():
         raise ConfigError('This file is kept no longer; choose it again.')
@@ -33,7 +33,7 @@ def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             check_size(image)
-            if getattr(image, 'is_animated', False) and image.format != 'MPO':  # a phone's photo with its preview
+            if getattr(image, 'is_animated', False) and image.format != 'MPO':  # MPO: a phone's photo with its preview
                 notes.append('This file has several frames: only the first one was read.')
             image.load()
             return upright_rgb(image, notes), notes
@@ -50,7 +50,7 @@ def read_upload(path: Path) -> tuple[Image.Image, list[str]]:
 
 
 def check_size(image: Image.Image) -> None:
-    """Raise ConfigError for what is too large, from the header alone."""
+    """Raise ConfigError for an image with too many pixels, from its header alone."""
     width, height = image.size
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise ConfigError(
@@ -59,7 +59,7 @@ def check_size(image: Image.Image) -> None:
 
 
 def upright_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Turn and convert a decoded image; append a note for each change worth one."""
+    """Apply EXIF orientation and convert to RGB; appends a note for each noteworthy change."""
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         notes.append('Transparency was dropped, as in training.')

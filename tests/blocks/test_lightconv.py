@@ -1,4 +1,4 @@
-"""Letters L and D against their formulas, written out with torch's own functions."""
+"""Block types L and D against their formulas, written out with torch's own functions."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
 
 
 def windows(x: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, C, size * size, H, W)"""
+    """Windows of every position: (B, C, H, W) -> (B, C, size * size, H, W)."""
     return F.unfold(x, size, padding=size // 2).view(*x.shape[:2], size * size, *x.shape[2:])
 
 

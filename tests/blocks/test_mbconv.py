@@ -81,7 +81,7 @@ def test_fused_block_still_has_right_gradients(randomize):
 
 
 def test_fused_block_leaves_outputs_alone_where_gradients_need_them(randomize):
-    """A full backward hook sees views of an activation, which must not be overwritten under it."""
+    """A full backward hook holds views of an activation, which must not be overwritten in place."""
     block = randomize(MBConv(4, 8, 2)).eval()
     folded, seen = block.fuse(), []
     block.act2.register_full_backward_hook(lambda _, __, grad_output: seen.append(grad_output[0].shape))

@@ -84,11 +84,11 @@ def test_table_is_resized_at_half_pixels():
 
 
 def test_resized_table_follows_the_weights_it_came_from():
-    """Nothing is cached: another size after a step, a copy and a load sees the new table."""
+    """Nothing is cached: after a step, a copy and a load, another size uses the new table."""
     bias = RelativeBias(2, (4, 4), dynamic=True)
     before = bias(6, 6).detach().clone()
     optimizer = torch.optim.SGD(bias.parameters(), lr=1.)
-    for _ in range(2):  # a second backward must not meet a freed graph
+    for _ in range(2):  # the second backward must not need a freed graph
         optimizer.zero_grad()
         bias(6, 6).sum().backward()
         optimizer.step()
@@ -146,7 +146,7 @@ def test_block_by_the_formula(stride, dim_out, pool, randomize):
 
 @pytest.mark.parametrize('inner_width,heads', [('output', 4), ('input', 2)])
 def test_heads_follow_the_inner_width(inner_width, heads, randomize):
-    """Attention of `heads` heads of 4 channels, whatever the output width: softmax(q k^T / 2 + w) v, projected."""
+    """Attention with `heads` heads of 4 channels for any output width: softmax(q k^T / 2 + w) v, projected."""
     attn = randomize(TransformerBlock(
         8, 16, feat_size=(2, 3), head_dim=4, inner_width=inner_width, dtype=torch.float64)).attn
     x = torch.randn(1, 2, 3, 8, dtype=torch.float64)

@@ -11,7 +11,7 @@ from support.imagenet_runs import SYNSETS, random_model, run, write_images
 
 @pytest.fixture(scope='module')
 def ten(tmp_path_factory) -> Path:
-    """A validation folder with ten of ImageNet's synsets, not the first ones."""
+    """A validation folder with ten of ImageNet's synsets, whose labels are not 0 to 9."""
     folder = tmp_path_factory.mktemp('ten')
     write_images(folder / 'val', SYNSETS[5:1000:100], each=3)
     return folder

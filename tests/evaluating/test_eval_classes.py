@@ -1,4 +1,4 @@
-"""Which logit a folder, a number or a name stands for in scripts/eval_imagenet.py, and what does not fit."""
+"""Class mapping of scripts/eval_imagenet.py: from synset folders, numbers and names to logits, and its errors."""
 import pickle
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_only_the_logits_of_the_folder_compete_if_asked(settings, ten, weights, 
     row = run(settings, valid_labels='folder')
     assert 'only 10 of 1000' in capsys.readouterr().out and row['valid_labels'] == 'folder'
     assert_scores(row, logits[:, 5:1000:100], labels)
-    more = list(range(0, 1000, 5))  # a file of indices, in which the folder's have other places
+    more = list(range(0, 1000, 5))  # a file of indices, in which those of the folder have other positions
     (tmp_path / 'indices.txt').write_text('\n'.join(map(str, more)))
     row = run(settings, valid_labels=str(tmp_path / 'indices.txt'))
     assert_scores(row, logits[:, more], labels * 20 + 1)
@@ -42,7 +42,7 @@ def test_only_the_logits_of_the_folder_compete_if_asked(settings, ten, weights, 
 
 def test_numbered_folders_are_indices_and_not_strings(settings, tmp_path, weights, capsys):
     names = ['0', '2', '10', '11', '100', '999']
-    assert sorted(names) != names  # or the bug would not show
+    assert sorted(names) != names  # otherwise the bug would not show
     write_images(tmp_path / 'v2', names)
     row = run(settings, data_dir=str(tmp_path / 'v2'))
     model = timm.create_model('test_resnet', checkpoint_path=weights).eval()

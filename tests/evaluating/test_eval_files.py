@@ -1,4 +1,4 @@
-"""What scripts/eval_imagenet.py writes and refuses, its command line, and several processes."""
+"""scripts/eval_imagenet.py: files, rejected settings, command line, and several processes."""
 import csv
 import dataclasses
 import json

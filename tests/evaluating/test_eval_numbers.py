@@ -1,4 +1,4 @@
-"""The numbers of scripts/eval_imagenet.py against timm's own, on generated images and one real one a class."""
+"""Metrics of scripts/eval_imagenet.py against timm's, on generated images and on one real image per class."""
 import csv
 import json
 from itertools import pairwise
@@ -21,7 +21,7 @@ from support.images import needs_images, unpack_images
 
 
 def learn(model: torch.nn.Module, logits: torch.Tensor, labels: torch.Tensor, share: float = 0.5) -> None:
-    """Raise the bias of the true classes of some images, so that some, not all, are read right."""
+    """Raise the bias of the true classes of some images, so that some predictions, but not all, are correct."""
     bias = model.get_classifier().bias.data
     top = logits.max(1).values - logits.gather(1, labels[:, None])[:, 0]
     bias[labels[:max(1, int(share * len(labels)))]] += top.median()
@@ -37,7 +37,7 @@ def test_agrees_with_timm_on_every_image_of_a_real_set(settings, tmp_path, rando
     hook = model.get_classifier().register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
     _, labels, _ = timm_logits(model, data, arguments)
     hook.remove()
-    # a least-squares classifier of these very images, so that a good share of them is read right
+    # a least-squares classifier of the same images, so that a good fraction of them is predicted correctly
     features = torch.cat(taken).double()
     centred = (features - features.mean(0)) / (features.std(0) + 1e-9)
     ridge = centred.T @ centred + 0.1 * len(centred) * torch.eye(centred.shape[1])
@@ -176,7 +176,7 @@ def test_averaged_weights_are_taken_only_if_asked(settings, tmp_path, randomize)
 
 
 def real_folder(folder: Path, count: int) -> Path:
-    """ILSVRC2012_val_*.JPEG in class folders that do not sort like the files."""
+    """Write ILSVRC2012_val_*.JPEG into class folders, whose order differs from that of the file names."""
     write_images(folder, ['x'], each=count)
     for number in range(count):
         target = folder / 'val' / SYNSETS[(number * 7) % 5]

@@ -1,4 +1,4 @@
-"""Images whose colour tells the class, and settings for features of a tiny network."""
+"""Images with one colour per class, and settings for features of a tiny network."""
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,4 @@
-"""What scripts/extract_features.py refuses before the first image; its command line, and several processes."""
+"""scripts/extract_features.py: settings that it rejects before the first image, command line, several processes."""
 import dataclasses
 import json
 import sys

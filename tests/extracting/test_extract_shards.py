@@ -1,4 +1,4 @@
-"""What scripts/extract_features.py writes, of which data, and how it goes on after an interruption."""
+"""Shards of scripts/extract_features.py: contents, kinds of data, and resuming after an interruption."""
 import dataclasses
 import io
 import os
@@ -300,7 +300,7 @@ def test_unreadable_images_have_no_row_and_are_listed(settings, tmp_path, kind, 
         run(settings, max_bad_images=0.1, **changes)
     folder = Path(settings.output) / 'train'
     assert len(shards_of(folder)) == 2 and not read_index(folder)['complete']
-    with pytest.raises(ConfigError, match=r'--max-bad-images 0\.1 allows'):  # a finished shard's count as well
+    with pytest.raises(ConfigError, match=r'--max-bad-images 0\.1 allows'):  # those of finished shards count too
         run(settings, max_bad_images=0.1, **changes)
     capsys.readouterr()
     run(settings, max_bad_images=0.2, **changes)
@@ -310,7 +310,7 @@ def test_unreadable_images_have_no_row_and_are_listed(settings, tmp_path, kind, 
     assert index['unreadable'] == ['green/1.png', 'red/3.png'] and index['rows'] == 10
     assert list(index['shards'].values()) == [5, 4, 1]
     kept = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
-    with pytest.raises(ConfigError, match=r'--max-bad-images 0\.1 allows'):  # nor does a finished set pass
+    with pytest.raises(ConfigError, match=r'--max-bad-images 0\.1 allows'):  # also if the set is finished
         run(settings, max_bad_images=0.1, **changes)
     numbers = torch.cat([read_column(path, 'index') for path in shards_of(folder)])
     values = torch.cat([read_column(path, 'embedding') for path in shards_of(folder)])

@@ -1,4 +1,4 @@
-"""Which features scripts/extract_features.py takes, what options of the model change, and the accuracy."""
+"""Features of scripts/extract_features.py: their values, the effect of model options, and the accuracies."""
 import json
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_pooled_features_are_what_the_definition_gives(name, randomize):
         maps = model.forward_features(images)
         expected = POOLED[name](model, maps)
         logits = model(images)
-        if isinstance(hidden, torch.nn.Sequential):  # the definition is right if the rest of the head gives the logits
+        if isinstance(hidden, torch.nn.Sequential):  # `expected` is right if the rest of the head gives the logits
             classified = model.head.fc(hidden(expected))
         else:
             classified = model.get_classifier()(expected)
@@ -59,7 +59,7 @@ def test_pooled_features_are_what_the_definition_gives(name, randomize):
 
 
 def test_hidden_layer_of_the_zoo_would_change_the_features():
-    """What the rule above guards against: timm's own ways keep the tanh layer, or drop the norm as well."""
+    """Without our rule the features would change: timm's own methods keep the tanh layer, or also drop the norm."""
     images = torch.randn(2, 3, 64, 64)
     model = timm.create_model('coatnet_pico_64').eval()
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_local_dir_and_pretrained(settings, image_folder, tmp_path, capsys):
     columns, _ = read_rows(run(settings, model=f'local-dir:{tmp_path / "run"}', pretrained=True))
     assert 'RANDOM' not in capsys.readouterr().out
     named = read_rows(run(settings, model=f'local-dir:{tmp_path / "run"}', output=settings.output + '2'))[0]
-    assert 'RANDOM' not in capsys.readouterr().out  # who names a folder means its weights
+    assert 'RANDOM' not in capsys.readouterr().out  # a folder's name stands for its weights
     assert torch.equal(named['embedding'], columns['embedding'])
     run(settings, output=settings.output + '3')
     assert 'RANDOM WEIGHTS, pooled features' in capsys.readouterr().out
@@ -167,8 +167,8 @@ def test_knn_weighs_near_neighbours_more():
     train = torch.tensor([[1., 0.], [0.6, 0.8], [0.6, 0.8]])
     labels = torch.tensor([0, 1, 1])
     query, answer = torch.tensor([[1., 0.1]]), torch.tensor([0])
-    assert knn_top1(train, labels, query, answer, k=3, temperature=0.07) == 100  # one near beats two far
-    assert knn_top1(train, labels, query, answer, k=3, temperature=10.) == 0     # by number alone it does not
+    assert knn_top1(train, labels, query, answer, k=3, temperature=0.07) == 100  # one near one outweighs two far ones
+    assert knn_top1(train, labels, query, answer, k=3, temperature=10.) == 0     # but not if the votes are nearly equal
 
 
 def test_linear_probe_of_two_images_a_class():

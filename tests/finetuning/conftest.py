@@ -1,4 +1,4 @@
-"""Images whose colour tells the class, and settings for a run of some seconds on them."""
+"""Images with one colour per class, and settings for a run of some seconds on them."""
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,4 @@
-"""Images that are decoded once: crop, colours and evaluation against torchvision and timm, and a run that goes on."""
+"""--cache-images: crop, colours and evaluation against torchvision and timm, and resuming."""
 import dataclasses
 import json
 import math
@@ -56,7 +56,7 @@ def test_crops_lie_inside_and_are_as_large_and_as_wide_as_asked(low, high, count
 @pytest.mark.parametrize('scale', [(0.08, 1.0), (0.35, 1.0), (0.9, 1.0)])
 def test_crops_are_drawn_as_torchvision_draws_them(scale):
     torch.manual_seed(0)
-    side = 10_000  # where whole pixels do not matter
+    side = 10_000  # large, so that rounding to whole pixels does not matter
     theirs = np.array([RandomResizedCrop.get_params(torch.empty(1, side, side), scale, (3 / 4, 4 / 3))
                        for _ in range(4000)]) / side
     theirs = torch.from_numpy(theirs[:, [1, 0, 3, 2]])
@@ -87,7 +87,7 @@ def test_enlarged_crops_are_bilinear(flipped):
     expected = F.interpolate(images[..., 4:12, 8:24], (32, 32), mode='bilinear')
     expected[1] = images[1]
     expected = reference.hflip(expected) if flipped else expected
-    # at its border the crop looks at the pixels beyond, which interpolate() does not have
+    # at its border the crop interpolates with pixels outside of it, which interpolate() does not have
     torch.testing.assert_close(found[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=1e-5, rtol=0)
 
 
@@ -131,7 +131,7 @@ def test_evaluation_sees_the_very_images(image_folder):
 
 
 class Numbers(Dataset):
-    """(epoch, index) -> an image of one pixel, whose parts and label say its index, and -index if that is odd."""
+    """(epoch, index) -> (one pixel that encodes the index, label = index, bad = -index if odd, else 0)."""
 
     dataset, seed = None, 0
 

@@ -1,4 +1,4 @@
-"""Where images come from, and those that cannot be read."""
+"""Image sources of scripts/finetune.py, and unreadable images."""
 import json
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from support.images import write_images
 
 
 def spoil(path: Path) -> Path:
-    """Cut an image short."""
+    """Truncate an image file."""
     path.write_bytes(path.read_bytes()[:100])
     return path
 
@@ -33,7 +33,7 @@ def test_unreadable_images_are_named_skipped_and_counted_once(settings, tmp_path
     for path in bad:
         assert (printed.out + printed.err).count(f'unreadable, skipped: {path}') == 1
 
-    (data / 'val' / 'blue' / '0.png').unlink()  # held out, it counts neither as right nor as wrong
+    (data / 'val' / 'blue' / '0.png').unlink()  # unreadable held-out images do not count in the metrics
     clean = run(settings, data_dir=str(data), max_bad_images=0.1, experiment='clean')
     for with_bad, without in zip(read_metrics(run_dir), read_metrics(clean), strict=True):
         assert with_bad == pytest.approx(without)
@@ -108,7 +108,7 @@ def test_hub_data_sets_train_whole_and_streamed(settings, tmp_path, monkeypatch)
                    **options)
     assert json.loads((streamed / 'config.json').read_text())['label_names'] == list(CLASSES)
     assert len(read_metrics(streamed)) == 1
-    # a reader's error would come out of a worker, as its traceback
+    # an error of the reader would be the traceback of a worker
     for schema in ('hfds', 'hfids'):
         with pytest.raises(ConfigError, match=r'--input-key photo.*name the columns|cannot be read.*photo'):
             run(settings, dataset=f'{schema}/{folder}', input_key='photo', train_num_samples=36, **options)

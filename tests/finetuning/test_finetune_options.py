@@ -1,4 +1,4 @@
-"""Ways to train: every option reaches what it is meant for."""
+"""Training options of scripts/finetune.py: each reaches the object that it configures."""
 import json
 import struct
 from pathlib import Path
@@ -192,7 +192,7 @@ def test_teacher_pulls_the_student_towards_its_logits(settings):
     assert read_metrics(taught)[0]['train_loss'] != read_metrics(plain)[0]['train_loss']
     assert load_file(taught / 'model.safetensors').keys() == load_file(teacher / 'model.safetensors').keys()
 
-    # With the whole loss from a teacher that is the student itself, there is nothing to learn.
+    # If the whole loss comes from a teacher that equals the student, it is zero.
     same = run(settings, experiment='same', teacher=name, kd_loss_weight=1.0, epochs=1, model='test_resnet', drop=0.0,
                initial_checkpoint=str(teacher / 'model.safetensors'), freeze_trunk=True)
     assert read_metrics(same)[0]['train_loss'] < 1e-4

@@ -1,4 +1,4 @@
-"""bfloat16 on a CPU that emulates it: recipes leave it out, --amp is obeyed, and a run keeps its precision."""
+"""bfloat16 on a CPU that emulates it: recipes use float32, --amp is obeyed, and a resumed run keeps its precision."""
 import dataclasses
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ EMULATED = 'this CPU has no bfloat16 instructions'
 
 @pytest.fixture
 def native(monkeypatch):
-    """Set what this CPU has."""
+    """Set whether this CPU seems to have bfloat16 instructions."""
     return lambda answer: monkeypatch.setattr(processes, 'has_native_bfloat16', lambda: answer)
 
 
@@ -35,7 +35,7 @@ def arguments(settings) -> list[str]:
 
 
 def precision_of(run_dir: Path) -> set:
-    """What every record of a run says of its precision."""
+    """Set of the precisions (True for bfloat16) in args.json, resume signature and summary.json of a run."""
     args, summary = (json.loads((run_dir / f'{name}.json').read_text()) for name in ('args', 'summary'))
     signature = read_checkpoint(run_dir)['resume_signature']
     return {args['amp'], signature['amp'], summary['precision'] == 'bfloat16'}
@@ -51,7 +51,7 @@ def test_recipe_leaves_emulated_bfloat16_out_and_amp_is_obeyed(
     assert precision_of(Path(settings.output) / 'run') == {expected}
     said = capsys.readouterr().err
     assert said.count(EMULATED) == said.count('warning: ') == warnings, said
-    if warnings:  # the cost, and the other way
+    if warnings:  # the cost, and the flag for the alternative
         assert '10 times (AVX2)' in said and ('--no-amp' if flags else '--amp') in said
 
 
@@ -94,7 +94,7 @@ def test_query_tells_emulation_from_instructions(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: True)
     assert answers(True, True, False) and answers(True, False, True)
     assert not answers(True, False, False)  # AVX-512 alone
-    assert not answers(False, True, True)  # kept from oneDNN, as by ONEDNN_MAX_CPU_ISA
+    assert not answers(False, True, True)  # hidden from oneDNN, as by ONEDNN_MAX_CPU_ISA
     assert answers(True, False, False, machine='aarch64') and not answers(False, False, False, machine='aarch64')
     monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
     assert not answers(True, True, True)

@@ -1,4 +1,4 @@
-"""Two processes on a CPU: the losses and the scores of one process with the same global batch."""
+"""Two processes on a CPU have the losses and scores of one process with the same global batch."""
 import csv
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from support.images import write_images
 
 MODEL = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
-    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm sees one process's images
+    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm would see one process's images
 
 
 def train(data: Path, output: Path, processes: int, batch_size: int, *flags: str, model=MODEL) -> list[dict]:
@@ -39,13 +39,13 @@ def train(data: Path, output: Path, processes: int, batch_size: int, *flags: str
     result = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count('best epoch') == 1  # one process speaks
+    assert result.stdout.count('best epoch') == 1  # only the main process prints
     with (output / f'{processes}' / 'metrics.csv').open() as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def test_first_20_losses_equal_those_of_one_process(tmp_path):
-    # a batch is the whole set, so that an epoch is a step, and the loss of an epoch that of a step
+    # a batch is the whole set, so that an epoch is one step and its loss that of the step
     data = write_images(tmp_path / 'images', train=8, val=5)
     flags = '--epochs', '20', '--warmup-epochs', '2', '--lr', '1e-3'
     one = train(data, tmp_path, 1, 24, *flags)
@@ -54,7 +54,7 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path):
     for first, second in zip(one, two, strict=True):
         assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
-        # 15 held-out images: what pads them to 24 is taken off
+        # 15 held-out images: their padding to 24 is removed
         assert (second['eval_top1'], second['lr']) == (first['eval_top1'], first['lr'])
     tables = []
     for processes in '12':
@@ -112,7 +112,7 @@ def test_shards_are_shared_out(tmp_path):
 
 @pytest.mark.slow
 def test_released_weights_are_those_that_were_evaluated(tmp_path):
-    # BatchNorm's statistics and their average differ between the processes; what is written is what was scored
+    # BatchNorm's statistics and their average differ between processes; those written are those evaluated
     data = write_images(tmp_path / 'images', train=16, val=5)
     rows = train(data, tmp_path, 2, 8, '--epochs', '3', '--lr', '1e-2', '--model-ema', '--model-ema-decay', '0.5',
                  model=('--model', 'test_resnet'))

@@ -1,4 +1,4 @@
-"""What scripts/finetune.py refuses, in one sentence, before the first step."""
+"""Settings that scripts/finetune.py rejects with one error message before the first step."""
 from pathlib import Path
 
 import pytest
@@ -75,7 +75,7 @@ def test_unwritable_output_is_refused(settings, tmp_path):
     (tmp_path / 'file').write_text('in the way')
     with pytest.raises(ConfigError, match=r'--output .*file.* cannot be written.*choose another'):
         run(settings, output=str(tmp_path / 'file'))
-    for resume in ('', 'auto'):  # before there is a run to go on with
+    for resume in ('', 'auto'):  # before there is a run to resume
         with pytest.raises(ConfigError, match=r'--output cannot be used: .*File name too long') as told:
             run(settings, output=str(tmp_path / ('x' * 300)), resume=resume)
         assert '--resume' not in str(told.value)

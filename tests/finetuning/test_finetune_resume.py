@@ -1,4 +1,4 @@
-"""The same run again, and the rest of a run after an interruption."""
+"""Reproducibility of a run, and resuming after an interruption."""
 import dataclasses
 import json
 import os
@@ -60,7 +60,7 @@ def test_run_killed_at_any_write_resumes_to_the_same_weights(settings, monkeypat
         with crash_at_write(monkeypatch, kill_at) as calls:
             try:
                 run_dir = run(settings, experiment=f'killed{kill_at}', **options)
-                break  # more writes allowed than there are
+                break  # fewer writes than `kill_at`: the run finished
             except SimulatedCrash:
                 run_dir = Path(settings.output) / f'killed{kill_at}'
         assert_everything_loads(run_dir)
@@ -116,11 +116,11 @@ def test_changed_data_are_refused_on_resume(settings, tmp_path):
 
 def test_the_same_data_elsewhere_resume_and_renamed_or_replaced_images_do_not(settings, tmp_path):
     data = write_images(tmp_path / 'own', train=4, val=2)
-    for path in list(data.rglob('*.png')):  # all of one size, whatever they show
+    for path in list(data.rglob('*.png')):  # files of equal size
         Image.open(path).save(path.with_suffix('.bmp'))
         path.unlink()
     run_dir = run(settings, data_dir=str(data), last_epoch=1)
-    local = shutil.copytree(data, tmp_path / 'local', copy_function=shutil.copyfile)  # with other times
+    local = shutil.copytree(data, tmp_path / 'local', copy_function=shutil.copyfile)  # with new modification times
     for path in local.rglob('*.bmp'):
         os.utime(path, (1, 1))
     run(settings, data_dir=str(local), resume='auto')
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_earlier_names_and_without_digests_goes_on_with_a_warnin
     signature = state.pop('resume_signature')
     state['facts'] = {{'cache_images': 'decode_once'}.get(name, name): value for name, value in signature.items()
                       if not name.startswith('digest')}
-    state['facts']['data_dir'] = 'elsewhere'  # what was compared before
+    state['facts']['data_dir'] = 'elsewhere'  # a field that earlier versions compared
     torch.save(state, path)
     capsys.readouterr()
     run(settings, resume='auto')
@@ -195,7 +195,7 @@ def test_loss_that_turns_nan_later_names_the_last_good_checkpoint(settings, monk
 
 
 def kill_at_step(monkeypatch, step: int, kill) -> None:
-    """Let `kill` happen in the middle of a training step."""
+    """Call `kill` in the middle of a training step."""
     forward, steps = ClassificationTask.forward, []
 
     def count(self, *arguments):

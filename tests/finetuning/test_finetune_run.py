@@ -1,4 +1,4 @@
-"""scripts/finetune.py: what a run leaves, and its command line."""
+"""scripts/finetune.py: files of a run, and the command line."""
 import csv
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from support.finetune_runs import assert_everything_loads, read_checkpoint, read
 
 def test_run_leaves_a_loadable_model_with_its_own_classes_and_data_settings(settings):
     base = timm.create_model('test_resnet').pretrained_cfg
-    assert base['tag'] and base['crop_pct'] != 0.9  # or the checks below would pass with a leak
+    assert base['tag'] and base['crop_pct'] != 0.9  # otherwise a leak would pass the checks below
     run_dir = run(settings, epochs=1, mean=(0.4, 0.5, 0.6), std=(0.3, 0.3, 0.2), crop_pct=0.9)
 
     model = timm.create_model(f'local-dir:{run_dir}', pretrained=True).eval()
@@ -93,7 +93,7 @@ def test_closing_line_loads_the_model_as_it_stands(settings, capsys):
     said, line = capsys.readouterr().out.splitlines()[-2:]
     assert said.endswith('Load it with') and line.startswith('import timm, coatnet_zoo; ')
     names = {}
-    exec(line, names)  # what a user pastes
+    exec(line, names)  # as a user pastes it
     assert load_file(run_dir / 'model.safetensors').keys() == names['model'].state_dict().keys()
     assert names['model'].pretrained_cfg['label_names'] == list(CLASSES)
 
@@ -134,12 +134,12 @@ def test_model_learns_the_colours(settings):
 
 
 def test_help_explains_each_setting():
-    result = run_command('--help', columns=100)  # wider help has groups side by side
+    result = run_command('--help', columns=100)  # a wider help has groups in columns
     assert result.returncode == 0
     for field in dataclasses.fields(finetune.FinetuneSettings):
         shown = f'--{field.name.replace("_", "-")} ' in result.stdout or f'--no-{field.name}'.replace('_', '-') in (
             result.stdout)
-        assert shown == (field.name != 'amp_if_native'), field.name  # which recipes alone set
+        assert shown == (field.name != 'amp_if_native'), field.name  # a field that only recipes set
     said = ' '.join(result.stdout.replace('│', ' ').split())  # lines break anywhere
     for text in ('Label smoothing.', 'Processes that read images', '(default: adamw)', '--amp, --no-amp'):
         assert text in said

@@ -1,4 +1,4 @@
-"""FSDP with two processes on a CPU: the losses of one process, whole weights in every file, and a run that goes on."""
+"""FSDP with two processes on a CPU: losses of one process, full state dicts in every file, and resuming."""
 import signal
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from support.images import write_images
 
 LIGHT = (
     '--model', 'lightconvnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)',
-    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm sees one process's images
+    'conv_head_dim=16', 'kernel_size=(3,3,3,3)', 'conv_norm=layer')  # BatchNorm would see one process's images
 COAT = '--model', 'coatnet_pico_64', '--model-kwargs', 'depths=(1,1,1,1)', 'embed_dim=(16,16,32,32)'
 
 
@@ -34,7 +34,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def sharded(*arguments: object, blocks: str = 'MBConv,TransformerBlock', script: str = 'finetune.py') -> list[str]:
-    """The line of the launch page, for two CPUs."""
+    """The accelerate command line of the documentation, for two CPU processes."""
     return list(map(str, (
         sys.executable, '-m', 'accelerate.commands.launch', '--config_file', ROOT / 'scripts' / 'launch' / 'fsdp.yaml',
         '--num_processes', 2, '--main_process_port', free_port(), '--fsdp_transformer_layer_cls_to_wrap', blocks,
@@ -56,7 +56,7 @@ def run(command: list[object], code: int | None = 0) -> str:
 
 @pytest.mark.slow
 def test_first_20_losses_equal_those_of_one_process(tmp_path, data):
-    # two groups of two batches an epoch, so that gradients are added up in shards too
+    # two groups of two batches an epoch, so that sharded gradients are accumulated too
     flags = (*LIGHT, '--drop-path', 0, '--epochs', 10, '--warmup-epochs', 2, '--lr', '1e-3', '--grad-accum-steps', 2)
     run([sys.executable, ROOT / 'scripts' / 'finetune.py', *recipe_settings(
         data, tmp_path, 'one', '--batch-size', 6, *flags)])
@@ -66,7 +66,7 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path, data):
     for first, second in zip(one, two, strict=True):
         assert second['train_loss'] == pytest.approx(first['train_loss'], abs=1e-5)
         assert second['eval_loss'] == pytest.approx(first['eval_loss'], abs=1e-5)
-    # names, where a process with all weights counts its parameters: these were gathered
+    # parameters are stored by names and not by numbers, so they were gathered from shards
     assert read_checkpoint(tmp_path / 'two')['resume_signature']['sharded']
     assert 'stem.conv1.weight' in read_checkpoint(tmp_path / 'two')['optimizer']['state']
 

@@ -1,4 +1,4 @@
-"""Few images: the schedule that follows from their number, and what is said of those that are left out."""
+"""Few images: the schedule derived from their number, and the advice about images that are left out."""
 import csv
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_advice_counts_what_is_left_out_and_the_updates():
 
 @pytest.fixture
 def bars(monkeypatch) -> list:
-    """Every progress bar of a trainer: its keywords, how far it came, and what was said."""
+    """Record every progress bar of a trainer: its keywords, its count, and the lines written."""
     made = []
 
     class Bar:

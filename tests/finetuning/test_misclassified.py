@@ -1,4 +1,4 @@
-"""Which images evaluation.predict names as misclassified, in one process and in several."""
+"""Misclassified images found by evaluation.predict, in one process and in several."""
 import random
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ class Numbers(Dataset):
 
 
 class Wrong(torch.nn.Module):
-    """Predicts label 1, surer of higher indices; of 3 it is right."""
+    """Predicts label 1, with more confidence for higher indices; only index 3 is predicted correctly."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         value = images[:, 0, 0, 0]
@@ -30,7 +30,7 @@ class Wrong(torch.nn.Module):
 
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_every_misclassified_image_is_named_once_and_the_surest_come_first(monkeypatch, processes):
-    """Each process reads its part of every batch of 4; what pads the last batch is counted once."""
+    """Each process reads its part of every batch of 4; images that pad the last batch are not counted twice."""
     batches = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9] if processes == 1 else [8, 9, 0, 1]]  # as accelerate pads
     part = 4 // processes
     gathered = []
@@ -41,7 +41,7 @@ def test_every_misclassified_image_is_named_once_and_the_surest_come_first(monke
             gather_for_metrics=lambda values: values)
         monkeypatch.setattr(evaluation, 'gather_object', lambda wrong: gathered.extend(wrong) or list(gathered))
         found = evaluation.predict(Wrong(), DataLoader(Numbers(), batch_sampler=own), accelerator, keep_wrong=6)
-    if processes > 1:  # whatever the order in which they arrive
+    if processes > 1:  # the result must not depend on the order of arrival
         random.Random(0).shuffle(gathered)
         monkeypatch.setattr(evaluation, 'gather_object', lambda wrong: list(gathered))
         found = evaluation.predict(Wrong(), DataLoader(Numbers(), batch_sampler=own), accelerator, keep_wrong=6)

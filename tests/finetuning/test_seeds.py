@@ -1,4 +1,4 @@
-"""All randomness of a run follows from (seed, epoch, index): each of them changes what is drawn, nothing else does."""
+"""All randomness of a run depends on each of seed, epoch and index, and on nothing else."""
 import random
 
 import numpy as np
@@ -15,7 +15,7 @@ from support.finetune_runs import run
 
 
 def draw(image: Image.Image) -> torch.Tensor:
-    """A transform whose result is all randomness."""
+    """A transform whose result is random."""
     return torch.rand(2)
 
 

@@ -1,4 +1,4 @@
-"""teach.py and --teacher-outputs: what is stored is what the teacher says of the very images that a student sees."""
+"""teach.py and --teacher-outputs: stored logits are the teacher's logits for the images that a student sees."""
 import dataclasses
 import json
 import shutil
@@ -82,7 +82,7 @@ def test_stored_outputs_are_those_of_the_images_that_the_student_sees(
         assert logits.dtype == torch.float16 and live.std() > 0.3
         live = live - live.amax(1, keepdim=True)
         torch.testing.assert_close(logits.float(), live, atol=1e-3, rtol=2e-3)
-        assert (logits.flip(0).float() - live).abs().max() > 0.05  # where images differ, so do their logits
+        assert (logits.flip(0).float() - live).abs().max() > 0.05  # other images have other logits
 
 
 @pytest.mark.parametrize('cached', [False, True])
@@ -103,7 +103,7 @@ def test_other_sizes_show_the_same_crop(settings, teaching, monkeypatch, cached)
         assert torch.equal(logits, others) and small.shape[2:] == (16, 16)
         shrunk = F.avg_pool2d(large, 2)
         gap = (shrunk - small).abs().mean()
-        assert gap < 0.35 * (shrunk.flip(0) - small).abs().mean()  # of another crop
+        assert gap < 0.35 * (shrunk.flip(0) - small).abs().mean()  # the distance to another crop
 
 
 def test_every_view_has_its_turn_and_the_seed_chooses_the_first():
@@ -242,7 +242,7 @@ def test_outputs_of_other_images_or_views_are_refused(settings, teaching, tmp_pa
         run(taught, dataset='wds/', data_dir=str(write_shards(tmp_path / 'shards')))
     with pytest.raises(ConfigError, match=r'--teacher-outputs none must be a folder that teach.py wrote: .*; give'):
         run(taught, teacher_outputs='none')
-    run(taught)  # the same flags pass, and another --seed too
+    run(taught)  # the same flags are accepted, and another --seed too
     run(taught, seed=1, experiment='other_seed')
 
 
@@ -317,7 +317,7 @@ def test_teaching_killed_at_any_write_goes_on_to_the_same_shards(teaching, monke
     teaching = change(teaching, cache_images=cached, top_k=2)
     whole = contents(store(teaching))
     assert list(whole) and len(whole) == 3
-    for kill_at in range(1, 9):  # the manifest at the start and the end, and with each of three shards
+    for kill_at in range(1, 9):  # 8 writes: three shards, and the manifest five times
         folder = f'{teaching.output}_{kill_at}'
         with crash_at_write(monkeypatch, kill_at), pytest.raises(SimulatedCrash):
             store(teaching, output=folder)

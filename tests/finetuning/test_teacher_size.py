@@ -1,4 +1,4 @@
-"""--teacher-img-size: a teacher that sees the images of the student at a size of its own."""
+"""--teacher-img-size: the teacher gets the images of the student resized to another size."""
 import pytest
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from support.finetune_runs import read_metrics, run
 
 
 class Recorder(nn.Module):
-    """Returns its images, as they reach it."""
+    """Returns its input images."""
 
     num_classes, pretrained_cfg = 3, {}
 
@@ -23,7 +23,7 @@ class Recorder(nn.Module):
 def test_images_of_any_size_reach_the_model_at_its_own(compiled):
     model = ResizedInput(Recorder(), 48)
     if compiled:
-        model.compile(backend='aot_eager')  # what inductor gets, without its minute of C++
+        model.compile(backend='aot_eager')  # the graph that inductor would get, without its minute of C++ compilation
     for size in (32, 40, 48, 96):
         images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))
         expected = images if size == 48 else F.interpolate(images, (48, 48), mode='bicubic', antialias=True)

@@ -1,6 +1,6 @@
-"""The steps of gpu_report.py at their tiny sizes in one process, as test_gpu_report.py starts it: FOLDER STEPS.
+"""Run steps of gpu_report.py at their tiny sizes in one process: in_one_process.py FOLDER STEP ...
 
-Kernels run in Triton's interpreter, which TRITON_INTERPRET=1 chooses before the first import.
+test_gpu_report.py starts it with TRITON_INTERPRET=1, so that kernels run in Triton's interpreter.
 """
 import sys
 from contextlib import redirect_stdout
@@ -12,7 +12,7 @@ from coatnet_train.benchmarks.gpu_plan import GpuReportSettings, Step
 
 
 def start(step: Step, settings: GpuReportSettings, log: Path, limit: float) -> str:
-    """Run a step here, its output in the log."""
+    """Run a step in this process, with its output in the log."""
     with log.open('a') as file, redirect_stdout(file):
         gpu_steps.run_step(replace(settings, run_step=step.name))
     return 'done'

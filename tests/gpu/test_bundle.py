@@ -1,4 +1,4 @@
-"""scripts/bundle.py without network: what is packed, how large it may be, and that its run line works elsewhere."""
+"""scripts/bundle.py without network: packed files, size limit, and run.sh in another place."""
 import shutil
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def test_a_bundle_has_code_and_commit_and_no_weights(tmp_path, capsys):
     assert not [name for name in names if name.startswith('.git') or name.endswith(('.safetensors', '.pyc'))]
     assert f'{sum(parts.values()) / 2**20:.2f} MiB' in capsys.readouterr().out
     (tmp_path / 'shard.zip').write_bytes(bytes(1000))
-    parts = pack(tmp_path / 'b', weights=True, data=(str(tmp_path / 'shard.zip'),))  # in place of the earlier one
+    parts = pack(tmp_path / 'b', weights=True, data=(str(tmp_path / 'shard.zip'),))  # replaces the earlier bundle
     assert parts['data/shard.zip'] == (tmp_path / 'b' / 'data' / 'shard.zip').stat().st_size == 1000
     assert list((tmp_path / 'b' / 'coatnet_zoo' / 'weights').glob('*.safetensors'))
 

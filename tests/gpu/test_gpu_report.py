@@ -1,4 +1,4 @@
-"""scripts/gpu_report.py on a CPU: all steps at tiny sizes, limits, crashes, and what a killed run leaves."""
+"""scripts/gpu_report.py on a CPU: all steps at tiny sizes, time limits, crashes, and killed runs."""
 import csv
 import json
 import os
@@ -133,7 +133,7 @@ def test_errors_are_judged_by_the_tensor_that_is_furthest_off():
 
 
 def stub(folder: Path, monkeypatch, body: str) -> None:
-    """A script in place of gpu_report.py: `sys.argv[2]` is the step; versions prints the origin."""
+    """Replace gpu_report.py by a script with this body: `sys.argv[2]` is the step; `versions` prints the provenance."""
     folder.mkdir(exist_ok=True)
     (folder / 'stub.py').write_text(
         f'import json, os, subprocess, sys, time\nif sys.argv[2] == "versions":\n    print("some", "card")\n'
@@ -163,7 +163,7 @@ if sys.argv[2] == 'light-7':
     start = time.monotonic()
     assert gpu_report.main(settings(tmp_path / 'out', device='cuda')) == 2 and time.monotonic() - start < 10
     rows = {row['step']: row for row in results(tmp_path / 'out', 'checks')}
-    # a step has what those before it left: one or two seconds
+    # a step also has the time that earlier steps left: one or two seconds
     assert {name: re.sub('[12] s$', 'N s', row['result']) for name, row in rows.items()} == {
         'versions': 'done', 'compare': 'stopped at its limit of N s', 'light-7': 'ended with exit code -11',
         'agreement': 'done'}
@@ -190,8 +190,7 @@ def test_only_checks_of_this_run_count(tmp_path):
 
     assert [run('a', 'failed'), run('a', 'failed'), run('b', 'passed'), run('b', 'failed')] == [1, 1, 0, 1]
     assert {row['check']: row['result'] for row in results(tmp_path, 'checks') if row['step'] == 'compare'} == {
-        'a': 'failed', 'step': 'done', 'b': 'failed'}  # what an earlier run left stays in the file
-
+        'a': 'failed', 'step': 'done', 'b': 'failed'}  # rows of an earlier run stay in the file
 
 def test_without_a_card_nothing_is_started(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, 'SCRIPT', tmp_path / 'none.py')
@@ -220,13 +219,13 @@ if sys.argv[2] == 'dynamic-7':
     process.communicate()
     step = int(found[1])
     if kind == signal.SIGKILL:
-        os.kill(step, signal.SIGKILL)  # nobody was left to do it
+        os.kill(step, signal.SIGKILL)  # a killed process cannot end its step
     else:
         assert process.returncode == 143 and not alive(step)
     assert [row['step'] for row in results(tmp_path / 'out', 'checks')] == ['versions', 'compare', 'kernel-tests']
 
 
-# what the kernel-tests step finds in place of tests/ops: tests that pass, fail and skip, to be counted
+# the tests that the step kernel-tests runs in place of tests/ops: some pass, fail and skip
 FOUND_TESTS = '''
 import pytest
 pytestmark = pytest.mark.gpu
@@ -244,7 +243,7 @@ def test_other():
 '''
 
 
-# on a GPU in several processes, whose lines differ
+# on a GPU pytest runs in several processes, whose output lines differ
 @pytest.mark.parametrize('device,text,result,value', [
     ('cuda', f'FAILS = True\n{FOUND_TESTS}', 'failed', '1'), ('cpu', f'FAILS = False\n{FOUND_TESTS}', 'passed', '2'),
     ('cpu', f'FAILS = False\n{FOUND_TESTS}pytestmark = [pytestmark, pytest.mark.skip]', 'skipped', '0')],

@@ -1,4 +1,4 @@
-"""scripts/gpu_train.py: the command of every run, sessions that end in the middle of one, transfer of their state."""
+"""scripts/gpu_train.py: commands of the runs, sessions that end during a run, and the transfer of their state."""
 import csv
 import json
 import os
@@ -48,7 +48,7 @@ def test_rows_of_the_table_differ_in_model_teacher_and_size_alone(tmp_path):
     shared = {(row.epochs, row.lr, row.batch_size, row.mixup, row.cutmix, row.reprob, row.scale) for row in found}
     assert len(shared) == 1 and next(iter(shared))[0] == 100
     teacher = teach_config.read_settings(flags_of(RUNS[1], settings(tmp_path)))
-    for row in found:  # views are those of the students
+    for row in found:  # the teacher's views are those of the students
         assert all(getattr(row, name) == getattr(teacher, name) for name in (
             'scale', 'hflip', 'color_jitter', 'aa', 'reprob', 'cache_images'))
         assert not row.teacher_outputs or row.kd_temperature in teacher.temperatures
@@ -126,8 +126,8 @@ def test_a_session_saves_what_is_not_through_and_the_next_one_goes_on(tmp_path, 
     again = settings(there, unpack=str(tmp_path / 'parts'), runs=(wanted[0], wanted[2]), minutes=.1,
                      data=str(tmp_path / 'data'))
     assert gpu_train.run_session(again) == 0
-    assert (there / 'runs' / wanted[2] / 'last' / 'checkpoint.pt').stat().st_size == len(b'state')  # it went on
-    assert not (there / 'runs' / wanted[0] / 'last').exists()  # finished, so that its checkpoint stayed behind
+    assert (there / 'runs' / wanted[2] / 'last' / 'checkpoint.pt').stat().st_size == len(b'state')  # it was resumed
+    assert not (there / 'runs' / wanted[0] / 'last').exists()  # finished, so its checkpoint was not packed
     gpu_train.run_session(settings(there, list=True))
     printed = capsys.readouterr().out
     assert f'{wanted[2]:46s}   12 min  finished, top-1 61.50 %' in printed and '--resume auto' in printed
@@ -158,7 +158,7 @@ time.sleep(60)
 def test_a_session_that_is_stopped_saves_its_run_and_leaves_no_process(tmp_path, number):
     (tmp_path / 'scripts').mkdir()
     (tmp_path / 'scripts' / 'finetune.py').write_text(ASKED)
-    (tmp_path / 'data' / 'nette' / 'train').mkdir(parents=True)  # an empty one does for this script
+    (tmp_path / 'data' / 'nette' / 'train').mkdir(parents=True)  # an empty folder is enough for this script
     session = subprocess.Popen([sys.executable, '-c', SESSION, tmp_path], cwd=tmp_path, start_new_session=True,
                              env={**os.environ, 'PYTHONPATH': str(gpu_train.SCRIPTS)})
     try:
@@ -234,7 +234,7 @@ def test_unpacking_leaves_runs_that_are_further_on(tmp_path, capsys):
             write_run(tmp_path / folder / name, *state)
     (tmp_path / 'runs' / names[1] / 'notes.txt').write_text('kept')
     gpu_train.run_session(settings(tmp_path, output=str(tmp_path / 'away'), pack=str(tmp_path / 'parts')))
-    for _ in range(2):  # again, it changes nothing
+    for _ in range(2):  # the second call changes nothing
         gpu_train.run_session(settings(tmp_path, unpack=str(tmp_path / 'parts'), pack=str(tmp_path / 'all')))
         found = [gpu_train.state(run, tmp_path / 'runs') for run in RUNS if run.name in names]
         assert found == ['epoch 99 evaluated', 'epoch 9 evaluated', 'finished, top-1 50.00 %',

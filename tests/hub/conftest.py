@@ -1,4 +1,4 @@
-"""One short, real run of scripts/finetune.py and its export; the loopback Hub, and the real client pointed at it."""
+"""A short, real run of scripts/finetune.py and its export; the loopback Hub, and the real client connected to it."""
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ def image_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='session')
 def run_settings(image_folder) -> finetune.FinetuneSettings:
-    """Kwargs that a release drops, and data settings that are not those of the registered name."""
+    """Settings with model arguments that a release drops, and data settings that differ from the registered ones."""
     return finetune.FinetuneSettings(
         data_dir=str(image_folder), model='coatnet_pico_64', img_size=32, epochs=1, batch_size=12, lr=1e-3,
         warmup_epochs=0.0, scale=(0.6, 1.0), workers=0, device='cpu', output=str(image_folder.parent), experiment='run',
@@ -31,27 +31,27 @@ def run_settings(image_folder) -> finetune.FinetuneSettings:
 
 @pytest.fixture(scope='session')
 def trained(run_settings) -> Path:
-    """A run folder, not to be changed."""
+    """A run folder that all tests share; read-only."""
     finetune.main(run_settings)
     return Path(run_settings.output) / run_settings.experiment
 
 
 @pytest.fixture
 def run_dir(trained, tmp_path) -> Path:
-    """A run folder of one's own."""
+    """A copy of the run folder that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / 'run', ignore=shutil.ignore_patterns('last')))
 
 
 @pytest.fixture(scope='session')
 def exported(trained, tmp_path_factory) -> Path:
-    """An exported folder, not to be changed."""
+    """An exported folder that all tests share; read-only."""
     return export.main(export.ExportSettings(
         run_dir=trained, name=NAME, output=tmp_path_factory.mktemp('exported') / NAME, trained_on='Colours'))
 
 
 @pytest.fixture
 def folder(exported, tmp_path) -> Path:
-    """An exported folder of one's own."""
+    """A copy of the exported folder that a test may change."""
     return Path(shutil.copytree(exported, tmp_path / NAME))
 
 
@@ -62,13 +62,13 @@ def hub():
 
 
 def forget_sessions() -> None:
-    """Sessions of huggingface_hub before 1.0 stay offline once they were; later versions ask at each request."""
+    """Reset the HTTP sessions of huggingface_hub before 1.0, which keep the offline mode that they began with."""
     getattr(huggingface_hub.utils, 'reset_sessions', lambda: None)()
 
 
 @pytest.fixture
 def client(hub, monkeypatch, tmp_path) -> huggingface_hub.HfApi:
-    """huggingface_hub as if started with HF_ENDPOINT, HF_HOME and HF_TOKEN for the loopback Hub and its owner."""
+    """huggingface_hub configured as by HF_ENDPOINT, HF_HOME and HF_TOKEN for the loopback Hub and its owner."""
     home = tmp_path / 'hf_home'
     for name, value in {
         'ENDPOINT': hub.endpoint,
@@ -90,7 +90,7 @@ def client(hub, monkeypatch, tmp_path) -> huggingface_hub.HfApi:
 
 @pytest.fixture
 def offline(client, monkeypatch) -> Callable[[bool], None]:
-    """Go offline as HF_HUB_OFFLINE=1 does, and back."""
+    """Function that switches offline mode on (as HF_HUB_OFFLINE=1 does) and off."""
     def go(away: bool = True) -> None:
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', away)
         forget_sessions()
@@ -101,7 +101,7 @@ def offline(client, monkeypatch) -> Callable[[bool], None]:
 
 @pytest.fixture
 def environment(hub, tmp_path) -> dict[str, str]:
-    """The same for a process of its own."""
+    """Environment variables that connect a new process to the loopback Hub."""
     return {'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path / 'hf_home'), 'HF_TOKEN': OWNER_TOKEN,
             'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
             'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'NO_PROXY': '127.0.0.1,localhost', 'OMP_NUM_THREADS': '1'}

@@ -1,4 +1,4 @@
-"""hub/card.py: the metadata parse back to what the run said, and the text says it too."""
+"""hub/card.py: the card's metadata and text agree with the run."""
 import json
 import re
 import shutil
@@ -16,7 +16,7 @@ from support.constants import RELEASE_NAME as NAME
 
 
 def rewrite(folder: Path, cfg: dict | None = None, metrics: dict | None = None, **release) -> str:
-    """Change config.json, make the card anew, and return its text with single spaces."""
+    """Change config.json, rewrite the card, and return its text with single spaces."""
     path = folder / 'config.json'
     config = json.loads(path.read_text())
     config['pretrained_cfg'] |= cfg or {}

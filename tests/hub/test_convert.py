@@ -1,4 +1,4 @@
-"""hub/convert.py: weights of others as a run folder, and the way from it to a release and to a fine-tuned model."""
+"""hub/convert.py: third-party weights as a run folder, which is then released and fine-tuned."""
 import dataclasses
 import hashlib
 import json
@@ -56,7 +56,7 @@ def class_names(folder: Path, count: int = 10) -> Path:
 
 
 def tiny(tmp_path: Path, **options) -> convert.ConvertSettings:
-    """Conversion of the small file that kecam wrote."""
+    """Settings that convert the small file that kecam wrote."""
     return convert.ConvertSettings(**{
         'source': str(FILES / 'coatnet_tiny_weights.h5'), 'model_kwargs': TINY, 'class_names': class_names(tmp_path),
         'output': tmp_path / 'run', **options})
@@ -68,7 +68,7 @@ def origin_of(folder: Path) -> dict:
 
 @pytest.fixture
 def small_kecam(monkeypatch) -> None:
-    """The registered name in the sizes of kecam's small file."""
+    """Shrink the registered architecture to the size of kecam's small file."""
     monkeypatch.setitem(coatnet.model_cfgs, 'coatnet_0_kecam', dataclasses.replace(
         coatnet.model_cfgs['coatnet_0_kecam'], depths=(1, 2, 2, 1), embed_dim=(64, 32, 64, 96), stem_width=32))
 
@@ -99,7 +99,7 @@ def test_a_published_file_is_known_by_its_md5(tmp_path, monkeypatch):
     origin = origin_of(convert.main(tiny(tmp_path, source=str(FILES / 'coatnet_tiny_model.h5'))))
     assert (origin['url'], origin['top1'], origin['trained_on']) == ('https://x.y/z.h5', 82.79, 'ImageNet-1k')
     said = dict(origin='https://a.b', trained_on='Noise', license='mit', source=str(FILES / 'coatnet_tiny_model.h5'))
-    origin = origin_of(convert.main(tiny(tmp_path, **said)))  # in the place of the earlier one
+    origin = origin_of(convert.main(tiny(tmp_path, **said)))  # replaces the earlier one
     assert (origin['url'], origin['trained_on'], origin['license'], origin['license_name']) == (
         'https://a.b', 'Noise', 'mit', None)
 
@@ -129,7 +129,7 @@ def test_timms_coatnet_goes_into_ours(suffix, tmp_path):
 
 
 def test_timms_coatnet_with_a_stem_bias_is_exported(tmp_path, monkeypatch):
-    """Its bias tells that it has the official choices, which are those of the registered name."""
+    """A stem bias implies the official choices, which are those of the registered architecture."""
     monkeypatch.setitem(coatnet.model_cfgs, 'coatnet_0', dataclasses.replace(
         coatnet.model_cfgs['coatnet_0'], depths=(1, 1, 1, 1)))
     theirs = timm.create_model('coatnet_0_224', stem_bias=True, depths=(1, 1, 1, 1), num_classes=4, img_size=64)
@@ -198,7 +198,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path, monkeypatch):
 
 
 def test_chelsea_goes_into_the_model_as_kecam_shows_it():
-    """The whole image of 300 x 451, resized without antialias; the shares are those of classes 285 and 282."""
+    """The whole image of 300 x 451 is resized without antialiasing; probabilities are those of classes 285 and 282."""
     seen = []
 
     class Looks(torch.nn.Module):
@@ -269,9 +269,9 @@ def test_the_card_of_a_published_file_says_what_its_author_reports(tmp_path, sma
         run_dir=run, name='coatnet_0_kecam.small', output=tmp_path / 'release', dtype='float16'))
     text = (folder / 'README.md').read_text()
     assert 'Top-1 accuracy as its author reports: 82.79 %. To measure it: `python scripts/eval_imagenet.py' in text
-    assert 'float32 weights, before' not in text  # nothing was measured, of neither
+    assert 'float32 weights, before' not in text  # neither dtype was measured
     assert 'Egyptian cat 0.99324, tiger cat 0.00382' in text and '| top-1 accuracy (%) | not measured |' in text
-    assert ModelCard.load(folder / 'README.md').data.eval_results is None  # its author's figure is not our result
+    assert ModelCard.load(folder / 'README.md').data.eval_results is None  # the author's figure is not our result
 
 
 def test_figures_of_an_evaluation_go_into_the_release(tmp_path, small_kecam):
@@ -307,7 +307,7 @@ def test_licence_of_a_run_that_started_from_it(tmp_path):
 @pytest.mark.parametrize(('layout', 'fresh'), [
     pytest.param('CCTT', '', marks=pytest.mark.slow), ('CCDD', '2|3')])
 def test_fine_tuning_starts_from_the_weights_of_each_stage(layout, fresh, tmp_path, small_kecam, caplog):
-    """CCDD: the C stages are those of the weights, the D stages as they are initialised, and a line names them."""
+    """CCDD: C stages come from the weights, D stages are initialised, and a log message names the latter."""
     path = kecam.cached_path(NAME)
     path.parent.mkdir(parents=True)
     weights = kecam.read_h5(FILES / 'coatnet_tiny_weights.h5')

@@ -1,4 +1,4 @@
-"""hub/export.py: what a release holds, and that timm and transformers load it as the model that was trained."""
+"""hub/export.py: contents of a release, and its loading through timm and transformers."""
 import dataclasses
 import hashlib
 import json
@@ -76,7 +76,7 @@ def test_timm_loads_the_trained_model_from_a_folder_and_from_the_cache_of_the_hu
     expected = answer(f'local-dir:{trained}')
     assert expected.std() > 0
     assert_same_up_to_rounding(answer(f'local-dir:{exported}'), expected)
-    commit = 'a' * 40  # a pinned commit that is in the cache asks no server
+    commit = 'a' * 40  # a pinned commit in the cache needs no server
     shutil.copytree(exported, tmp_path / 'models--me--colours' / 'snapshots' / commit)
     assert_same_up_to_rounding(answer(f'hf-hub:me/colours@{commit}', cache_dir=tmp_path), expected)
 
@@ -125,7 +125,7 @@ def test_synsets_are_described_and_the_card_prints_words(run_dir, exported):
     assert timm.create_model(f'local-dir:{made}', pretrained=True).pretrained_cfg['label_descriptions'] == words
     assert '{words[names[index]]}' in (made / 'README.md').read_text()
     assert '{names[index]}' in (exported / 'README.md').read_text()
-    # names of one's own among them: none is described
+    # with a name that is no synset, none is described
     change_json(run_dir / 'config.json', label_names=[*synsets[:2], 'green'])
     assert 'label_descriptions' not in json.loads((make(run_dir) / 'config.json').read_text())
 
@@ -170,7 +170,7 @@ def test_what_started_from_released_weights_keeps_their_licence(run_dir, tmp_pat
         cfg = json.loads((made / 'config.json').read_text())['pretrained_cfg']
         return cfg['license'], said['license_name'], said['license_link']
 
-    assert licence() == ('apache-2.0', None, None)  # from random weights, though of the same name
+    assert licence() == ('apache-2.0', None, None)  # from random weights, although releases have the same name
     second = Path(shutil.copytree(run_dir, tmp_path / 'second'))
     change_json(second / 'args.json', model='coatnet_pico_64', pretrained=True)
     random = dict(model='coatnet_pico_64', pretrained=False)
@@ -183,7 +183,7 @@ def test_what_started_from_released_weights_keeps_their_licence(run_dir, tmp_pat
         assert export_run.license_of_start(json.loads((run_dir / 'args.json').read_text())) == {
             'license': 'other', 'license_name': 'terms', 'license_link': 'https://x.y'}, start
     assert licence() == ('other', 'terms', 'https://x.y')
-    assert licence(license='mit') == ('mit', None, None)  # whoever says one knows
+    assert licence(license='mit') == ('mit', None, None)  # an explicit licence wins
     weights.write_bytes(b'another')
     for start in (dict(pretrained=False, initial_checkpoint=str(weights)), dict(
             pretrained=True, initial_checkpoint='', model='hf-hub:owner/other'), dict(model=f'local-dir:{tmp_path}')):
@@ -222,9 +222,9 @@ def test_grey_model_of_a_word_without_attention(image_folder, tmp_path, run_sett
 
 
 def spoil_16_bits(run_dir: Path) -> None:
-    """A classifier that says blue for everything, and green once its weights are rounded to bfloat16."""
+    """Write a classifier that predicts blue for every image, and green after rounding to bfloat16."""
     state = load_file(run_dir / 'model.safetensors')
-    state['head.pre_logits.fc.weight'].zero_()  # the same features for every image, whatever was trained
+    state['head.pre_logits.fc.weight'].zero_()  # the same features for every image
     state['head.pre_logits.fc.bias'].fill_(0.01)
     state['head.fc.weight'] = torch.tensor([[1001.5], [1000.], [998.5]]).expand(3, 320).contiguous()
     state['head.fc.bias'] = torch.tensor([0., 0.01, 0.])

@@ -1,4 +1,4 @@
-"""hub/publish.py against the loopback Hub: what it uploads and refuses, and that it may be interrupted anywhere."""
+"""hub/publish.py against the loopback Hub: uploads, rejected pushes, and reruns after any interruption."""
 import dataclasses
 import errno
 import hashlib
@@ -34,7 +34,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope='session')
 def made(tmp_path_factory) -> Path:
-    """A folder as hub/export.py makes it, not to be changed."""
+    """A folder as hub/export.py makes it; read-only."""
     folder = tmp_path_factory.mktemp('made')
     torch.manual_seed(0)
     model = timm.create_model('coatnet_pico_64', num_classes=4, depths=(1, 1, 1, 1), embed_dim=(16, 16, 32, 64)).eval()
@@ -63,7 +63,7 @@ def ready(made, tmp_path) -> Path:
 
 @pytest.fixture
 def settings(client, ready, tmp_path, monkeypatch) -> publish.PublishSettings:
-    """A push of that folder, into a package without releases."""
+    """Settings that push that folder, with a package that has no releases."""
     monkeypatch.setattr(publish_run, 'WEIGHTS', tmp_path / 'weights')
     monkeypatch.setattr(publish_run, 'verify', checksums)
     (tmp_path / 'weights').mkdir()
@@ -93,7 +93,7 @@ def asked(hub, method: str, part: str) -> list:
 
 
 def assert_published(hub, folder: Path) -> None:
-    """One commit upon the first one, its tag, and a record of exactly that."""
+    """Assert that the repository has one commit after the first, with its tag and its record in releases.json."""
     repo = hub.repos[REPO]
     assert len(repo.commits) == 2
     head = repo.branches['main']
@@ -122,7 +122,7 @@ def test_dry_run_changes_nothing_and_says_what_would_be(hub, settings, capsys):
 
 def test_push_uploads_once_and_records_what_came_back(hub, client, settings, capsys):
     publish.main(settings)
-    assert not Path(constants.HF_HUB_CACHE).exists()  # nothing of the user's own cache was read or filled
+    assert not Path(constants.HF_HUB_CACHE).exists()  # the user's cache was neither read nor filled
     assert_published(hub, settings.folder)
     assert not hub.repos[REPO].private
     entry = recorded()[NAME]
@@ -178,7 +178,7 @@ def test_interrupted_at_any_step_it_ends_in_the_same_state(hub, client, settings
 @pytest.mark.parametrize('kind', ['before', 'answer'])
 def test_a_connection_that_breaks_for_good_is_a_sentence_and_is_made_up_for(
         hub, settings, monkeypatch, method, path, kind):
-    monkeypatch.setattr('time.sleep', lambda seconds: None)  # between the client's own tries
+    monkeypatch.setattr('time.sleep', lambda seconds: None)  # between the client's retries
     hub.fail(method, path, kind, times=1000)
     assert refused(settings).startswith(f'--repo {REPO}')
     assert recorded() == {}
@@ -244,7 +244,7 @@ def test_a_repository_that_moves_meanwhile_is_not_overwritten(hub, client, setti
 
 
 def test_the_next_release_builds_upon_the_recorded_one_only(hub, client, settings):
-    """Tags never move, files of nobody's export stay, those of an earlier export go."""
+    """Tags never move; files that no export writes are kept, stale files of an earlier export are deleted."""
     (settings.folder / 'model.onnx').write_bytes(b'a graph')
     publish.main(settings)
     first = recorded()[NAME]['commit']
@@ -262,7 +262,7 @@ def test_the_next_release_builds_upon_the_recorded_one_only(hub, client, setting
     assert hub.repos[REPO].tags == {'v1': first, 'v2': recorded()[NAME]['commit']}
     publish.main(settings := dataclasses.replace(second, push=False))
     client.create_commit(REPO, [CommitOperationAdd('NOTES.md', b'more notes')], commit_message='theirs')
-    publish.main(dataclasses.replace(settings, push=True))  # the tag, not the branch, says what is released
+    publish.main(dataclasses.replace(settings, push=True))  # the tag, not the branch, identifies the release
     assert recorded()[NAME]['commit'] == hub.repos[REPO].tags['v2']
 
 
@@ -338,7 +338,7 @@ def test_push_writes_its_repository_into_the_card_of_an_export_that_names_anothe
         hub, settings, folder, monkeypatch, before, capsys):
     monkeypatch.setattr(publish_run, 'verify', verification.verify)
     monkeypatch.setattr(verification, 'check_in_fresh_process', lambda folder: 'left out')
-    monkeypatch.setattr(publish_run, 'check_release', lambda *_: None)  # for its 32 pixels
+    monkeypatch.setattr(publish_run, 'check_release', lambda *_: None)  # would reject its 32 pixels
     config = json.loads((folder / 'config.json').read_text())
     config['release']['repo'] = before
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')

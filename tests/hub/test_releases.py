@@ -1,4 +1,4 @@
-"""Released weights, from releases.json to a loaded model: what ships, what the Hub gives, and what is refused."""
+"""Released weights, from releases.json to a loaded model: packaged weights, downloads, and rejected files."""
 import json
 import os
 import re
@@ -42,18 +42,18 @@ def entry_for(weights: Path, **changed: object) -> dict:
 
 @pytest.fixture
 def released(client, weights, monkeypatch) -> dict:
-    """A release on the Hub, known to releases.json."""
+    """A release on the Hub that releases.json records."""
     client.create_repo(REPO)
     commit = client.create_commit(
         REPO, [CommitOperationAdd('model.safetensors', str(weights))], commit_message='release').oid
     entry = entry_for(weights, repo=REPO, commit=commit)
-    # a dict of its own: entries taken out and put back would leave the shipped ones in another order
+    # a separate dict: removing and restoring entries would change the order of the packaged ones
     monkeypatch.setattr(releases, 'RELEASES', {NAME: entry})
     return entry
 
 
 def load(released: dict, **kwargs) -> torch.nn.Module:
-    """What create_model(NAME, pretrained=True) does; registered names are tried in a process of their own below."""
+    """Load as create_model(NAME, pretrained=True) does; a test below loads registered names in a new process."""
     return timm.create_model('coatnet_pico_64', pretrained=True, num_classes=4, **kwargs, pretrained_cfg_overlay=dict(
         hf_hub_id=f'{released["repo"]}@{released["commit"]}', hf_hub_filename=released['file'], num_classes=4))
 
@@ -64,7 +64,7 @@ def assert_same(model: torch.nn.Module, weights: Path) -> None:
 
 
 def test_shipped_releases_are_whole():
-    """Every entry of the real releases.json, however many there are."""
+    """Every entry of the real releases.json."""
     for name, entry in releases.RELEASES.items():
         architecture, _, tag = name.partition('.')
         releases.check_release(
@@ -171,7 +171,7 @@ def test_a_download_that_breaks_for_good_is_a_sentence(hub, released, monkeypatc
 
 
 def test_sources_of_the_user_are_theirs(hub, client, released, weights, tmp_path):
-    """Other repositories and files are neither checked nor replaced by the release."""
+    """Weights from other repositories and files are neither checked nor replaced by those of the release."""
     other = tmp_path / 'other.safetensors'
     save_file({key: torch.zeros_like(value) for key, value in load_file(weights).items()}, other)
     client.create_repo('owner/other')
@@ -247,7 +247,7 @@ print(json.dumps(seen))
 
 
 def test_registered_names_load_from_the_package_and_from_the_hub(hub, client, released, weights, environment, tmp_path):
-    """The whole way, in a package whose releases.json has one of each kind."""
+    """Both names load in a copy of the package whose releases.json has one release of each kind."""
     package = shutil.copytree(ROOT / 'coatnet_zoo', tmp_path / 'site/coatnet_zoo',
                               ignore=shutil.ignore_patterns('__pycache__', '*.safetensors'))
     shutil.copy(weights, package / 'weights/small.safetensors')

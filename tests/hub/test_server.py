@@ -1,4 +1,4 @@
-"""The loopback Hub, driven by the real clients: what they push comes back, and what breaks is said or mended."""
+"""The loopback Hub with the real clients: pushes and downloads agree, and faults raise errors or are retried."""
 import json
 import os
 import subprocess
@@ -57,14 +57,14 @@ def test_what_is_pushed_comes_back(hub, client, pushed):
     assert ModelCard.load(REPO).text.strip() == '# A model'
     [put] = asked(hub, 'PUT', '/lfs/')
     assert put.status == 200 and asked(hub, 'POST', '/lfs/verify')
-    # large files come from another host, which never sees the token
+    # large files come from another host, which must never get the token
     assert not any(request.token for request in hub.requests if request.path.startswith(('/cdn/', '/lfs/')))
     assert asked(hub, 'GET', '/cdn/')[0].host.startswith('localhost:')
     assert all(request.token for request in asked(hub, 'HEAD', '/resolve/'))
 
 
 def test_blobs_are_named_as_git_names_them(hub, client, pushed, tmp_path):
-    """git itself is the judge: of a plain file, and of the pointer that stands for a large one."""
+    """Blob ids agree with git hash-object, for a plain file and for the LFS pointer of a large one."""
     pointer = (f'version https://git-lfs.github.com/spec/v1\noid sha256:'
                f'{hub.repos[REPO].files()["model.safetensors"].sha256}\nsize {len(WEIGHTS)}\n')
     said = {entry.path: entry.blob_id for entry in client.list_repo_tree(REPO)}
@@ -124,11 +124,11 @@ def test_deleting_and_folders(client, pushed):
 
 
 def test_a_broken_download_is_resumed_where_it_broke(hub, client, pushed, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, 'DOWNLOAD_CHUNK_SIZE', 4096)  # what is less than one is lost
+    monkeypatch.setattr(huggingface_hub.constants, 'DOWNLOAD_CHUNK_SIZE', 4096)  # an incomplete chunk is lost
     hub.fail('GET', '/cdn/', 'half')
     try:
         path = hf_hub_download(REPO, 'model.safetensors')
-    except Exception:  # clients before 1.0 give up here, and go on with the next call
+    except Exception:  # clients before 1.0 fail here, and resume in the next call
         path = hf_hub_download(REPO, 'model.safetensors')
     assert Path(path).read_bytes() == WEIGHTS
     first, second = asked(hub, 'GET', '/cdn/')
@@ -178,7 +178,7 @@ def test_a_wrong_sha256_is_refused(hub, client):
 
 def test_who_may_do_what(hub, client, pushed, monkeypatch):
     def status(call, *args, **kwargs) -> int:
-        with pytest.raises(HfHubHTTPError.__bases__) as told:  # whoami of 0.30 raises the base
+        with pytest.raises(HfHubHTTPError.__bases__) as told:  # whoami of version 0.30 raises a base class
             call(*args, **kwargs)
         return told.value.response.status_code
 

@@ -1,4 +1,4 @@
-"""hub/space: what it shows is what the model does, to several at once, in a real browser, and to nobody elsewhere."""
+"""hub/space: results against the model, several users at once, a real browser, and no requests to other hosts."""
 import dataclasses
 import json
 import os
@@ -34,7 +34,7 @@ import interface  # noqa: E402  the same
 
 NAMES = ['tench', 'a <b>bold</b> class', 'n02102040', 'kite & co', 'fifth', 'sixth']
 CPU = torch.device('cpu')
-# what Chromium asks for by itself at each start, here in vain; fonts and scripts of pages are not among it
+# hosts that Chromium itself contacts at each start, here without network; fonts and scripts of pages are not included
 CHROMIUMS_OWN = re.compile(r'(?!fonts\.|ajax\.)([\w-]+\.)*(google|googleapis|gstatic|gvt1|gvt2)\.com')
 
 
@@ -51,7 +51,7 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('runs')
     for name in ('coatnet_pico_64', 'dynamicconvnet_pico_64'):
         model = timm.create_model(name, depths=(1, 1, 1, 1), num_classes=len(NAMES)).eval()
-        torch.nn.init.normal_(model.get_classifier().weight)  # or all six would be as likely
+        torch.nn.init.normal_(model.get_classifier().weight)  # otherwise all six would be equally probable
         (folder / name).mkdir()
         write_config(folder / name / 'config.json', model, NAMES, resolve_input_data_config(model, {}))
         tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
@@ -65,7 +65,7 @@ def models(runs) -> dict[str, answer.Model]:
 
 
 def expected(run: Path, image_path: Path) -> dict[str, float]:
-    """Name and share of each class, best first, by timm alone."""
+    """Name and probability of each class, highest first, by timm alone."""
     model = timm.create_model(f'local-dir:{run}', pretrained=True).eval()
     image = create_transform(**resolve_input_data_config(model, {}))(Image.open(image_path).convert('RGB'))
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_what_is_too_large_is_refused_while_it_comes(connect, models, tmp_path):
 
 
 def test_files_of_the_server_cannot_be_asked_for(client_server, models, tmp_path):
-    """By hand, for gradio's client would upload the file first."""
+    """The request is made by hand, because gradio's client would upload the file first."""
     def ask(file: dict) -> str:
         body = json.dumps({'data': [next(iter(models)), {**file, 'meta': {'_type': 'gradio.FileData'}}]}).encode()
         call = f'{client_server}gradio_api/call/predict'
@@ -238,7 +238,7 @@ def test_files_of_the_server_cannot_be_asked_for(client_server, models, tmp_path
 
 @pytest.fixture(scope='module')
 def space(runs, tmp_path_factory):
-    """The Space's folder, made by make, served by its own app.py where nothing else of the checkout is in sight."""
+    """The Space's folder as built by make, served by its own app.py without access to the rest of the checkout."""
     if not shutil.which('make'):
         pytest.skip('make is not installed')
     folder = tmp_path_factory.mktemp('pushed') / 'space'
@@ -275,7 +275,7 @@ def chromium():
 
 
 def frame_of(image) -> tuple[float, float]:
-    """Centre of the cyan frame that the first panel draws, in shares of the image in it."""
+    """Centre of the cyan frame in a panel, as fractions of the image's width and height."""
     source = image.evaluate('''async image => { await image.decode();
         const canvas = document.createElement('canvas');
         canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
@@ -284,7 +284,7 @@ def frame_of(image) -> tuple[float, float]:
     pixels = np.array(source[1:], dtype=np.int16).reshape(-1, source[0], 4)
     rows, columns = np.nonzero((np.abs(pixels - (34, 211, 238, 255)) < 30).all(-1))
     filled = pixels[..., 3] == 255
-    # the image is what is opaque from edge to edge: the scale at its right is separate
+    # the image is the opaque part; the colour bar at its right is separate
     across = np.flatnonzero(filled[filled.shape[0] // 2])
     width = across[np.flatnonzero(np.diff(across, append=across[-1] + 9) > 1)[0]] + 1
     return (rows.min() + rows.max()) / 2 / filled.shape[0], (columns.min() + columns.max()) / 2 / width
@@ -311,7 +311,7 @@ def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
     def fits() -> bool:
         return page.evaluate('document.documentElement.scrollWidth') <= width
 
-    # the small print can be read: WCAG asks for a contrast of 4.5
+    # small text is legible: WCAG requires a contrast of 4.5
     shades = page.evaluate('''() => [getComputedStyle(document.querySelector('.hint')).color,
         getComputedStyle(document.body).backgroundColor]''')
     least, most = sorted(float(np.dot([.2126, .7152, .0722], [
@@ -319,7 +319,7 @@ def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
         for value in re.findall(r'\d+', shade)[:3]])) for shade in shades)
     assert (most + .05) / (least + .05) > 4.5, shades
 
-    # a bad file gets its sentence
+    # a bad file gives an error message
     upload.set_input_files(tmp_path / 'notes.jpg')
     refusal = page.get_by_role('alert').filter(has_text='not an image')
     refusal.wait_for()
@@ -328,7 +328,7 @@ def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
     page.locator('#file').get_by_role('button', name=re.compile('clear|remove', re.I)).first.click()
     refusal.wait_for(state='detached')
 
-    # a good one its prediction, of the model that is picked
+    # a good file gives the prediction of the chosen model
     upload.set_input_files(image_path)
     page.locator('.panels img').first.wait_for()
     assert page.get_by_label('Model').input_value() == best_release()
@@ -342,7 +342,7 @@ def test_a_visit(width, height, scheme, space, chromium, runs, tmp_path):
     assert 'ms' in page.locator('#facts').inner_text() and fits()
     assert page.locator('.panels img').count() == 5
 
-    # a click the kernel of its position, framed where it was clicked
+    # a click shows the kernel at that position, with a frame there
     seen = page.locator('#seen img')
     seen.scroll_into_view_if_needed()
     box = seen.bounding_box()

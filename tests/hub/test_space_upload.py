@@ -1,4 +1,4 @@
-"""hub/space/upload.py and the files of the Space: what strangers may send, and that the folder needs nothing else."""
+"""hub/space/upload.py and the files of the Space: accepted and rejected uploads, and the completeness of the folder."""
 import ast
 import re
 import struct
@@ -37,7 +37,7 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def png_without_pixels(width: int, height: int) -> bytes:
-    """A PNG that says its size and has no pixels: whoever decodes it finds it damaged, whoever measures it does not."""
+    """A PNG with a valid header and no pixels: its size can be read, but decoding fails."""
     chunks = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0), b'IDAT' + zlib.compress(b'')
     return b'\x89PNG\r\n\x1a\n' + b''.join(
         struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) for chunk in chunks)
@@ -134,7 +134,7 @@ def test_transparency_is_dropped_and_phones_are_held_upright(tmp_path):
 
 
 def imports(file: Path) -> set[str]:
-    """Modules that a file imports: anywhere in the files of the page, at their start in those of coatnet_train."""
+    """Modules that a file imports: anywhere in it for the page's files, at the top level for coatnet_train's."""
     tree = ast.parse(file.read_text())
     at_start = [part for top in tree.body for part in (top.body if isinstance(top, ast.Try) else [top])]
     found = set()
@@ -147,7 +147,7 @@ def imports(file: Path) -> set[str]:
 
 
 def test_requirements_bring_what_the_page_imports():
-    """The Space has all of coatnet_train, but only the packages of what the page reaches."""
+    """The Space contains all of coatnet_train, but its requirements only cover the modules that the page imports."""
     todo, seen, packages = sorted(SPACE.glob('*.py')), set(), set()
     while todo:
         seen.add(file := todo.pop())

@@ -1,4 +1,4 @@
-"""hub/verify.py: a good folder passes, and every kind of damage gets its sentence."""
+"""hub/verify.py: a good folder passes, and every kind of damage has its error message."""
 import json
 import os
 import re
@@ -29,7 +29,7 @@ def run_command(folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def no_process(monkeypatch):
-    """Damage must be found before the folder is loaded."""
+    """Fail the test if the folder is loaded: damage must be found before."""
     def start(folder):
         raise AssertionError('went on to load the folder')
 
@@ -207,7 +207,7 @@ def test_transformers_is_left_out_where_it_is_not_installed(folder, monkeypatch)
 
 
 def edit(**changes) -> Callable[[dict], None]:
-    """Set keys of pretrained_cfg (or of 'release' and the top by prefix); a value of ... removes them."""
+    """Function that sets keys of pretrained_cfg (by prefix those of 'release' or the top level); ... removes a key."""
     def change(config: dict) -> None:
         for name, value in changes.items():
             part, _, key = name.rpartition('__')

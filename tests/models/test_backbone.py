@@ -1,4 +1,4 @@
-"""The word, its keywords, the timm contract and the sizes an image may have."""
+"""Backbone: the layout and its keywords, timm's model interface, and image sizes."""
 import copy
 import itertools
 
@@ -144,7 +144,7 @@ def test_flavors_name_every_difference_and_nothing_else():
     assert set(FLAVORS['official']) == set(FLAVORS['timm'])
     assert all(FLAVORS['official'][k] != FLAVORS['timm'][k] for k in FLAVORS['official'])
     assert BackboneCfg().with_options('official') == BackboneCfg()
-    assert BackboneCfg().with_options('timm', act='gelu_tanh').act == 'gelu_tanh'  # a field goes over the preset
+    assert BackboneCfg().with_options('timm', act='gelu_tanh').act == 'gelu_tanh'  # a field overrides the preset
 
 
 @pytest.mark.parametrize('flavor,last', [('official', .2 * 4 / 5), ('timm', .2)])
@@ -168,7 +168,7 @@ def test_official_initialisation():
 
 
 def test_narrow_models_start_from_another_scheme_than_the_papers_widths():
-    """results/weight_init_*.json: N(0, 0.02) leaves coatnet_pico_64 behind after two epochs at both learning rates."""
+    """results/weight_init_*.json: with N(0, 0.02) coatnet_pico_64 is worse after two epochs at both learning rates."""
     schemes = {name: cfg.weight_init for name, cfg in coatnet.model_cfgs.items() if name != 'coatnet_0_kecam'}
     narrow = {'coatnet_pico', 'coatnet_nano', 'coatnet_pico_64', 'coatnet_pico_ccdd_64'}
     assert {name for name, scheme in schemes.items() if scheme == 'vit_eff'} == narrow
@@ -247,7 +247,7 @@ def test_set_input_size_is_the_model_made_for_that_size(randomize):
     images = torch.randn(2, 3, 64, 48)
     dynamic = tiny(32, dynamic_img_size=True)
     dynamic.load_state_dict(model.state_dict())
-    torch.testing.assert_close(resized(images), dynamic(images))  # call by call and once for all are the same resize
+    torch.testing.assert_close(resized(images), dynamic(images))  # resizing in every call and once are the same
     assert get_model_args(resized)['img_size'] == (64, 48)
     with pytest.raises(ValueError, match='50 x 48'):
         resized.set_input_size((50, 48))
@@ -261,7 +261,7 @@ def test_folded_model_says_that_it_cannot_be_resized():
     assert model.img_size == (32, 32)
 
 
-# the timm contract beyond timm's own test files, which `make conformance` runs
+# timm's model interface beyond timm's own tests, which `make conformance` runs
 
 def test_features_by_getter_and_hook_agree():
     torch.manual_seed(0)
@@ -277,7 +277,7 @@ def test_features_by_getter_and_hook_agree():
 
 
 def test_levels_that_do_not_exist_are_refused_with_what_segmentation_models_needs():
-    """smp's timm encoder takes strides from 1 up as VGG's, and asks for levels 0 to encoder_depth, which is 5."""
+    """smp's timm encoder treats models with strides from 1 like VGG, and requests levels 0 to encoder_depth, 5."""
     pyramid = timm.create_model('coatnet_pico_64.untrained', img_size=32, features_only=True, device='meta')
     assert pyramid.feature_info.reduction() == [1, 2, 4, 8, 16]
     with pytest.raises(ValueError, match=r'from 0 to 4, .* strides \[1, 2, 4, 8, 16\], got .* 5\).*encoder_depth=4'):
@@ -371,7 +371,7 @@ def test_layer_decay_goes_block_by_block():
 
 
 def test_checkpointing_gives_the_same_gradients():
-    """Each block runs twice with it: once forward, once more in backward."""
+    """With checkpointing each block runs twice: in the forward and again in the backward pass."""
     images, grads, runs = torch.randn(2, 3, 32, 32), [], []
     for enable in (False, True):
         torch.manual_seed(0)

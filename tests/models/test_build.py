@@ -1,4 +1,4 @@
-"""The entrypoints: keywords, tags and sources that are refused before anything is built."""
+"""Model entrypoints: keywords, tags and weight sources that are rejected before anything is built."""
 import pytest
 import timm
 import torch
@@ -43,7 +43,7 @@ def test_readme_keywords_build():
 
 
 def test_renamed_keywords_say_what_to_write(tmp_path):
-    """A run of an older checkout keeps the keywords of its time in config.json."""
+    """The config.json of an older run has keywords by their former names."""
     with pytest.raises(TypeError, match=r"coatnet_0 has no keyword 'softmax' any more: write .attn_softmax_dtype."):
         timm.create_model('coatnet_0', softmax='input')
     model = timm.create_model('coatnet_pico_64', num_classes=3, drop_path_schedule='inclusive')

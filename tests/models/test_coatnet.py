@@ -1,4 +1,4 @@
-"""The family against the paper's table and against timm's own CoAtNet."""
+"""CoAtNet-0 to 5 against the paper's table and against timm's own CoAtNet."""
 import dataclasses
 
 import pytest
@@ -39,7 +39,7 @@ def test_parameter_counts_are_the_papers(name):
 
 @pytest.mark.parametrize('name,millions', [('coatnet_nano', 15), ('coatnet_pico', 4), ('coatnet_pico_64', 4)])
 def test_small_models_are_about_as_large_as_they_say(name, millions):
-    model = meta(name, num_classes=1000)  # a release may change the number
+    model = meta(name, num_classes=1000)  # released weights may have another number
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Tracers of torch.fx, torch.jit.trace and the legacy ONNX exporter, which see functions and modules as they are."""
+"""Graph capture by torch.fx, torch.jit.trace and the legacy ONNX exporter."""
 import io
 
 import pytest
@@ -55,7 +55,7 @@ def test_registered_names_trace_in_training_too():
 @pytest.mark.parametrize('layout', ['CCTT', 'LLDD'])
 def test_folded_model_is_traced_with_and_without_gradients(layout, randomize):
     model = reparameterize_model(randomize(small(layout=layout)))
-    traced = torch.jit.trace(model, IMAGES)  # checks itself by a second run under no_grad
+    traced = torch.jit.trace(model, IMAGES)  # repeats the run under no_grad as a check
     with torch.no_grad():
         assert_same_up_to_rounding(traced(IMAGES), model(IMAGES))
         assert_same_up_to_rounding(torch.jit.trace(model, IMAGES)(IMAGES), model(IMAGES))
@@ -88,4 +88,4 @@ def test_legacy_onnx_export_of_any_image_size_is_refused_with_the_way_out():
     for model in (small(dynamic_img_size=True), reparameterize_model(small(dynamic_img_size=True))):
         with pytest.raises(RuntimeError, match=r'dynamic_img_size=True.*Pass dynamo=True to torch\.onnx\.export'):
             torch.onnx.export(model, (IMAGES,), io.BytesIO(), dynamo=False)
-        assert torch.jit.trace(model, IMAGES)(IMAGES).shape == (2, 5)  # tracing alone goes on
+        assert torch.jit.trace(model, IMAGES)(IMAGES).shape == (2, 5)  # tracing alone is allowed

@@ -1,4 +1,4 @@
-"""The folded model, and every way a model leaves eager mode: script, trace, compile, export, ONNX, autocast."""
+"""The inference form in eager mode and under script, trace, compile, export, ONNX and autocast."""
 import copy
 
 import numpy as np
@@ -30,7 +30,7 @@ slow_forms = pytest.mark.parametrize('form', slow_unless_cldt(FORMS), indirect=T
 
 @pytest.fixture(params=FORMS)
 def form(request, randomize):
-    """A model that is eager or folded, and its logits."""
+    """A model, as it is or in inference form, and its logits."""
     layout, form = request.param.split('-')
     model = randomize(small(layout=layout, dropconnect=.1)).eval()
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_folded_word_without_attention_can_be_resized(randomize):
 
 
 def test_nothing_goes_stale_in_training(randomize):
-    """Train, change the size, step, take an EMA copy, fold: the folded copy is the trained model."""
+    """Train, change the image size, step, take an EMA copy, fold: the folded copy agrees with the trained model."""
     model = randomize(small()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model.set_input_size(48)
@@ -96,7 +96,7 @@ def test_nothing_goes_stale_in_training(randomize):
 
 
 def test_inference_makes_no_layout_copies(randomize):
-    """channels_last in, channels_last throughout: nothing with an extent is cloned, converted or made contiguous."""
+    """With channels_last input all feature maps are channels_last; none is cloned, converted or made contiguous."""
     model = reparameterize_model(randomize(small()).eval()).to(memory_format=torch.channels_last)
     images = IMAGES.contiguous(memory_format=torch.channels_last)
     seen = []
@@ -113,7 +113,7 @@ def test_inference_makes_no_layout_copies(randomize):
 
 
 def test_layout_copy_count_can_fail(randomize):
-    """A contiguous image is laid out anew, and the test above would see it."""
+    """A contiguous image is converted to channels_last, and the check of the test above detects that."""
     model = reparameterize_model(randomize(small()).eval())
     with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
         model(IMAGES)
@@ -187,7 +187,7 @@ def test_onnx_runtime_agrees(form, tmp_path):
 
 
 def test_onnx_runtime_agrees_at_odd_sizes(tmp_path, randomize):
-    """Pooling in ceil mode: ONNX Runtime 1.20 needs to be told not to count beyond the border."""
+    """Pooling in ceil mode: ONNX Runtime 1.20 must not count positions outside of the map."""
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime comes with the test extra')
     model = randomize(small(layout='CCCC', depths=(1, 1, 1, 1))).eval()
     images = torch.randn(1, 3, 37, 43)

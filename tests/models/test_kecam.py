@@ -1,7 +1,7 @@
-"""The public weights of keras_cv_attention_models: reading its .h5 files, and every step of download and conversion.
+"""Public weights of keras_cv_attention_models (kecam): its .h5 files, and every step of download and conversion.
 
-`kecam/` holds a small CoAtNet that kecam itself wrote, with random weights, as both kinds of .h5 file, and what kecam
-computed with it (`coatnet_tiny_reference.npz`).
+`kecam/` holds a small CoAtNet with random weights, written by kecam as both kinds of .h5 file, and kecam's outputs for
+it (`coatnet_tiny_reference.npz`).
 """
 import dataclasses
 import hashlib
@@ -39,7 +39,7 @@ h5py = pytest.importorskip('h5py', reason='h5py comes with the test extra')
 FILES = Path(__file__).with_name('kecam')
 NAME = 'coatnet_0_kecam.in1k'
 TINY = BackboneCfg(depths=(1, 2, 2, 1), embed_dim=(64, 32, 64, 96), stem_width=32, **kecam.CHOICES)
-TOLERANCE = 2e-5  # of logits and maps, between this package and Keras on TensorFlow
+TOLERANCE = 2e-5  # maximum difference of logits and maps between this package and Keras on TensorFlow
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +54,7 @@ def tiny(**options) -> Backbone:
 
 @torch.no_grad()
 def gaps(model: Backbone, reference: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Largest difference of the logits, and of the five maps."""
+    """Maximum difference of the logits, and of each of the five feature maps."""
     maps = model.forward_intermediates(reference['images'], intermediates_only=True)
     found = {'logits': model(reference['images']), **{f'map{i}': value for i, value in enumerate(maps)}}
     return {name: (value - reference[name]).abs().max().item() for name, value in found.items()}
@@ -98,7 +98,7 @@ def test_a_head_norm_a_flipped_table_and_mixed_heads_show(reference):
 
 
 def test_names_of_kecams_torch_backend_are_known(tmp_path):
-    """It writes weight, bias and running_* without ':0', the axes in the same order."""
+    """kecam's torch backend writes weight, bias and running_* without ':0', with the same order of axes."""
     renamed = {'kernel:0': 'weight', 'depthwise_kernel:0': 'weight', 'gamma:0': 'weight', 'beta:0': 'bias',
                'bias:0': 'bias', 'moving_mean:0': 'running_mean', 'moving_variance:0': 'running_var',
                'positional_embedding:0': 'positional_embedding'}
@@ -146,7 +146,7 @@ def test_files_of_other_architectures_are_refused_with_the_reason(tmp_path):
 
 
 def test_widths_by_kecams_own_rules_are_refused(tmp_path):
-    """Squeeze widths rounded to 8, as for 80 input channels, and a shortcut projected without need."""
+    """Rejected are squeeze widths rounded to 8, as for 80 input channels, and a needless shortcut projection."""
     with pytest.raises(RuntimeError, match=r'squeeze widths are no single fraction of the input widths .* 8, this'):
         kecam.read_h5(changed(tmp_path / 'squeeze.h5', **{
             'stack_2_block_2_se_1_conv__kernel:0': np.zeros((1, 1, 128, 16), np.float32)}))
@@ -178,12 +178,12 @@ def published(tmp_path_factory) -> Path:
 
 @dataclass
 class Server:
-    """A publisher on loopback, which counts what it is asked for and can cut an answer."""
+    """A file server on loopback that records requests and can cut a response short."""
 
     content: bytes
-    cut: int | None = None  # bytes after which the next answer ends
+    cut: int | None = None  # bytes after which the next response ends
     status: int = 200
-    ranges: bool = True  # whether it knows the Range header
+    ranges: bool = True  # whether it supports the Range header
     asked: list[str | None] = field(default_factory=list)  # Range header of each request
     url: str = ''
 
@@ -216,7 +216,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(published, monkeypatch, tmp_path) -> Iterator[Server]:
-    """The publisher of a random file, whose address and MD5 the package takes for the real ones."""
+    """A server of a random file, with its address and MD5 in place of the real ones in the package."""
     state = Server(published.read_bytes())
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, state)) as http:
@@ -233,7 +233,7 @@ def server(published, monkeypatch, tmp_path) -> Iterator[Server]:
 
 
 def in_cache(tmp_path: Path) -> list[str]:
-    """Files in the cache, without the lock that stays."""
+    """Files in the cache, except for the lock file."""
     folder = tmp_path / 'hub/checkpoints'
     return sorted(path.name for path in folder.iterdir() if path.suffix != '.lock') if folder.is_dir() else []
 
@@ -281,7 +281,7 @@ def test_a_server_without_ranges_gives_all_of_it_again(server, tmp_path):
 
 
 def test_a_download_that_was_complete_is_only_checked(server, published, tmp_path):
-    """The process died between the last byte and the new name."""
+    """As if the process had died between the last byte and the rename."""
     path = kecam.cached_path(NAME)
     path.parent.mkdir(parents=True)
     shutil.copy(published, path.with_suffix('.h5.part'))
@@ -307,7 +307,7 @@ def test_another_file_than_was_published_is_not_kept(server, tmp_path):
     ('coatnet_tiny_weights.h5', 'The converted weights do not fit coatnet_0_kecam: it has 10 classes'),
     ('coatnet_tiny_reference.npz', 'could not be read as a Keras .h5 file')], ids=['shapes', 'foreign'])
 def test_a_file_that_does_not_fit_is_not_kept(file, message, server, tmp_path, monkeypatch):
-    """Even with the right MD5, which only a mistake in this package could bring about."""
+    """A file with the recorded MD5 that still does not fit, which would be a mistake in this package."""
     server.content = (FILES / file).read_bytes()
     monkeypatch.setitem(kecam.WEIGHTS, NAME, kecam.KecamWeights(server.url, hashlib.md5(server.content).hexdigest()))
     with pytest.raises(RuntimeError, match=message):
@@ -356,7 +356,7 @@ def test_a_damaged_cache_is_not_loaded_and_the_way_out_works(server, tmp_path):
 
 
 def test_a_conversion_that_was_killed_is_done_again(server, tmp_path):
-    """The sha256 comes last: without it the file counts for nothing."""
+    """The sha256 file is written last: without it the weights are not used."""
     timm.create_model(NAME, pretrained=True)
     path = coatnet_zoo.verify_weights(NAME)
     path.with_name(f'{path.name}.sha256').unlink()
@@ -378,7 +378,7 @@ def test_a_file_at_hand_loads_offline(published, monkeypatch):
 
 
 def test_stages_of_another_block_type_start_afresh_and_are_named(published, caplog):
-    """CCDD from CCTT: stem, S1 and S2 from the weights, S3 and S4 as they are initialised."""
+    """CCDD from CCTT weights: stem, S1 and S2 are loaded, S3 and S4 keep their initialisation."""
     overlay, expected = dict(file=str(published)), kecam.read_h5(published)
     torch.manual_seed(0)
     fresh = timm.create_model('coatnet_0_kecam', layout='CCDD').state_dict()
@@ -393,7 +393,7 @@ def test_stages_of_another_block_type_start_afresh_and_are_named(published, capl
     caplog.clear()
     timm.create_model('coatnet_0_kecam', layout='CCTT', pretrained=True, pretrained_cfg_overlay=overlay)
     assert caplog.messages == []
-    with pytest.raises(RuntimeError, match='does not fit'):  # the layout of a name is no request for a transfer
+    with pytest.raises(RuntimeError, match='does not fit'):  # only an explicit layout keyword asks for a partial load
         timm.create_model('coatnet_0_ccdd', **kecam.CHOICES, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
@@ -408,7 +408,7 @@ def test_the_name_is_listed_and_changes_no_other():
         model.eval()(torch.empty(1, 3, 224, 224, device='meta'))
     attention = sum(2 * math.prod(m.rel_bias.feat_size) ** 2 * m.num_heads * m.head_dim
                     for m in model.modules() if isinstance(m, RelativeAttention2d))
-    assert (flops.get_total_flops() / 2 - attention) / 1e9 == pytest.approx(4.00, abs=.005)  # kecam counts layers alone
+    assert (flops.get_total_flops() / 2 - attention) / 1e9 == pytest.approx(4.00, abs=.005)  # kecam counts only layers
     small = timm.create_model('coatnet_0_kecam.in1k_160', device='meta')
     assert model.img_size == (224, 224) and small.img_size == (160, 160)
     assert small.state_dict()['stages.3.blocks.0.attn.rel_bias.table'].shape == (12, 9, 9)
@@ -416,7 +416,7 @@ def test_the_name_is_listed_and_changes_no_other():
 
 @pytest.mark.skipif('COATNET_ZOO_KECAM' not in os.environ, reason='needs COATNET_ZOO_KECAM=coatnet0_224_imagenet.h5')
 def test_the_real_file_sees_a_cat():
-    """The check of kecam's README: scikit-image's cat, resized bilinearly without antialias."""
+    """The example of kecam's README: scikit-image's cat, resized bilinearly without antialiasing."""
     from skimage.data import chelsea
     model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(file=os.environ['COATNET_ZOO_KECAM']))
     image = torch.from_numpy(chelsea()).movedim(-1, 0)[None] / 255

@@ -1,4 +1,4 @@
-"""The weights in the package: each is what it was when it was released, loads offline, and adapts."""
+"""Packaged weights: each is unchanged since its release, loads offline, and adapts to other models and inputs."""
 import json
 import os
 import re
@@ -59,7 +59,7 @@ def test_logits_are_golden(name):
     golden = load_file(FROZEN / f'{name}.golden.safetensors')
     found = logits_of(timm.create_model(name, pretrained=True), golden['input'])
     assert_same_up_to_rounding(found, golden['logits'])
-    assert golden['logits'].std(0).min() > 0.01  # other images, other logits
+    assert golden['logits'].std(0).min() > 0.01  # other images have other logits
 
 
 @pytest.mark.parametrize('name', SHIPPED)
@@ -72,7 +72,7 @@ def test_they_adapt_to_other_classes_channels_and_sizes(name, image):
     with torch.no_grad():
         expected = whole.eval().forward_features(image)
         assert_same_up_to_rounding(few.eval().forward_features(image), expected)
-        one = image.mean(1, keepdim=True)  # a grey image is one whose three channels are alike
+        one = image.mean(1, keepdim=True)  # a grey image equals a colour image with three equal channels
         torch.testing.assert_close(grey.eval()(one), whole(one.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-3)
     assert logits_of(few, image).shape == (2, 7)
     pyramid = timm.create_model(name, pretrained=True, features_only=True)
@@ -125,7 +125,7 @@ def test_what_ships_says_what_binds_it():
         assert entry['pretrained_cfg']['license'] == 'other' and entry['release']['license_name'] in terms
         said = entry['release']
         assert said['recipe'] and said['hours'] > 0 and said['seed'] is not None and said['hardware']
-        assert re.fullmatch('[0-9a-f]{12}', said['commit'])  # not of changed files
+        assert re.fullmatch('[0-9a-f]{12}', said['commit'])  # without -dirty
         assert said['command'].startswith('python scripts/finetune.py --recipe')
 
 
@@ -157,7 +157,7 @@ def sample(tmp_path_factory) -> Path:
 def test_predictions_of_500_images_are_found_again(name, sample):
     found, frozen = predict_images(name, sample), read_predictions(name)
     assert [row['file'] for row in found] == [row['file'] for row in frozen] and len(found) == 500
-    # other decoders round a colour differently, and what is then as probable as the best class may change places
+    # decoders round colours differently, so classes of nearly equal probability may change places
     alike = [pair for pair in zip(found, frozen, strict=True) if pair[0]['prediction'] == pair[1]['prediction']]
     assert len(alike) >= 495
     assert max(abs(row['confidence'] - before['confidence']) for row, before in alike) <= 0.02
@@ -176,6 +176,6 @@ def test_recorded_top1_is_found_again(name, held_out):
         data_dir=str(held_out), model=(name,), pretrained=True, device='cpu', workers=1))[0]
     recorded = releases.RELEASES[name]['release']['metrics']
     assert row['images'] == recorded['images'] == 10_000
-    # 5 images: other kernels move logits by some 1e-6 of the largest, so that two classes change places in an image or
-    # two, where they are that close; wrong weights cost points
+    # 5 images: other kernels change logits by about 1e-6 of the largest, so that two classes of nearly equal logits may
+    # change places in one or two images; wrong weights cost whole points
     assert abs(row['top1'] - recorded['top1']) <= 0.05

@@ -1,4 +1,4 @@
-"""What loads, what is adapted on the way, and what is refused with what advice."""
+"""State dicts that load, their conversion, and the error messages for those that do not."""
 import pytest
 import timm
 import torch
@@ -15,7 +15,7 @@ def create(name: str = 'coatnet_pico_64', **kwargs) -> torch.nn.Module:
 
 
 def load(name: str, file, **kwargs) -> torch.nn.Module:
-    overlay = dict(file=str(file), num_classes=1000)  # also where released weights say another number
+    overlay = dict(file=str(file), num_classes=1000)  # also where released weights have another number
     return create(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
 
@@ -97,7 +97,7 @@ def test_other_class_count_says_how_to_load(tmp_path):
 
 
 def test_classifier_that_fits_is_kept(tmp_path, randomize):
-    """Ten classes into ten: timm alone would drop the classifier, since the name's configuration says 1000."""
+    """Ten classes into ten: timm alone would drop the classifier, because the pretrained cfg has 1000 classes."""
     model = randomize(create(num_classes=10))
     save_file(model.state_dict(), tmp_path / 'ten.safetensors')
     loaded = load('coatnet_pico_64', tmp_path / 'ten.safetensors', num_classes=10)

@@ -1,7 +1,7 @@
-"""Kernels compiled for a GPU that is not there, by triton's compiler and assembler, and what they cost.
+"""Kernels compiled without a GPU, by Triton's compiler and assembler, and the resources that they use.
 
-As a script it compiles all of `BUILDS` and writes results/kernel_budgets.csv, to which test_kernel_budgets.py compares:
-`PYTHONPATH=. python tests/ops/compiled.py`. Rows of other triton versions are kept.
+As a script it compiles all of `BUILDS` and writes results/kernel_budgets.csv, the reference of test_kernel_budgets.py:
+`PYTHONPATH=. python tests/ops/compiled.py`. Rows of other Triton versions are kept.
 """
 import csv
 import inspect
@@ -37,9 +37,9 @@ BATCH = 128
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel takes: registers of a thread, bytes of stack and local memory of a thread, bytes of shared
-    memory of a program, instructions in all and in its longest loop; and whether every access to a matrix in global
-    memory has a warp's lanes along its last dimension."""
+    """Resources of a compiled kernel: registers per thread, bytes of stack and local memory per thread, bytes of shared
+    memory per program, instructions in total and in the longest loop; and whether every access to a matrix in global
+    memory has the lanes of a warp along its last dimension."""
 
     kernel: str
     registers: int
@@ -52,7 +52,7 @@ class Usage(NamedTuple):
 
 
 def compile_for(arch: int, kernel: JITFunction, arguments: dict, options: dict) -> CompiledKernel:
-    """The kernel as a launch with these arguments would compile it: ones are constants, multiples of 16 known."""
+    """Compile a kernel as a launch with these arguments would: ones are constants, multiples of 16 are marked."""
     types, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -71,7 +71,7 @@ def compile_for(arch: int, kernel: JITFunction, arguments: dict, options: dict) 
 
 
 def usage(compiled: CompiledKernel) -> Usage:
-    """Read off the machine code."""
+    """Read the resources of a kernel from its machine code."""
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         Path(file.name).write_bytes(compiled.asm['cubin'])
         said = subprocess.run([TOOLS / 'cuobjdump', '-res-usage', file.name], capture_output=True, text=True).stdout
@@ -84,7 +84,7 @@ def usage(compiled: CompiledKernel) -> Usage:
         elif re.match(r'\s*/\*[0-9a-f]{4,}\*/\s', line):
             count += 1
             branch = re.search(r'BRA.*`\((\.L\w+)\)', line)
-            # what leads back over the program's end is a barrier's wait
+            # a branch back from behind the program's end belongs to a barrier's wait
             if branch and places.get(branch[1], -1) >= end:
                 loop = max(loop, count - places[branch[1]])
             if re.search(r'\sEXIT\s', line):
@@ -98,7 +98,7 @@ def usage(compiled: CompiledKernel) -> Usage:
 
 @contextmanager
 def compiling_for(arch: int) -> Iterator[list[Usage]]:
-    """Launches compile instead; the list fills with what each of them takes."""
+    """Make launches compile only; yields a list that gets the resources of each kernel."""
     seen, launch = [], JITFunction.run
 
     def compile_instead(kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
@@ -119,7 +119,7 @@ def channels_last(size: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def launch_direct(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: int = 32) -> None:
-    """Every kernel that needs no tensor cores once, as training launches it, on tensors without data."""
+    """Launch every kernel without tensor cores once, as in training, on tensors without data."""
     x, logits = channels_last(size, C, dtype), channels_last(size, C // head * K * K, dtype)
     weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, device='meta')
     seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
@@ -132,7 +132,7 @@ def launch_direct(size: int, C: int, K: int, dtype: torch.dtype, p: float, head:
 
 
 def launch_band(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: int = 32, tma: bool = False) -> None:
-    """Every kernel for tensor cores once, likewise."""
+    """Launch every kernel for tensor cores once, as in training, on tensors without data."""
     x, logits = channels_last(size, C, dtype), channels_last(size, C // head * K * K, dtype)
     seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
     weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, dtype=dtype, device='meta')
@@ -147,7 +147,7 @@ def launch_band(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: i
 
 def launch_projected(
         size: int, C: int, K: int, dtype: torch.dtype, p: float, head: int = 32, tma: bool = False) -> None:
-    """The kernel that projects too, likewise."""
+    """Launch the kernel that includes the projection, on tensors without data."""
     x = channels_last(size, C, dtype)
     projection = torch.empty(C // head * K * K, C, dtype=dtype, device='meta')
     seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
@@ -155,7 +155,7 @@ def launch_projected(
 
 
 def launch_toeplitz(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: int = 32, tma: bool = False) -> None:
-    """LightConv's kernels for tensor cores and large K, likewise; they read through plain pointers."""
+    """Launch LightConv's kernels for tensor cores and large K, on tensors without data; they use plain pointers."""
     x = channels_last(size, C, dtype)
     seed = torch.empty(1, dtype=torch.int64, device='meta') if p else None
     weight, bias = torch.empty(C // head, K, K, device='meta'), torch.empty(C, dtype=dtype, device='meta')
@@ -164,7 +164,7 @@ def launch_toeplitz(size: int, C: int, K: int, dtype: torch.dtype, p: float, hea
 
 
 class Build(NamedTuple):
-    """One set of launches whose cost is kept."""
+    """One set of launches whose resources are recorded."""
 
     arch: int
     size: int
@@ -175,7 +175,7 @@ class Build(NamedTuple):
     launch: Callable[..., None] = launch_band
 
     def __str__(self) -> str:
-        """A name that is the same in every process, for pytest-xdist."""
+        """Name of the build, the same in every process, as pytest-xdist requires."""
         return (f'{self.launch.__name__}-sm_{self.arch}-{self.size}x{self.C}-K{self.K}-head{self.head}-'
                 f'{self.dropconnect}')
 
@@ -185,10 +185,11 @@ class Build(NamedTuple):
         return [used for used in seen if re.search('_band_|_toeplitz_(fwd|bwd)', used.kernel)]
 
     def outputs_a_turn(self, used: Usage) -> float:
-        """Outputs, or for the gradient of weight elements of grad, that a warp finishes in a turn of the loop.
+        """Outputs (for the weight gradient: elements of grad) that a warp finishes in one iteration of the loop.
 
-        A program of the band kernels, one warp, takes a tile of 16 positions of a head a turn. A Toeplitz program takes
-        several turns for its tiles, over slices, octets and windows of x; all of them lie inside a large image.
+        A program of the band kernels is one warp and handles a tile of 16 positions of a head per iteration. A Toeplitz
+        program needs several iterations for its tiles, over slices, octets and windows of x; all of them lie inside a
+        large image.
         """
         if 'toeplitz' not in used.kernel:
             return 16 * self.head
@@ -201,7 +202,7 @@ class Build(NamedTuple):
         return pairs * 16 * images * self.head / (turns * used.warps)
 
     def row(self, used: Usage) -> dict[str, str]:
-        """A row of the file."""
+        """Row of results/kernel_budgets.csv for a kernel."""
         return {
             'kernel': used.kernel, 'arch': f'sm_{self.arch}', 'shape': f'{self.size}x{self.size}x{self.C}',
             'kernel_size': str(self.K), 'head_dim': str(self.head), 'dropconnect': str(self.dropconnect),

@@ -1,8 +1,8 @@
 """Every kernel of `lightconv2d` and `dynamicconv2d` against the reference implementation, on any device.
 
-As a script with the name of a part, under TRITON_INTERPRET=1, on a CPU; `test_kernels.py` starts it so and runs the
-same cases on a GPU. With `--shifted` one tap of each kernel looks one position too far, and what is then further off
-than allowed is printed.
+`test_kernels.py` runs it as a script with the name of a part on a CPU, under TRITON_INTERPRET=1, and imports the same
+cases on a GPU. With `--shifted` one tap of each kernel reads one position too far, and the tensors that exceed the
+tolerance are printed.
 """
 import sys
 import tempfile
@@ -35,7 +35,10 @@ f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 
 
 class Case(NamedTuple):
-    """One comparison. weight: dtype of weight, logits and bias. scale: of the weights and logits. kernels: forced."""
+    """One comparison.
+
+    weight: dtype of weight, logits and bias. scale: factor on weights and logits. kernels: kernels to force.
+    """
 
     B: int
     C: int
@@ -72,7 +75,7 @@ CASES = [
     Case(1, 8, 2, (7, 7), (5, 5), f16, scale=1e4, dropconnect=.5),
 ]
 
-# on tensor cores: maps that fill no tile, and every head width and kernel size
+# on tensor cores: maps that do not fill a tile, and every head width and kernel size
 band = partial(Case, kernels='band')
 BAND_CASES = [
     band(1, 32, 1, (7, 7), (7, 7), bf16),
@@ -104,7 +107,7 @@ TOEPLITZ_CASES = [
 
 
 def laid_out(shape: tuple[int, int, int, int], layout: str, generator: torch.Generator) -> torch.Tensor:
-    """Normal numbers (B, C, H, W), strided as `layout` says."""
+    """Normal random numbers (B, C, H, W) with the strides of `layout`."""
     B, C, H, W = shape
     if layout == 'expanded':
         return torch.randn(B, C, 1, 1, generator=generator).expand(shape)
@@ -115,14 +118,14 @@ def laid_out(shape: tuple[int, int, int, int], layout: str, generator: torch.Gen
 
 
 def moved(x: torch.Tensor, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """x in another dtype and place, with its strides."""
+    """Convert x to a dtype and device, with the same strides."""
     base = torch.empty(0, dtype=dtype, device=device)
     storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
     return base.set_(storage.to(device, dtype).untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 def operands(op: str, case: Case, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
-    """(x, weight or logits and bias), the gradient of the output, the seed."""
+    """Inputs (x, weight or logits, bias) by name, gradient of the output, and seed (None without DropConnect)."""
     generator = torch.Generator().manual_seed(1)
     (H, W), (Kh, Kw) = case.size, case.kernel
     step = 2 if case.layout == 'sliced' else 1
@@ -157,9 +160,10 @@ def distance(tensor: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def check(op: str, case: Case, device: str = 'cpu', twice: bool = True) -> list[str]:
-    """What of the kernels is further from the float64 reference than twice eager and some ulp of its largest value.
+    """Names of the tensors that exceed the tolerance.
 
-    Asserts shapes, dtypes, strides, and that nothing overflows or, if run `twice`, has other bits the second time.
+    The tolerance on the distance from the float64 reference is the larger of twice eager's distance and some ulp of the
+    largest value. Also asserts shapes, dtypes, strides, finite values, and with `twice` identical bits in a second run.
     """
     naive, eager, triton = {
         'light': (lightconv2d_naive, lightconv2d_eager, lightconv2d_triton),
@@ -179,7 +183,7 @@ def check(op: str, case: Case, device: str = 'cpu', twice: bool = True) -> list[
         if name in ('out', 'x'):
             assert ours[name].permute(0, 2, 3, 1).is_contiguous(), (op, case, name)
         ulp = torch.finfo(ours[name].dtype).eps * 2 ** exact.abs().max().log2().floor().item()
-        # a sum of thousands of products, of which the softmax then takes away almost all
+        # a sum of thousands of products, which almost cancel in the gradient of the softmax
         ulps = 16 if op == 'light' and name == 'weight' else 2
         if ours[name].dtype == torch.float32:
             ulps = max(ulps, 4)  # eager's sum over taps, by embedding_bag, rounds less than a loop over taps
@@ -192,10 +196,10 @@ LAUNCHES = band_ops.Launch(tma=False, strips=1), band_ops.Launch(tma=True, strip
 
 
 def check_band(op: str, case: Case, launch: band_ops.Launch, device: str = 'cpu') -> list[str]:
-    """`check` of the band kernels, launched in this way."""
+    """`check` of the band kernels with these launch settings."""
     for kernels in (light_band, dynamic_band):
         kernels.default_launch = lambda x: launch
-    wrong = check(op, case, device, twice=device != 'cpu')  # the interpreter knows no order but one
+    wrong = check(op, case, device, twice=device != 'cpu')  # the interpreter always has the same order
     for kernels in (light_band, dynamic_band):
         kernels.default_launch = band_ops.default_launch
     return wrong
@@ -203,31 +207,31 @@ def check_band(op: str, case: Case, launch: band_ops.Launch, device: str = 'cpu'
 
 @jit
 def shifted(u, K):
-    """`offset`, but one more for the last tap."""
+    """`offset`, plus one for the last tap."""
     return u - K // 2 + u // (K - 1)
 
 
 @jit
 def shifted_column(s, px):
-    """`tap_column`, one slot further."""
+    """`tap_column`, plus one slot."""
     return (s - px + 1) & 7
 
 
 @jit
 def shifted_slot_column(v, px):
-    """`slot_column`, one slot further."""
+    """`slot_column`, plus one slot."""
     return (v + px + 1) & 7
 
 
 @jit
 def shifted_columns_between(slot, position):
-    """`columns_between`, one more."""
+    """`columns_between`, plus one."""
     return slot % 8 - position % 8 + 1
 
 
 @jit
 def shifted_column_of_slot(dv, position):
-    """`column_of_slot`, one more."""
+    """`column_of_slot`, plus one."""
     return dv + position % 8 + 1
 
 
@@ -256,7 +260,7 @@ def factors(index_ptr, seed_ptr, out_ptr, threshold, scale, N: tl.constexpr):
 
 
 def check_mask() -> None:
-    """The mask is eager's: read off as the output for ones, and the hash itself beyond 2^32."""
+    """The DropConnect mask is that of eager, read from the output for ones; the hash is also checked beyond 2^32."""
     seed = draw_seed(torch.device('cpu'))
     ones = torch.ones(2, 3, 5, 7)
     for p in (.1, .5, .9):
@@ -301,7 +305,7 @@ def check_edges() -> None:
 
 
 def check_wide() -> None:
-    """The code for images of 2^31 elements and more, on small ones."""
+    """The int64 code for images of 2^31 elements and more, forced on small images."""
     for kernels in (light_direct, dynamic_direct):
         kernels.needs_int64 = lambda *tensors: True
     for op in ('light', 'dynamic'):
@@ -310,7 +314,7 @@ def check_wide() -> None:
 
 
 def check_far() -> None:
-    """The gradient of LightConv's weight from batches of more than 2^31 elements, in a file that has almost none."""
+    """The gradient of LightConv's weight for offsets above 2^31 elements, in a sparse memory-mapped file."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2, 3, 3, generator=generator)
     x, grad = (torch.randn(3, 3, 4, 32, generator=generator).to(f16).permute(0, 3, 1, 2) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The Triton kernels as operators of torch; test_kernels.py runs this file in Triton's interpreter."""
+"""The Triton kernels as custom operators of torch; test_kernels.py runs this file in Triton's interpreter."""
 import pytest
 import torch
 
@@ -9,7 +9,7 @@ from coatnet_zoo.ops.lightconv2d.kernels import lightconv2d_triton
 assert INTERPRETED, 'set TRITON_INTERPRET=1'
 
 
-# tiny: the interpreter takes milliseconds a step, and opcheck calls an operator dozens of times
+# tiny sizes: the interpreter takes milliseconds a step, and opcheck calls an operator dozens of times
 
 def light_arguments(seed: bool = False) -> tuple:
     x, weight, bias = torch.randn(2, 2, 2, 3), torch.randn(1, 1, 3), torch.randn(2)

@@ -1,7 +1,7 @@
 """`dynamicconv2d_projected` in one kernel against the reference implementation, on any device.
 
-As a script, under TRITON_INTERPRET=1, on a CPU; `test_projected.py` starts it so and runs the same cases on a GPU.
-Arguments: 'cases' or 'large'; 'shifted' prints what is further off than allowed when each tap is one slot too far.
+`test_projected.py` runs it as a script on a CPU, under TRITON_INTERPRET=1, and imports the same cases on a GPU.
+Arguments: 'cases' or 'large'; 'shifted' moves each tap by one slot and prints the tensors that exceed the tolerance.
 """
 import sys
 from functools import partial
@@ -19,7 +19,7 @@ LAUNCHES = band_ops.Launch(tma=False, strips=1), band_ops.Launch(tma=True, strip
 
 
 class Case(NamedTuple):
-    """One comparison. scale: of the logits' standard deviation."""
+    """One comparison. scale: standard deviation of the logits."""
 
     B: int
     C: int
@@ -57,7 +57,7 @@ GPU_CASES = [
 
 
 def inputs_of(case: Case, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """(x, projection and bias), the gradient of the output."""
+    """Inputs (x, projection, bias) by name, and the gradient of the output."""
     generator = torch.Generator().manual_seed(1)
     (H, W), taps = case.size, case.kernel[0] * case.kernel[1]
     inputs = {'x': torch.randn(case.B, H, W, case.C, generator=generator).permute(0, 3, 1, 2),
@@ -80,7 +80,7 @@ def evaluate(case: Case, backend: str, inputs: dict[str, torch.Tensor], grad: to
 
 
 def check(case: Case, launch: band_ops.Launch, device: str = 'cpu') -> list[str]:
-    """What of the kernels is further from the float64 reference than twice two eager steps and 2 ulp of its largest."""
+    """Names of the tensors that exceed the tolerance: twice eager's distance from the float64 reference, or 2 ulp."""
     for kernels in (band, projected_band):
         kernels.default_launch = lambda x: launch
     inputs, grad = inputs_of(case, device)
@@ -102,7 +102,7 @@ def check(case: Case, launch: band_ops.Launch, device: str = 'cpu') -> list[str]
 
 
 def check_rounding(device: str = 'cpu') -> None:
-    """Logits that are not rounded bring the output nearer to the reference than two steps on tensor cores are."""
+    """Logits that are not rounded make the output more accurate than that of two steps on tensor cores."""
     case = Case(1, 32, 1, (7, 7), (7, 7), scale=16.)
     inputs, _ = inputs_of(case, device)
     run = partial(dynamicconv2d_projected, kernel_size=case.kernel)
@@ -116,7 +116,7 @@ def check_rounding(device: str = 'cpu') -> None:
 
 
 def check_mask() -> None:
-    """The mask is that of the other backends: read off as the output for ones."""
+    """The DropConnect mask is that of the other backends, read from the output for ones."""
     x = torch.ones(2, 9, 5, 32, dtype=f16).permute(0, 3, 1, 2)
     projection = torch.full((2, 32), 1 / 32, dtype=f16)
     for p in (.1, .9):

@@ -90,7 +90,7 @@ def test_a_machine_without_triton_says_so(monkeypatch):
 
 
 class OnCuda:
-    """As much of a CUDA tensor as the choice of a backend looks at."""
+    """Stand-in for a CUDA tensor, with the attributes that the choice of a backend reads."""
 
     is_cuda, device = True, torch.device('cuda')
 
@@ -127,7 +127,7 @@ def test_dropconnect_acts_in_training_alone_and_follows_the_seed():
 
 
 def test_dropconnect_keeps_its_rate_and_does_not_normalise_again():
-    """What is kept is divided by 1 - p: kernels sum to a multiple of 1 / (1 - p) times what is left of them."""
+    """Kept weights are divided by 1 - p and not normalised again: a kernel sums to (kept weight) / (1 - p)."""
     ones = torch.ones(1, 1, 32, 32, dtype=torch.float64)
     torch.manual_seed(0)
     sums = dynamicconv2d(ones, torch.zeros(1, 49, 32, 32, dtype=torch.float64), (7, 7), dropconnect=.25, training=True)
@@ -136,11 +136,11 @@ def test_dropconnect_keeps_its_rate_and_does_not_normalise_again():
     assert inner.mean().item() == pytest.approx(49 * .75, rel=.01)
     assert inner.var().item() == pytest.approx(49 * .75 * .25, rel=.2)  # independent draws
     light_sums = lightconv2d(ones, torch.zeros(1, 7, 7, dtype=torch.float64), dropconnect=.25, training=True)
-    assert light_sums[0, 0, 3:-3, 3:-3].unique().numel() == 1  # one mask a call
+    assert light_sums[0, 0, 3:-3, 3:-3].unique().numel() == 1  # one mask for each call
 
 
 def test_mask_is_frozen():
-    """The hash is part of the contract: every backend, in every version, draws these for these."""
+    """The hash must not change: every backend and version draws this mask for this seed."""
     scale = dropconnect_scale(torch.tensor([0x123456789abcdef]), 64, .5, torch.float64)
     bits = ''.join('01'[int(kept > 0)] for kept in scale)
     assert scale.unique().tolist() == [0, 2] and bits == FROZEN
@@ -195,7 +195,7 @@ def test_compiles_without_a_break(call):
 
 
 def test_inductor_fuses_the_sum_into_one_loop():
-    """Compiled, the multiply-adds of all taps stand in one kernel, and no tap is stored."""
+    """Inductor fuses the multiply-adds of all taps into one kernel and stores no tap."""
     from torch._inductor.utils import run_and_get_code
 
     x, logits = torch.randn(1, 32, 12, 12), torch.randn(1, 49, 12, 12)
@@ -228,7 +228,7 @@ def test_vmap_and_meta_tensors():
 
 
 class Convolutions(TorchDispatchMode):
-    """Notes the dtypes of every convolution."""
+    """Records the dtypes of every convolution."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What kernels cost before a GPU is seen: instructions, registers, spills and shared memory in the machine code."""
+"""Resources of kernels compiled without a GPU: instructions, registers, spills and shared memory."""
 import pytest
 import torch
 
@@ -24,7 +24,7 @@ def own_cache(monkeypatch, tmp_path) -> None:
 
 
 def budget(row: dict[str, str], column: str) -> float:
-    """The figure of this triton, or half as much again as the largest of the others, which schedule otherwise."""
+    """Recorded value for this Triton version, else 1.5 times the maximum of the others, which schedule differently."""
     same = ('kernel', 'arch', 'shape', 'kernel_size', 'head_dim', 'dropconnect')
     rows = {kept['triton']: float(kept[column]) for kept in compiled.read_budgets()
             if all(kept[name] == row[name] for name in same)}
@@ -52,11 +52,11 @@ def test_band_kernels_keep_to_their_budgets(build: Build):
     (56, 96, 7, bf16, .1), *(pytest.param(*values, marks=pytest.mark.slow) for values in (
         (56, 96, 3, bf16, 0.), (28, 192, 7, torch.float32, 0.), (14, 384, 7, bf16, 0.)))])
 def test_direct_kernels_compile_for_hopper(size, C, K, dtype, p):
-    """At least 3 programs of 4 warps share a multiprocessor's registers; at most 4 of a thread's are spilled."""
+    """The registers of a multiprocessor fit at least 3 programs of 4 warps; at most 4 per thread are spilled."""
     with compiling_for(90) as seen:
         launch_direct(size, C, K, dtype, p)
     assert len(seen) == 8
-    # the bound on registers is for the Triton it was found with; older ones schedule otherwise
+    # the register limit holds for recent Triton versions; older ones schedule differently
     most = 168 if tuple(map(int, VERSION.split('.'))) >= (3, 9) else 255
     assert all(used.registers <= most and used.spilled <= 16 for used in seen), seen
 

@@ -29,7 +29,7 @@ bf16 = torch.bfloat16
 
 
 def in_interpreter(*arguments: str) -> str:
-    """Output of Python with these arguments, where kernels run on the CPU."""
+    """Run Python with these arguments and Triton's interpreter on the CPU; returns its output."""
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''})
@@ -124,7 +124,7 @@ def test_band_kernels_on_a_gpu(op, case, launch):
 @needs_gpu
 @pytest.mark.parametrize('op', ['light', 'dynamic'])
 def test_an_image_above_2_31_elements(op):
-    """Its last corner is that of a crop."""
+    """The last corner agrees with that of a crop."""
     side, C, K = 8200, 32, 3
     crop = (..., slice(-20, None), slice(-20, None))
     generator = torch.Generator('cuda').manual_seed(0)

@@ -1,4 +1,4 @@
-"""`dynamicconv2d_projected`: two steps and one kernel, which of them runs, and the block that uses it."""
+"""`dynamicconv2d_projected`: as two steps and as one kernel, the choice between them, and the block that uses it."""
 from importlib import import_module
 
 import pytest
@@ -10,7 +10,7 @@ from coatnet_zoo.blocks import dynamicconv as block_file
 from coatnet_zoo.ops import dispatch, dynamicconv2d, dynamicconv2d_projected
 from coatnet_zoo.ops.dynamicconv2d.projected import fuses_projection
 
-API = import_module('coatnet_zoo.ops.dynamicconv2d.projected')  # the functions hide the folders
+API = import_module('coatnet_zoo.ops.dynamicconv2d.projected')  # attributes are the functions
 X, PROJECTION = torch.randn(2, 6, 5, 4), torch.randn(3 * 15, 6)
 EXACT = dict(rtol=0, atol=1e-12)
 
@@ -138,7 +138,7 @@ def test_the_tensors_of_a_call_choose(changes, reason, monkeypatch):
 
 @pytest.mark.parametrize('capability,fuses', [((9, 0), True), ((7, 5), False)])
 def test_cuda_tensors_fuse_in_eager_mode_and_compiled_but_not_exported(capability, fuses, monkeypatch):
-    """On tensors without data, for a machine without a GPU."""
+    """The choice is checked on fake CUDA tensors, without a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)

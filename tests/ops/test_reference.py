@@ -1,5 +1,4 @@
-"""The reference implementation against the paper's formula written out by hand and against its band matrix; eager
-against the reference."""
+"""The reference implementation against the paper's formula and band matrix, and eager against the reference."""
 import functools
 import importlib
 import math
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coatnet_zoo.ops import dynamicconv2d, lightconv2d
 
-EAGER = importlib.import_module('coatnet_zoo.ops.dynamicconv2d.eager')  # the functions hide the folders
+EAGER = importlib.import_module('coatnet_zoo.ops.dynamicconv2d.eager')  # attributes are the functions
 EXACT = dict(rtol=0, atol=1e-12)
 
 
@@ -44,12 +43,12 @@ def paper(x: torch.Tensor, kernel_at, heads: int, k: int) -> torch.Tensor:
 
 
 def band_matrix(x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """The paper's way of computing both: kernels (B, H, n, k), laid out as a band by strides, times x (B, n, d)."""
+    """The paper's implementation of both: kernels (B, H, n, k), expanded to a band matrix, times x (B, n, d)."""
     B, heads, n, k = kernels.shape
     d = x.shape[2]
     band = x.new_zeros(B * heads, n, n + k - 1)
     band.as_strided((B * heads, n, k), (n * (n + k - 1), n + k, 1)).copy_(kernels.reshape(B * heads, n, k))
-    band = band.narrow(2, (k - 1) // 2, n)  # (B H, n, n): row i is what position i takes of the others
+    band = band.narrow(2, (k - 1) // 2, n)  # (B H, n, n): row i has the weights of all positions for output i
     columns = x.view(B, n, heads, d // heads).permute(0, 2, 1, 3).reshape(B * heads, n, d // heads)
     return (band @ columns).view(B, heads, n, d // heads).permute(0, 2, 1, 3).reshape(B, n, d)
 
@@ -99,7 +98,7 @@ def operands(draw) -> dict:
 
 
 def laid_out(x: torch.Tensor, strides: str) -> torch.Tensor:
-    """The same values in other memory, as a leaf of autograd."""
+    """The same values with other strides, as a leaf of autograd."""
     if strides == 'nhwc':
         x = x.contiguous(memory_format=torch.channels_last)
     elif strides == 'sliced':
@@ -108,7 +107,7 @@ def laid_out(x: torch.Tensor, strides: str) -> torch.Tensor:
 
 
 def agree(op, tensors: list[torch.Tensor]) -> None:
-    """Output and every gradient of eager and naive agree in float64."""
+    """Assert that output and all gradients of eager and naive agree in float64."""
     seen = []
     for backend in ('naive', 'eager'):
         torch.manual_seed(1)
@@ -192,7 +191,7 @@ def test_channels_of_a_head_lie_together():
     x = torch.zeros(1, 4, 3, 3, dtype=torch.float64)
     x[:, :, 1, 1] = 1
     weight = torch.full((2, 3, 3), -1e9, dtype=torch.float64)
-    weight[0, 0, 0] = weight[1, 2, 2] = 0  # head 0 looks up and left, head 1 down and right
+    weight[0, 0, 0] = weight[1, 2, 2] = 0  # head 0 reads from the upper left, head 1 from the lower right
     for backend in ('naive', 'eager'):
         out = lightconv2d(x, weight, backend=backend)
         assert out.nonzero().tolist() == [[0, 0, 2, 2], [0, 1, 2, 2], [0, 2, 0, 0], [0, 3, 0, 0]]
@@ -201,7 +200,7 @@ def test_channels_of_a_head_lie_together():
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize('backend', ['naive', 'eager'])
 def test_halves_are_summed_in_float32(dtype, backend):
-    """512 equal values: a sum in half precision would stop growing long before its end."""
+    """Sums of 961 or 49 equal values, which would stop growing in half precision."""
     x = torch.full((1, 2, 31, 31), 1.01, dtype=dtype)
     weight, logits = torch.ones(1, 31, 31, dtype=dtype), torch.ones(1, 1, 31, 31, dtype=dtype)
     out = lightconv2d(x, weight, normalize='none', backend=backend)
@@ -230,7 +229,7 @@ def test_gradients_and_second_gradients_are_those_of_finite_differences():
 
 
 def test_a_column_of_one_channel():
-    """Strides of dimensions of size one say nothing of the layout."""
+    """Strides of dimensions of size 1 do not determine the memory format."""
     x, logits = rand(1, 1, 70, 1, grad=True), rand(1, 9, 70, 1, grad=True)
     agree(lambda backend: dynamicconv2d(x, logits, (3, 3), backend=backend), [x, logits])
 
@@ -249,7 +248,7 @@ def test_forward_mode_of_eager_dynamicconv(size):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operator makes."""
+    """Records the size of the largest tensor that an operator creates."""
 
     numel = 0
 

@@ -1,4 +1,4 @@
-"""One image and settings to predict it with a small model."""
+"""One image, and settings that predict it with a small model."""
 from pathlib import Path
 
 import pytest

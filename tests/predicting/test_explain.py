@@ -1,4 +1,4 @@
-"""That the maps of coatnet_train/explain/maps.py are what the model really used, and which of them is chosen."""
+"""Maps of coatnet_train/explain/maps.py against the model's own computation, and the choice of an explanation."""
 import pytest
 import timm
 import torch
@@ -31,7 +31,7 @@ def test_recomputed_attention_gives_the_output_of_the_block(rel_bias, fused, ran
     torch.testing.assert_close(expected, outputs[0], atol=1e-5, rtol=1e-4)
     if rel_bias != 'post':
         torch.testing.assert_close(weights.sum(-1), torch.ones(B, 1, H * W))
-    if rel_bias != 'none':  # and the bias is in it, which zeros would not show
+    if rel_bias != 'none':  # the bias is included, which a bias of zeros would not show
         without = (attention.qkv(x)[..., :16].reshape(B, 1, -1, 16) @ attention.qkv(x)[..., 16:32].reshape(
             B, 1, -1, 16).transpose(-2, -1) / 4).softmax(-1)
         assert (weights - without).abs().max() > 0.01
@@ -68,7 +68,7 @@ def test_predicted_kernels_give_the_output_of_the_operator(normalize, randomize)
 
 def test_distance_and_padding_of_known_kernels():
     kernels = torch.zeros(1, 2, 3, 3, 4, 4)
-    kernels[:, 0, 1, 1] = 1  # one head looks at its own place, the other 1 down and 1 to the right
+    kernels[:, 0, 1, 1] = 1  # one head reads its own position, the other that 1 below and 1 to the right
     kernels[:, 1, 2, 2] = -0.5
     distance = explain.expected_distance(kernels, (3., 4.))
     torch.testing.assert_close(distance, torch.full((1, 4, 4), 2.5))  # half of hypot(3, 4)
@@ -123,7 +123,7 @@ def test_gradcam_of_tokens_takes_the_last_map_that_counts(name, block):
     logits, maps = explain.gradcam(model, image, name)
     torch.testing.assert_close(logits, model(image).detach())
     assert maps.shape == (1, 2, 3) and maps.max() > 0
-    # by hand: from a class token alone the gradient reaches no position after the last block (5), only before it
+    # by hand: if the head reads a class token alone, positions have a gradient only before the last block (5)
     kept = []
     module = model.norm if block is None else model.blocks[block]
     module.register_forward_hook(lambda *seen: kept.append(seen[-1]))

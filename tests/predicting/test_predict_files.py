@@ -1,4 +1,4 @@
-"""The files scripts/predict.py reads and writes, what it refuses, its command line, and several processes."""
+"""scripts/predict.py: files read and written, rejected settings, command line, and several processes."""
 import csv
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_folders_are_searched_and_bad_images_named_while_others_go_on(settings, 
 
 
 def test_table_has_a_row_for_each_image_that_was_read(settings, image_path, tmp_path, randomize):
-    """In the order of the images, with up to five labels, their descriptions and confidences."""
+    """Rows are in the order of the images, with up to five labels, their descriptions and confidences."""
     name = write_run(tmp_path / 'run', randomize(zoo()), NAMES)
     other = write_image(tmp_path / 'a, "b".png', seed=1)
     own = dict(model=name, model_kwargs=(), num_classes=None, img_size=None,
@@ -73,7 +73,7 @@ def test_table_has_a_row_for_each_image_that_was_read(settings, image_path, tmp_
 
 
 def test_the_best_release_is_opened_unless_another_is_named(tmp_path, monkeypatch):
-    """Best: of those that ship, of most classes, by its recorded top-1; without importing coatnet_zoo."""
+    """The best release is packaged, has the most classes, then the highest top-1; coatnet_zoo is not imported."""
     def entry(top1: float | None, classes: int = 200, packaged: str | None = 'file') -> dict:
         return {'packaged': packaged, 'pretrained_cfg': {'num_classes': classes},
                 'release': {'metrics': {'top1': top1}}}
@@ -145,7 +145,7 @@ def test_names_that_are_no_utf8_are_escaped(settings, image_path, tmp_path, caps
     assert predict.main(dataclasses.replace(settings, images=(folder,))) == 1
     out, err = capsys.readouterr()
     assert r'caf\xe9/good\xff.png -> ' in out and r'caf\xe9/bad\xff.png: cannot be read' in err
-    out.encode()  # whatever prints it, without surrogates
+    out.encode()  # contains no surrogates
     assert (settings.output / os.fsdecode(b'good\xff-attention.png')).is_file()
 
 

@@ -1,4 +1,4 @@
-"""What scripts/predict.py says and draws of an image."""
+"""Output and overlays of scripts/predict.py for an image."""
 import dataclasses
 
 import matplotlib.image
@@ -85,7 +85,7 @@ def test_attention_map_is_that_received_and_at_chooses_the_query(settings, rando
     monkeypatch.setattr(panels, 'attention_weights', lambda *args: seen.append(weights(*args)) or seen[-1])
     predict.main(settings)
     heat = next(panel for panel in drawn if panel['draw'] == 'draw_heatmap')
-    received = seen[0][0].mean(0).sum(0)  # summed over the queries: 1 is even, as each of them shares out 1
+    received = seen[0][0].mean(0).sum(0)  # summed over the queries: uniform attention gives 1 everywhere
     np.testing.assert_allclose(heat['heatmap'], received.view(4, 4), rtol=1e-5)
     assert heat['heatmap'].mean() == pytest.approx(1) and heat['vmin'] == 0 and heat['frame'] is None
 
@@ -122,7 +122,7 @@ def test_a_kernel_lies_on_what_its_taps_see(monkeypatch):
         overlay, 'draw_heatmap', lambda axes, pixels, heatmap, *args, **kwargs: shown.append((heatmap, kwargs)))
     kernel = np.arange(9.).reshape(3, 3)
     overlay.draw_kernel(None, np.zeros((8, 8, 3)), kernel, (0, 1), (2, 2), '', '')
-    np.testing.assert_array_equal(shown[0][0], [[3, 4], [6, 7]])  # the upper row and the right column see the padding
+    np.testing.assert_array_equal(shown[0][0], [[3, 4], [6, 7]])  # the upper row and right column lie on the padding
     assert shown[0][1]['vmax'] == 8 and shown[0][1]['frame'] == (0, 1)
 
 
@@ -139,7 +139,7 @@ def test_maps_and_kernels_lie_upright_on_the_image():
 
 
 def test_overlay_of_a_constructed_model_shows_the_deciding_quadrant(tmp_path, monkeypatch, capsys):
-    """From the image to the pixels of the PNG."""
+    """End-to-end check, from the image to the pixels of the PNG."""
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[32:, :32, 0] = 255
     Image.fromarray(pixels).save(tmp_path / 'red.png')
@@ -155,7 +155,7 @@ def test_overlay_of_a_constructed_model_shows_the_deciding_quadrant(tmp_path, mo
     image = matplotlib.image.imread(tmp_path / 'out' / 'red-gradcam.png')[..., :3]
     heat = next(panel for panel in drawn if panel['draw'] == 'draw_heatmap')['heatmap']
     assert heat.shape == (8, 8) and heat[4:, :4].min() == 1 and heat[:4].max() == heat[:, 4:].max() == 0
-    # the second panel: bright where the colour of the highest value is, at its lower left alone
+    # the second panel: its bright pixels, of the highest values, lie only at the lower left
     bright = (image.min(-1) > 0.4) & (np.ptp(image, axis=-1) > 0.1)
     rows, columns = np.nonzero(bright[:, image.shape[1] // 3:int(image.shape[1] * 0.6)])
     assert len(rows) > 10_000

@@ -1,1 +1,1 @@
-"""What tests of several folders share: commands and their processes, generated images, tiny runs, a loopback Hub."""
+"""Helpers for the tests of several folders: commands and processes, generated images, tiny runs, a loopback Hub."""

@@ -1,8 +1,8 @@
-"""When two computations of the same numbers agree, for tests that cannot ask for equal bits.
+"""Tolerance for two computations of the same numbers, for tests that cannot require equal bits.
 
-Equal bits are right where the same code runs twice on the same tensors in the same memory layout on one machine:
-resume, determinism, checksums, tensors read back from a file. Other loaders (transformers' tensors lie in the mapped
-file, timm's are copies), memory layouts, batch sizes, processes, thread counts, CPUs and versions of torch choose
+Tests may require equal bits where the same code runs twice on the same tensors in the same memory layout on one
+machine: resume, determinism, checksums, tensors read back from a file. Other loaders (transformers' tensors lie in the
+mapped file, timm's are copies), memory layouts, batch sizes, processes, thread counts, CPUs and versions of torch use
 other kernels, which add the same products in another order.
 """
 import torch
@@ -14,9 +14,9 @@ __all__ = ['assert_same_up_to_rounding', 'same_up_to_rounding']
 
 
 def same_up_to_rounding(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether the largest difference is at most 1e-5 of the largest expected value, what hub/verify.py allows.
+    """Whether the maximum difference is at most 1e-5 of the largest expected value, the tolerance of hub/verify.py.
 
-    float32 sums in another order differ by about 1e-6 of it, a wrong weight by far more (tests/test_closeness.py).
+    Reordered float32 sums differ by about 1e-6 of that value, wrong weights by far more (tests/test_closeness.py).
     """
     return found.shape == expected.shape and largest_gap(found, expected) <= TOLERANCE
 

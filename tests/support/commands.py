@@ -1,4 +1,4 @@
-"""Scripts as commands: in this process, in one of their own, and in several that work together."""
+"""Run scripts as commands: in this process, in a new one, and in several that work together."""
 import os
 import runpy
 import socket
@@ -11,7 +11,7 @@ from support.constants import ROOT
 
 __all__ = ['environment', 'free_port', 'needs_inductor', 'run_main', 'run_processes', 'torchrun']
 
-# torch 2.14's inductor writes C++ that names its vector types even where this setting leaves them out
+# inductor of torch 2.14 generates C++ with vector types even where this setting excludes them
 needs_inductor = pytest.mark.skipif(
     os.environ.get('ATEN_CPU_CAPABILITY') == 'default',
     reason='torch.compile cannot build its sums with ATEN_CPU_CAPABILITY=default')
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 def torchrun(processes: int) -> list[str]:
-    """The command line before a script that starts it in several processes."""
+    """Command line prefix that starts a script in several processes."""
     return [sys.executable, '-m', 'torch.distributed.run', f'--nproc-per-node={processes}', '--master-addr=127.0.0.1',
             f'--master-port={free_port()}']
 

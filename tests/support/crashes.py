@@ -1,4 +1,4 @@
-"""A process that ends in the middle of its work, without ending the process of the tests."""
+"""Simulated crashes: an exception in place of the end of the process."""
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ __all__ = ['SimulatedCrash', 'crash_at_write']
 
 
 class SimulatedCrash(BaseException):
-    """Stands for the end of the process: nothing in the scripts may catch it."""
+    """Takes the place of a killed process; a BaseException, so that the scripts do not catch it."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Run a script as accelerate would on GPUs: on CPUs it never shards, though torch can.
+"""Run a script on CPUs with FSDP: accelerate shards on GPUs only, so it takes the CPU processes for GPUs.
 
     accelerate launch --config_file scripts/launch/fsdp.yaml tests/support/fake_multi_gpu.py scripts/finetune.py …
 """

@@ -1,4 +1,4 @@
-"""Tiny runs of scripts/extract_features.py, what they leave, and the same features by timm and PIL alone."""
+"""Tiny runs of scripts/extract_features.py, their files, and the same features by timm and PIL alone."""
 import dataclasses
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def read_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def expected_rows(folder: Path, model: torch.nn.Module, mode: str = 'RGB') -> tuple[torch.Tensor, list, list]:
-    """Embeddings of a model that ends in a mean over positions, labels and paths, read with PIL alone."""
+    """Expected (embeddings, labels, paths) of a model that ends in a mean over positions, by timm and PIL alone."""
     transform = create_transform(**resolve_data_config({'input_size': (len(mode), 32, 32)}, model=model))
     files = [(folder / name / f'{index}.png', label) for label, name in enumerate(CLASSES)
              for index in range(len(list((folder / name).iterdir())))]

@@ -1,4 +1,4 @@
-"""Tiny runs of scripts/finetune.py on generated images, and how two of them are compared."""
+"""Tiny runs of scripts/finetune.py on generated images, and comparisons of two runs."""
 import csv
 import dataclasses
 import io
@@ -51,7 +51,7 @@ def read_checkpoint(run_dir: Path) -> dict:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """Read metrics.csv without the speed, which no two runs share."""
+    """Read metrics.csv without images_per_second, which differs between runs."""
     with (run_dir / 'metrics.csv').open() as file:
         return [{key: float(value) for key, value in row.items() if key != 'images_per_second'}
                 for row in csv.DictReader(file)]

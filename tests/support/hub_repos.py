@@ -1,4 +1,4 @@
-"""What the loopback Hub keeps: repositories of commits that never change."""
+"""Storage of the loopback Hub: repositories of immutable commits."""
 import hashlib
 import json
 import re
@@ -25,7 +25,7 @@ class Blob:
 
     @property
     def git_oid(self) -> str:
-        """Name of the blob in git; of an LFS file, that of its pointer."""
+        """Git object id of the blob; for an LFS file, that of its pointer."""
         content = self.pointer if self.lfs else self.content
         return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
 
@@ -45,7 +45,7 @@ class Blob:
 
 @dataclass
 class Repo:
-    """Commits are never changed: each holds the whole tree, and branches and tags are names for them."""
+    """A repository of immutable commits, each with a full tree; branches and tags point to commits."""
 
     private: bool = False
     commits: dict[str, tuple[str, dict[str, Blob]]] = field(default_factory=dict)  # sha: (message, path: blob)

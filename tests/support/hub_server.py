@@ -1,15 +1,15 @@
-"""A loopback server that speaks the Hub's HTTP routes, for the real clients: huggingface_hub, timm, transformers.
+"""A loopback server with the Hub's HTTP routes, for the real clients: huggingface_hub, timm, transformers.
 
-What it answers is what huggingface_hub's source demands: ndjson commits, preupload, LFS batch with PUT and verify, HEAD
-and Range on resolve, X-Repo-Commit and ETag, error codes in X-Error-Code. As on the Hub, LFS files come by a redirect
-to another host, which must not see the token, and a new repository starts with one commit, of .gitattributes.
+It implements what huggingface_hub's source requires: ndjson commits, preupload, LFS batch with PUT and verify, HEAD and
+Range on resolve, X-Repo-Commit and ETag, error codes in X-Error-Code. As on the Hub, LFS files are served by a redirect
+to another host, which must not get the token, and a new repository starts with one commit of .gitattributes.
 
     with HubServer() as hub:
         hub.fail('GET', r'/cdn/', 'half')    # the next download is cut in the middle
 
 Limits: models only, all in memory; plain LFS in single parts, so neither Xet (the default of the real Hub, switched off
-by HF_HUB_DISABLE_XET=1) nor multipart uploads; no gating, no pull requests, no pages of long lists. What is LFS goes by
-.gitattributes and 10 MB, a rule of this server. Names and sha256 sums are checked; the validity of card fields is not.
+by HF_HUB_DISABLE_XET=1) nor multipart uploads; no gating, pull requests or pagination. A file is LFS by .gitattributes
+or above 10 MB, a rule of this server. Names and sha256 sums are checked; the validity of card fields is not.
 """
 import base64
 import fnmatch
@@ -38,7 +38,7 @@ WHEN = '2026-01-01T00:00:00.000Z'
 class Request:
     method: str
     path: str
-    token: bool  # whether one came along; tokens themselves are not kept
+    token: bool  # whether the request had a token; tokens themselves are not kept
     range: str | None
     host: str
     status: int
@@ -53,19 +53,19 @@ class Fault:
 
 
 class Cut(Exception):
-    """The connection ends here."""
+    """Raised to end the connection."""
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves on a free port of 127.0.0.1 from `with` on; what a test looks at or changes are its attributes.
+    """Server on a free port of 127.0.0.1, to be used in a `with` statement; tests read and change its attributes.
 
     Attributes:
         users: Token: (user, 'read' or 'write').
         repos: 'owner/name': `Repo`.
         objects: LFS content that was uploaded, by sha256.
         corrupted: sha256 of LFS content that is served with one bit changed, at the same size.
-        requests: What was asked for, oldest first.
-        before: Called with (method, path) ahead of every request, such as a push by someone else.
+        requests: Recorded requests, oldest first.
+        before: Called with (method, path) before every request, for example to push as somebody else.
     """
 
     daemon_threads = True
@@ -92,13 +92,13 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is no news."""
+        """Ignore clients that closed their connection."""
 
     def fail(self, method: str, path: str, kind: str, times: int = 1) -> None:
         """Cut the next `times` requests whose path matches the pattern `path`.
 
-        kind: 'before' (nothing is done), 'half' (half of the body has been sent or received), 'answer' (all is done,
-        and the answer is lost).
+        kind: 'before' (before anything is done), 'half' (after half of the body is sent or received), or 'answer' (the
+        request is carried out, but the response is lost).
         """
         self.faults.append(Fault(method, path, kind, times))
 
@@ -111,7 +111,7 @@ class HubServer(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: HubServer
     protocol_version = 'HTTP/1.1'
-    ROUTES = (  # the repository, the revision and the rest go to the method of that name
+    ROUTES = (  # method, pattern and handler; groups for repository, revision and the rest are passed to the handler
         ('GET', r'/api/whoami-v2', 'whoami'),
         ('POST', r'/api/validate-yaml', 'validate_yaml'),
         ('POST', r'/api/repos/create', 'create'),
@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self) -> None:
-        """Find the route, do what it says under the lock, and send it, or cut the connection where a fault says so."""
+        """Handle the request under the lock and send the response, or cut the connection for a fault."""
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.server.before(self.command, url.path)
@@ -203,19 +203,19 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
 
     def cut(self) -> None:
-        """Reset the connection, so that the client sees an error and not an end."""
+        """Reset the connection, so that the client gets an error and not the end of the response."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self.connection.close()
         self.close_connection = True
 
-    # who may do what
+    # permissions
 
     def user(self) -> tuple[str, str] | None:
         if 'Authorization' not in self.headers:
             return None
         token = self.headers['Authorization'].removeprefix('Bearer ')
         if token not in self.server.users:
-            # the client tells a bad token from a hidden repository by this very message
+            # the client distinguishes an invalid token from a hidden repository by this message
             raise Refusal(401, None, 'Invalid credentials in Authorization header')
         return self.server.users[token]
 
@@ -259,7 +259,7 @@ class Handler(BaseHTTPRequestHandler):
         if repo_id in self.server.repos:
             found['error'] = 'You already created this model repo'
             return 409, {'Content-Type': 'application/json'}, json.dumps(found).encode()
-        # huggingface_hub 0.30 says private, 2.x visibility
+        # huggingface_hub 0.30 sends private, 2.x sends visibility
         self.server.create(repo_id, asked.get('private') or asked.get('visibility') == 'private')
         return found
 
@@ -401,7 +401,7 @@ class Handler(BaseHTTPRequestHandler):
         if blob is None:
             raise Refusal(404, 'EntryNotFound', 'Entry not found', **{'X-Repo-Commit': sha})
         headers = {'X-Repo-Commit': sha, 'Accept-Ranges': 'bytes'}
-        if blob.lfs:  # to the host of large files, with all that the client needs to know of them
+        if blob.lfs:  # redirect to the host of large files, with the metadata that the client needs
             return 302, headers | {
                 'Location': f'{self.server.cdn}/cdn/{blob.sha256}', 'ETag': f'"{blob.git_oid}"',
                 'X-Linked-Etag': f'"{blob.sha256}"', 'X-Linked-Size': str(len(blob.content))}, b''

@@ -17,7 +17,7 @@ SYNSETS = ImageNetInfo('imagenet-1k').label_names()
 
 
 def write_images(folder: Path, classes, each: int = 2, seed: int = 0) -> Path:
-    """Write noisy images of many colours and shapes, so that a random model says something else of each."""
+    """Write noisy images of many colours and sizes, so that a random model's predictions differ between them."""
     rng = np.random.default_rng(seed)
     for name in classes:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def write_images(folder: Path, classes, each: int = 2, seed: int = 0) -> Path:
 
 def random_model(randomize, name: str = 'test_resnet', seed: int = 0, **arguments) -> torch.nn.Module:
     model = randomize(timm.create_model(name, **arguments), seed).eval()
-    model.get_classifier().weight.data *= 10  # sure of itself: scores differ from image to image
+    model.get_classifier().weight.data *= 10  # confident predictions, which differ between images
     return model
 
 
@@ -64,7 +64,7 @@ def timm_logits(model: torch.nn.Module, folder: Path | str, arguments: dict, *, 
 
 
 def timm_scores(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """validate.py's meters, batch by batch."""
+    """Loss, top-1 and top-5 by the meters of timm's validate.py, batch by batch."""
     meters = {name: AverageMeter() for name in ('loss', 'top1', 'top5')}
     for output, target in zip(logits.split(8), labels.split(8), strict=True):
         top1, top5 = accuracy(output, target, topk=(1, 5))

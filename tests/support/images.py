@@ -1,4 +1,4 @@
-"""Images for tests: generated ones, whose colour tells the class, and packed sets of real ones."""
+"""Images for tests: generated ones with one colour per class, and packed sets of real ones."""
 import io
 import zipfile
 from pathlib import Path
@@ -13,7 +13,7 @@ __all__ = ['needs_images', 'unpack_images', 'write_images']
 
 
 def write_images(folder: Path, classes=CLASSES, train: int = 12, val: int = 5) -> Path:
-    """Write noisy images whose colour tells the class: FOLDER/train and FOLDER/val, each with a folder a class."""
+    """Write noisy images with one colour per class into FOLDER/train/CLASS and FOLDER/val/CLASS; returns FOLDER."""
     rng = np.random.default_rng(0)
     for split, count in (('train', train), ('val', val)):
         for number, name in enumerate(classes):
@@ -26,14 +26,14 @@ def write_images(folder: Path, classes=CLASSES, train: int = 12, val: int = 5) -
 
 
 def needs_images(name: str) -> pytest.MarkDecorator:
-    """Skip a test where the packed set NAME.zip is missing."""
+    """Mark that skips a test if the packed set NAME.zip is missing."""
     return pytest.mark.skipif(
         not (DATA / f'{name}.zip').is_file(),
         reason=f'needs {name}.zip in $COATNET_ZOO_DATA, which is ../shared/data beside the checkout if unset')
 
 
 def unpack_images(name: str, folder: Path, every: int = 1) -> Path:
-    """Write every so many-th image of the packed set NAME.zip as FOLDER/val/CLASS/FILE.jpg, and return FOLDER.
+    """Write one in `every` images of the packed set NAME.zip to FOLDER/val/CLASS/FILE.jpg; returns FOLDER.
 
     JPEG of quality 95 without chroma subsampling: timm's folder reader does not list the WebP files of the set.
     """

@@ -11,7 +11,7 @@ __all__ = ['keras_weights', 'write_keras', 'write_published']
 
 
 def keras_weights(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a .h5 file by their names in it."""
+    """Read the tensors of a Keras .h5 file by name."""
     import h5py
 
     with h5py.File(path) as file:

@@ -34,7 +34,7 @@ def zoo(name: str = 'coatnet_pico_64', **options) -> nn.Module:
 
 
 def shown_panels(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What is drawn from now on: the arguments of every panel, each with its function under 'draw'."""
+    """Record every panel drawn from now on: its arguments, with the name of the draw function under 'draw'."""
     drawn = []
 
     def spy(draw, axes, *args, **kwargs):
@@ -49,7 +49,7 @@ def shown_panels(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 def write_run(folder: Path, model: nn.Module, names: list[str]) -> str:
-    """A run folder as finetune.py leaves it."""
+    """Write a run folder as finetune.py does; returns its name for --model."""
     folder.mkdir()
     write_config(folder / 'config.json', model, names, resolve_input_data_config(model, {}, use_test_size=True))
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / 'model.safetensors')
@@ -57,7 +57,7 @@ def write_run(folder: Path, model: nn.Module, names: list[str]) -> str:
 
 
 class Colours(nn.Module):
-    """Says which of red, green and blue there is most of; its map is the mean colour of 8 x 8 pixels."""
+    """Model that predicts the strongest of red, green and blue; its feature map is the mean colour of 8 x 8 pixels."""
 
     num_features, num_classes, pretrained_cfg, cfg = 3, 3, {'label_names': ['red', 'green', 'blue']}, None
 

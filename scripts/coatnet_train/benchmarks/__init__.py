@@ -1,1 +1,1 @@
-"""Timings of models, operators and loaders."""
+"""Timings of models, operators, loaders and other runtimes, and the GPU report."""

@@ -1,4 +1,4 @@
-"""What a training step from stored outputs of a teacher costs over one from labels alone."""
+"""Cost of a training step with stored teacher outputs relative to one with labels alone."""
 import statistics
 import tempfile
 import time
@@ -26,7 +26,7 @@ from coatnet_train.training.teach_config import TeachSettings
 from coatnet_train.training.teaching import teach
 from coatnet_train.training.trainer import Trainer
 
-IMAGE_SIZE = 64  # of the files, as in Tiny-ImageNet
+IMAGE_SIZE = 64  # height and width of the files, as in Tiny-ImageNet
 IMAGES_PER_CLASS = 4
 
 
@@ -43,7 +43,7 @@ def write_images(folder: Path, classes: int) -> list[str]:
 
 
 def batches_of(trainer: Trainer) -> Iterator[list[torch.Tensor]]:
-    """Batches of one epoch after the other."""
+    """Endless batches, epoch after epoch."""
     while True:
         trainer.progress.batch = 0
         yield from trainer.remaining_batches()
@@ -51,7 +51,7 @@ def batches_of(trainer: Trainer) -> Iterator[list[torch.Tensor]]:
 
 
 def measure(trainer: Trainer, batches: Iterator, steps: int, device: str) -> float:
-    """Seconds of a step, with the reading of its images: of CPU time in this process, on a GPU of wall time."""
+    """Seconds of a step including image loading: CPU time of this process on a CPU, wall time on a GPU."""
     clock = time.process_time if device == 'cpu' else time.perf_counter
     synchronize(device)
     begun = clock()
@@ -63,7 +63,7 @@ def measure(trainer: Trainer, batches: Iterator, steps: int, device: str) -> flo
 
 
 def prepare(settings: DistillationSettings, folder: Path, accelerator: Accelerator) -> dict[str, Trainer]:
-    """Trainers without a teacher, with all of its logits and with the largest of them, on the same images."""
+    """Trainers on the same images by name: labels alone, all logits of a teacher, and its `top_k` largest logits."""
     names = write_images(folder / 'data', settings.classes)
     torch.manual_seed(settings.seed)
     (folder / 'teacher').mkdir()
@@ -98,9 +98,9 @@ def main(settings: DistillationSettings) -> dict:
         trainers = prepare(settings, Path(folder), create_accelerator(settings.device))
         batches = {name: batches_of(trainer) for name, trainer in trainers.items()}
         for round_ in progress_bar(range(settings.rounds + 1), unit='round', desc='benchmark distillation'):
-            for name in sorted(trainers, reverse=bool(round_ % 2)):  # none always comes last
+            for name in sorted(trainers, reverse=bool(round_ % 2)):  # alternate the order
                 found = measure(trainers[name], batches[name], settings.steps, settings.device)
-                if round_:  # the first one warms up
+                if round_:  # the first round warms up
                     seconds.setdefault(name, []).append(found)
         for trainer in trainers.values():
             trainer.bar.close()

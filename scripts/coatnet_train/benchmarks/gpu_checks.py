@@ -1,4 +1,4 @@
-"""Checks of gpu_report.py that compute: both operators against naive, an image above 2^31 elements, training steps."""
+"""Numerical checks of gpu_report.py: both operators against naive, an image above 2^31 elements, training steps."""
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,12 +24,12 @@ __all__ = ['Check', 'check_large_image', 'check_operators', 'check_training']
 
 FUNCTIONS = {'light': (lightconv2d_naive, lightconv2d_eager, lightconv2d_triton),
              'dynamic': (dynamicconv2d_naive, dynamicconv2d_eager, dynamicconv2d_triton)}
-# largest difference of a loss between two backends, as a fraction of the first loss
+# maximum difference of a loss between two backends, as a fraction of the first loss
 LOSS_TOLERANCE = {'float32': 1e-4, 'bfloat16': 2e-2}
 
 
 class Check(NamedTuple):
-    """One result. value and limit are figures or ''; detail is for a reader."""
+    """One result: value and limit are numbers or '', detail is free text."""
 
     check: str
     result: str  # 'passed', 'failed', 'skipped', or a fact
@@ -39,13 +39,13 @@ class Check(NamedTuple):
 
 
 def normal(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Normal numbers (B, C, H, W), in channels_last memory."""
+    """Normal random numbers (B, C, H, W) in channels_last memory format."""
     return torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
 
 
 def evaluate(op: str, function: Callable, x: torch.Tensor, operand: torch.Tensor, grad: torch.Tensor, kernel: int,
              **options: str) -> dict[str, torch.Tensor]:
-    """Output, gradient of x and gradient of the weight or the logits."""
+    """Output 'out', gradient 'dx' of x, and gradient 'dw' of the operand (the weight or the logits)."""
     inputs = x.detach().requires_grad_(), operand.detach().requires_grad_()
     size = () if op == 'light' else ((kernel, kernel),)
     out = function(*inputs, *size, None, 'softmax', 0., None, **options)
@@ -58,8 +58,11 @@ def distances(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) ->
 
 
 def judge(check: str, ours: dict[str, float], eager: dict[str, float], dtype: torch.dtype, detail: str) -> Check:
-    """The tensor that is furthest off for its limit: twice the eager form's distance, or some epsilons of the dtype."""
-    # in float32 the GPU's approximate exp2 and division show, which eager does not use
+    """Check for the tensor with the largest distance relative to its limit.
+
+    The limit is twice the distance of eager, or a few epsilons of the dtype if that is more.
+    """
+    # more in float32: the kernels use the GPU's approximate exp2 and division, eager does not
     eps = (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
     limits = {name: max(2 * eager[name], eps) for name in ours}
     worst = max(ours, key=lambda name: ours[name] / limits[name] if ours[name] == ours[name] else float('inf'))
@@ -69,12 +72,12 @@ def judge(check: str, ours: dict[str, float], eager: dict[str, float], dtype: to
 
 
 def float32_is_float32() -> None:
-    """Let no convolution or product of float32 on a GPU take TF32, in which eager would be no yardstick."""
+    """Disable TF32 for convolutions and matrix products, because eager in TF32 is no reference for float32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def check_operators(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Output and gradients of every kernel choice against naive in float64, on inputs that no run had before."""
+    """Compare output and gradients of every kernel choice with naive in float64, on inputs from a fresh random seed."""
     float32_is_float32()
     seed = int.from_bytes(os.urandom(4), 'little')
     for op in ('dynamic', 'light'):
@@ -96,16 +99,17 @@ def check_operators(sizes: Sizes, device: str) -> Iterator[Check]:
                     check = f'{case}, {kernels}'
                     try:
                         ours = evaluate(op, triton, x, operand, grad, K, kernels=kernels)
-                    except ValueError as error:  # what a forced set of kernels does not take
+                    except ValueError as error:  # a case that the forced kernels do not support
                         yield Check(check, 'skipped', detail=one_line(error))
                         continue
                     yield judge(check, distances(ours, exact), rival, dtype, f'seed {seed}')
 
 
 def check_large_image(side: int, device: str) -> Iterator[Check]:
-    """The last corner of an image (1, 32, side, side) in bfloat16 against naive in float64 on a crop of it.
+    """Compare the last corner of an image (1, 32, side, side) in bfloat16 with naive in float64 on a crop.
 
-    The output's gradient is zero outside the corner, so that the gradient of LightConv's weight is the crop's too.
+    The gradient of the output is zero outside of the corner, so the crop also determines the gradient of LightConv's
+    weight.
     """
     C, K, crop, inside = 32, 3, 6, 4
     elements = C * side * side
@@ -130,7 +134,7 @@ def check_large_image(side: int, device: str) -> Iterator[Check]:
             continue
 
         def cut(found: dict[str, torch.Tensor], op: str = op) -> dict[str, torch.Tensor]:
-            """What follows from the crop alone."""
+            """Keep the values that the crop determines."""
             return {name: tensor if name == 'dw' and op == 'light' else tensor[..., -inside:, -inside:]
                     for name, tensor in found.items()}
 
@@ -143,7 +147,7 @@ def check_large_image(side: int, device: str) -> Iterator[Check]:
 
 @contextmanager
 def forced_backend(backend: str) -> Iterator[list[str]]:
-    """All operators of the package take this backend; yields a list that gets an entry for each call."""
+    """Force a backend for all operators of the package; yields a list that gets the chosen backend of each call."""
     calls: list[str] = []
     found = [module for name, module in list(sys.modules.items())
              if name.startswith('coatnet_zoo.ops.') and hasattr(module, 'choose_backend')]
@@ -163,9 +167,9 @@ def forced_backend(backend: str) -> Iterator[list[str]]:
 
 
 def losses(name: str, sizes: Sizes, device: str, dtype: str, backend: str) -> list[float]:
-    """Losses of the first training steps on eight random batches in turn, with this backend of L and D.
+    """Losses of the first training steps on eight random batches in turn, with the given backend for L and D.
 
-    By SGD: AdamW would blow rounding up where a gradient is nearly zero.
+    The optimizer is SGD, because AdamW amplifies rounding where a gradient is nearly zero.
     """
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, img_size=sizes.step_size, **sizes.step_kwargs)
@@ -189,7 +193,7 @@ def losses(name: str, sizes: Sizes, device: str, dtype: str, backend: str) -> li
 
 
 def check_training(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Losses of the same steps in eager and in Triton: the largest difference, within LOSS_TOLERANCE."""
+    """Compare the losses of the same training steps in eager and Triton; the maximum difference has LOSS_TOLERANCE."""
     float32_is_float32()
     for name in sizes.step_models:
         for dtype, limit in LOSS_TOLERANCE.items():

@@ -1,4 +1,4 @@
-"""Throughput and memory of models that take turns, a row for each; rows are kept after every round."""
+"""Throughput and peak memory of models that take turns, stored after every round."""
 import statistics
 from collections.abc import Callable
 
@@ -19,10 +19,10 @@ def measure_models(names: tuple[str, ...], mode: str, timing: ModelPairSettings,
     """Time models in turns, and return a row for each.
 
     Args:
-        names: Models.
+        names: Names of the models.
         mode: 'inference' or 'training'.
-        timing: Batch, size, precision, device and windows; its models are not looked at.
-        store: Gets all rows after each model that is ready and after each round.
+        timing: Batch, size, precision, device and windows; its models are ignored.
+        store: Called with all rows after each model is built and after each round.
     """
     steps, rows = {}, {}
     for name in names:
@@ -34,7 +34,7 @@ def measure_models(names: tuple[str, ...], mode: str, timing: ModelPairSettings,
         made: list[Callable[[], None]] = []
 
         def prepare(name: str = name, made: list = made) -> None:
-            """Build the model and take three steps, whose peak is that of the weights too."""
+            """Build the model and take three steps, so that the peak includes the weights."""
             made.append(build(timing, name, (), mode))
             for _ in range(3):
                 made[0]()
@@ -51,7 +51,7 @@ def measure_models(names: tuple[str, ...], mode: str, timing: ModelPairSettings,
         store(list(rows.values()))
     windows: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(timing.rounds):
-        for name in sorted(steps, reverse=bool(index % 2)):  # none always comes after the same other
+        for name in sorted(steps, reverse=bool(index % 2)):  # alternate the order
             windows[name].append(images_per_second(steps[name], timing))
             rows[name] |= dict(images_per_second=round(statistics.median(windows[name]), 2), rounds=index + 1)
         store(list(rows.values()))

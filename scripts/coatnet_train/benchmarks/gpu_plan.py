@@ -1,4 +1,4 @@
-"""What gpu_report.py does, in which order and in how many minutes; neither torch nor timm is imported here."""
+"""Steps of gpu_report.py with their order, time limits and sizes, and its settings, without torch and timm."""
 import os
 import tempfile
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ INTERPRETING = ('1', 'true', 'on', 'yes', 'y')  # values of TRITON_INTERPRET, as
 
 
 class Step(NamedTuple):
-    """One step of the report: a process of its own, ended at its limit.
+    """One step of the report, run as a process with a time limit.
 
     Args:
-        name: As --steps names it.
-        minutes: Limit under each of BUDGETS; 0 leaves the step out.
+        name: Name of the step, for --steps.
+        minutes: Limit in minutes for each of BUDGETS; 0 leaves the step out.
         function: Method of gpu_steps.Steps.
-        arguments: Its keyword arguments.
+        arguments: Keyword arguments of that method.
     """
 
     name: str
@@ -42,8 +42,8 @@ def _models(name: str, minutes: tuple[float, float, float], group: str, mode: st
         'group': group, 'mode': mode, 'compiled': name.endswith('-compiled')})
 
 
-# In this order. The limits are estimates; a column adds up to its budget at most. A step may also take what those
-# before it have left.
+# Steps in the order in which they run. The limits are estimates, and a column adds up to its budget at most. A step may
+# also use the time left over by the steps before it.
 STEPS = (
     #    name                              8    25   60 minutes
     Step('versions',                      (1.0, 1.0, 1.0), 'show_versions'),
@@ -72,24 +72,24 @@ STEPS = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the steps are."""
+    """Sizes of the steps."""
 
-    shapes: tuple[str, ...]  # of the operators that are timed, as benchmark.py ops has them
+    shapes: tuple[str, ...]  # shapes of the operators to time, as in benchmark.py ops
     operator_batch: int
     dtype: str
     backends: tuple[str, ...]
     window: float  # seconds
     rounds: int
     input_sets: int | None
-    # (B, C, heads, side, kernel) of the operators that are compared with naive
+    # (B, C, heads, side, kernel) of the operators to compare with naive
     compared: tuple[tuple[int, int, int, int, int], ...]
     compared_dtypes: tuple[str, ...]
-    models: dict[str, tuple[str, ...]]  # groups whose members take turns
+    models: dict[str, tuple[str, ...]]  # groups of models that take turns
     model_batch: int
     img_size: int
     amp: bool
-    large_side: int  # of the square image with 32 channels
-    steps: int  # of training
+    large_side: int  # height and width of the large image with 32 channels
+    steps: int  # training steps
     step_batch: int
     step_size: int  # pixels
     step_models: tuple[str, ...]
@@ -108,7 +108,7 @@ FULL = Sizes(
     large_side=8200,  # 8200^2 * 32 > 2^31
     steps=50, step_batch=64, step_size=64, step_models=('lightconvnet_pico_64', 'dynamicconvnet_pico_64'))
 
-# for a dry run on a CPU in Triton's interpreter, and for the sanitizer, which slows everything down
+# for a dry run on a CPU in Triton's interpreter, and for the sanitizer, which is slow
 TINY = Sizes(
     shapes=('2x32',), operator_batch=1, dtype='bfloat16', backends=('eager', 'triton', *FORCED, 'conv2d'), window=0.001,
     rounds=1, input_sets=2, compared=((1, 32, 1, 4, 3),), compared_dtypes=('bfloat16', 'float32'),
@@ -125,7 +125,7 @@ class GpuReportSettings:
 
     budget: Literal[8, 25, 60] = 25  # Minutes: which steps run, and how long each may take.
     steps: tuple[str, ...] = ()  # Steps to run in place of those of --budget, with their longest limits.
-    output: str = 'results'  # Folder of the CSV files and of gpu_report.log; rows that are there are kept.
+    output: str = 'results'  # Folder of the CSV files and of gpu_report.log; existing rows are kept.
     collect: str = ''  # Run nothing, and add to --output the rows of the CSV files in this folder.
     device: Literal['cuda', 'cpu'] = 'cuda'  # cpu is a dry run, in Triton's interpreter under TRITON_INTERPRET=1.
     tiny: bool = False  # Shapes that take seconds on a CPU.
@@ -134,7 +134,7 @@ class GpuReportSettings:
 
 
 def check_gpu_report(settings: GpuReportSettings) -> None:
-    """Raise ConfigError for unknown steps, dry runs that would write into results/, and kernels that cannot run."""
+    """Raise ConfigError for unknown steps, a missing --collect, dry runs into results/, or kernels that cannot run."""
     known = [step.name for step in STEPS]
     for name in (*settings.steps, *filter(None, [settings.run_step])):
         if name not in known:
@@ -152,7 +152,7 @@ def check_gpu_report(settings: GpuReportSettings) -> None:
 
 
 def make_output(settings: GpuReportSettings) -> Path:
-    """The folder of --output, made if there is none; raises ConfigError where no file can be written."""
+    """Make the folder of --output and return it; raises ConfigError if it cannot be written."""
     output = Path(settings.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def make_output(settings: GpuReportSettings) -> Path:
 
 
 def plan(settings: GpuReportSettings) -> list[tuple[Step, float]]:
-    """The steps to run and their limits in minutes; versions come first in any case."""
+    """Steps to run with their limits in minutes; `versions` is always the first."""
     if settings.steps:
         return [(step, max(step.minutes)) for step in STEPS if step.name in ('versions', *settings.steps)]
     column = BUDGETS.index(settings.budget)

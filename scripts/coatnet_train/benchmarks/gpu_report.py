@@ -1,6 +1,6 @@
-"""Runs the steps of a GPU report: a process each, with its own time limit; none stops the others.
+"""Runs the steps of a GPU report, each as a process with a time limit; a failing step does not stop the others.
 
-Nothing here imports torch, so that no fault of a step reaches this process and no card is held by it.
+Nothing here imports torch, so that this process holds no GPU memory and survives crashes of a step.
 """
 import json
 import os
@@ -27,11 +27,14 @@ from coatnet_train.runtime.cli import ConfigError, exits_at_signals
 __all__ = ['collect', 'main', 'start_step']
 
 SCRIPT = Path(__file__).parents[2] / 'gpu_report.py'
-SHOWN_OF_FAILURE = 15  # lines
+SHOWN_OF_FAILURE = 15  # lines of a failed step's log that are printed
 
 
 def start_step(step: Step, settings: GpuReportSettings, log: Path, limit: float) -> str:
-    """Run a step in a process group of its own, its output in the log; returns 'done' or how it ended."""
+    """Run a step in its own process group for at most `limit` seconds, with its output in the log.
+
+    Returns 'done', or how it ended.
+    """
     words = ['step', step.name, '--device', settings.device, '--output', settings.output,
              *['--tiny'] * settings.tiny]
     with log.open('ab') as file:
@@ -43,7 +46,7 @@ def start_step(step: Step, settings: GpuReportSettings, log: Path, limit: float)
         return 'done' if code == 0 else f'ended with exit code {code}'
     except subprocess.TimeoutExpired:
         return f'stopped at its limit of {limit:.0f} s'
-    finally:  # also where this process is stopped: compilers and test processes of the step go with it
+    finally:  # also if this process is stopped: end the compilers and test processes of the step too
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -53,11 +56,11 @@ Start = Callable[[Step, GpuReportSettings, Path, float], str]
 
 
 def main(settings: GpuReportSettings, start: Start = start_step) -> int:
-    """Run all steps of the plan; returns how many did not end well.
+    """List the steps, collect results or run the steps; returns the number of failed steps and checks.
 
     Args:
         settings: Settings of gpu_report.py.
-        start: Runs one step, given the log and a limit in seconds.
+        start: Function that runs one step, as `start_step`.
     """
     check_gpu_report(settings)
     if settings.list:
@@ -66,19 +69,19 @@ def main(settings: GpuReportSettings, start: Start = start_step) -> int:
     output = make_output(settings)
     if settings.collect:
         return collect(Path(settings.collect), output)
-    with exits_at_signals():  # the step in progress is ended too
+    with exits_at_signals():  # so that a signal ends the running step too
         return run_steps(settings, output, start)
 
 
 def run_steps(settings: GpuReportSettings, output: Path, start: Start) -> int:
-    """Run the steps of the plan one after the other; returns how many steps and checks failed."""
+    """Run the steps of the plan one after the other; returns the number of failed steps and checks."""
     log, begun, bad, planned = output / 'gpu_report.log', time.monotonic(), 0, 0.
     steps, origin, card, earlier = plan(settings), {'hardware': 'unknown'}, 'unknown', {''}
     print(f'{len(steps)} steps, at most {sum(minutes for _, minutes in steps):.1f} minutes; all output: {log}')
     for step, minutes in steps:
         started, before = time.monotonic(), log.stat().st_size if log.exists() else 0
         planned += 60 * minutes
-        limit = planned - (started - begun)  # its own, and what the steps before have left
+        limit = planned - (started - begun)  # its own limit, and the unused time of earlier steps
         ended = start(step, settings, log, limit)
         seconds = time.monotonic() - started
         text = log.read_bytes()[before:].decode(errors='replace').rstrip().splitlines() if log.exists() else []
@@ -114,12 +117,15 @@ def print_plan() -> None:
 
 
 def collect(source: Path, output: Path) -> int:
-    """Add the rows of the files in one folder to those in another; a new row replaces the one it measures again."""
+    """Merge the results files of one folder into another; a new row replaces the one with the same key.
+
+    Returns 0, an exit code; raises ConfigError for a folder without such files, or files that cannot be read.
+    """
     files = [(path, kind) for kind in KEYS for path in sorted(source.glob(f'{kind}_*.csv'))]
     if not files:
         raise ConfigError(f'--collect {source} must hold files such as ops_h200.csv, but has none.')
     found = []
-    for path, (key, value) in ((path, KEYS[kind]) for path, kind in files):  # all are read before any is written
+    for path, (key, value) in ((path, KEYS[kind]) for path, kind in files):  # read all before writing any
         found.append((output / path.name, read_rows(path, (*key, value)), key, value))
         read_rows(output / path.name, ('hardware', value))  # an older file may lack the other columns
     for path, rows, key, value in found:

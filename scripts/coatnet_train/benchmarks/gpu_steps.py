@@ -1,4 +1,4 @@
-"""The steps of gpu_report.py, each in a process of its own: what they run, and the rows that they leave."""
+"""The steps of gpu_report.py: each runs in its own process and writes rows into the results files."""
 import json
 import os
 import re
@@ -30,10 +30,10 @@ ROOT = Path(__file__).parents[3]
 
 
 class Steps:
-    """Steps by name, over one device, one set of sizes and one folder of results.
+    """Methods that run the steps, for one device, one set of sizes and one results folder.
 
     Args:
-        settings: Of gpu_report.py.
+        settings: Settings of gpu_report.py.
     """
 
     def __init__(self, settings: GpuReportSettings):
@@ -49,17 +49,17 @@ class Steps:
         merge_rows(self.output / f'{kind}_{self.card}.csv', rows, *KEYS[kind])
 
     def record(self, checks: Iterable[object]) -> None:
-        """Write checks into checks_<card>.csv, one by one, and print them."""
+        """Print checks and write them into checks_<card>.csv, one by one."""
         start = time.perf_counter()
         for check in checks:
             row = {'step': self.name, **check._asdict(), 'seconds': round(time.perf_counter() - start, 1)}
             print(*(f'{value}' for value in row.values() if value != ''), sep='  ', flush=True)
-            written = datetime.now(timezone.utc).isoformat()  # tells this run's rows from those of earlier runs
+            written = datetime.now(timezone.utc).isoformat()  # distinguishes this run's rows from earlier ones
             self.store('checks', [row | self.origin | {'written': written}])
             start = time.perf_counter()
 
     def show_versions(self) -> None:
-        """Versions and card; the last line is the origin of all rows, for the process that starts the steps."""
+        """Record versions and card; the last line printed is the provenance as JSON, for the parent process."""
         from coatnet_train.benchmarks.gpu_checks import Check
         facts = {'card': hardware(self.device), 'torch': torch.__version__, 'triton': ops.triton_version(),
                  'timm': self.origin['timm'], 'python': self.origin['python'], 'commit': self.origin['commit']}
@@ -92,10 +92,10 @@ class Steps:
         self.record(check_training(self.sizes, self.device))
 
     def run_kernel_tests(self) -> None:
-        """tests/ops -m gpu, in several processes where pytest-xdist is there; the counts so far are kept."""
+        """Run pytest tests/ops -m gpu, in parallel if pytest-xdist is installed, and record the counts as they grow."""
         from coatnet_train.benchmarks.gpu_checks import Check
         several = ['-n', str(min(12, os.cpu_count() or 1)), '--dist', 'load'] if find_spec('xdist') else []
-        several = several if self.device == 'cuda' else []  # on a CPU all are skipped, which one process does sooner
+        several = several if self.device == 'cuda' else []  # on a CPU all are skipped, and one process is faster
         command = [sys.executable, '-m', 'pytest', 'tests/ops', '-m', 'gpu', '-k', 'not above_2_31', '-vv',
                    '--tb', 'short', '-p', 'no:cacheprovider', *several]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -143,7 +143,7 @@ class Steps:
             'models', [row | self.origin for row in rows]))
 
     def run_sanitizer(self, tool: str) -> None:
-        """compute-sanitizer over the comparison with naive at tiny shapes, where it is installed."""
+        """Run the step `compare` at tiny shapes under compute-sanitizer, if that is installed."""
         from coatnet_train.benchmarks.gpu_checks import Check
         if shutil.which('compute-sanitizer') is None:
             self.record([Check(tool, 'skipped', detail='compute-sanitizer is not installed')])
@@ -154,7 +154,7 @@ class Steps:
                  str(ROOT / 'scripts' / 'gpu_report.py'), 'step', 'compare', '--tiny', '--device', self.device,
                  '--output', scratch],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                # so that an access beyond a tensor is one beyond its allocation
+                # without caching, an access outside of a tensor is one outside of its allocation
                 env={**os.environ, 'PYTORCH_NO_CUDA_MEMORY_CACHING': '1'})
         print(done.stdout)
         summaries = re.findall(r'(?:ERROR|RACECHECK) SUMMARY: (\d+)[^\n]*', done.stdout)
@@ -165,7 +165,7 @@ class Steps:
 
 
 def run_step(settings: GpuReportSettings) -> None:
-    """Run the step of `settings.run_step` in this process."""
+    """Run the step `settings.run_step` in this process."""
     make_output(settings)
     step = next(step for step in STEPS if step.name == settings.run_step)
     getattr(Steps(settings), step.function)(**step.arguments)

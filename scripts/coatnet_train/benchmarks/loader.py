@@ -1,4 +1,4 @@
-"""The reading of images timed by itself, as finetune.py reads them, beside training on them."""
+"""Throughput of image loading alone, as in finetune.py, and of training alone."""
 import statistics
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +22,7 @@ from coatnet_train.training.recipes import recipe_settings
 
 
 def read(loader: DataLoader, sampler: EpochSampler, window: float) -> float:
-    """Images a second of one window, after a first batch has come."""
+    """Images per second over one window of at least `window` seconds, or one epoch, after the first batch."""
     sampler.epoch += 1
     batches_, count = iter(loader), 0
     next(batches_)
@@ -35,7 +35,7 @@ def read(loader: DataLoader, sampler: EpochSampler, window: float) -> float:
 
 
 def main(settings: LoaderSettings) -> dict:
-    """Images a second of the loader, by number of workers, and of training; all take turns."""
+    """Measure, print and return images per second of the loader by number of workers, and of training."""
     check_benchmark(settings, ('batch_size', 'rounds', 'window', 'threads'))
     check_machine(settings.device, (settings.model,), settings.amp)
     torch.set_num_threads(settings.threads)

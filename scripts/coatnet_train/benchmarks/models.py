@@ -1,4 +1,4 @@
-"""Two models timed side by side; the functions that build and time one are those of every benchmark."""
+"""Two models timed in turns, and the functions that build and time a model in every benchmark."""
 import multiprocessing
 import statistics
 from collections.abc import Callable
@@ -23,13 +23,13 @@ from coatnet_train.runtime.provenance import provenance
 
 
 def build(settings: ModelPairSettings, name: str, kwargs: tuple[str, ...], mode: str) -> Callable[[], None]:
-    """Return a function that takes one step of `mode`."""
+    """Return a function that runs one step of `mode`, 'inference' or 'training'."""
     torch.manual_seed(settings.seed)
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
     images = torch.randn(settings.batch_size, 3, settings.img_size, settings.img_size, device=settings.device)
     images = images.contiguous(memory_format=memory_format)
     labels = torch.zeros(settings.batch_size, dtype=torch.long, device=settings.device)
-    sized = resolve_model_input_args(name, {'img_size': settings.img_size}).get('img_size')  # None: any size will do
+    sized = resolve_model_input_args(name, {'img_size': settings.img_size}).get('img_size')  # None: takes any size
     model = timm.create_model(name, img_size=sized, **dict(map(parse_argument, kwargs))).to(settings.device)
     model = model.train() if mode == 'training' else reparameterize_model(model.eval())
     model = model.to(memory_format=memory_format)
@@ -51,18 +51,18 @@ def build(settings: ModelPairSettings, name: str, kwargs: tuple[str, ...], mode:
 
 
 def images_per_second(step: Callable[[], None], settings: ModelPairSettings) -> float:
-    """Images per second over a window."""
+    """Images per second over a window of at least `settings.window` seconds."""
     return settings.batch_size / timing.measure_window(step, settings.window, settings.device)
 
 
 def status_field(name: str) -> float:
-    """A field of Linux's /proc/self/status, in MiB."""
+    """Value of a field of Linux's /proc/self/status, in MiB."""
     line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
 
 
 def peak_memory(settings: ModelPairSettings, name: str, kwargs: tuple[str, ...], mode: str) -> float:
-    """MiB that weights and three steps take at their peak: allocated on a GPU, resident growth on a CPU."""
+    """Peak MiB of the weights and three steps: allocated memory on a GPU, growth of resident memory on a CPU."""
     torch.set_num_threads(settings.threads)
     if settings.device != 'cpu':
         torch.cuda.reset_peak_memory_stats()
@@ -75,7 +75,7 @@ def peak_memory(settings: ModelPairSettings, name: str, kwargs: tuple[str, ...],
 
 
 def check_machine(device: str, models: tuple[str, ...] = (), amp: bool = False) -> None:
-    """Raise ConfigError for a device that is not there or a model that timm does not know; warn of slow --amp."""
+    """Raise ConfigError for a missing device or a model that timm does not know; warn of slow --amp."""
     for name in models:
         if not timm.is_model(name):
             raise ConfigError(f'{name} is not a name in timm.list_models().')
@@ -96,7 +96,7 @@ def main(settings: ModelPairSettings) -> dict:
         for mode in settings.modes:
             memory = {}
             for side, (name, kwargs) in sides.items():
-                if can_measure_memory:  # a process of its own, since a peak cannot be taken back
+                if can_measure_memory:  # in a new process, since a peak cannot be reset
                     with multiprocessing.get_context('spawn').Pool(1) as pool:
                         memory[side] = pool.apply(peak_memory, (settings, name, kwargs, mode))
                 bar.update()
@@ -105,7 +105,7 @@ def main(settings: ModelPairSettings) -> dict:
                 step(), step()
             windows: dict[str, list[float]] = {side: [] for side in sides}
             for index in range(settings.rounds):
-                for side in sorted(sides, reverse=bool(index % 2)):  # neither always comes second
+                for side in sorted(sides, reverse=bool(index % 2)):  # alternate the order
                     windows[side].append(images_per_second(steps[side], settings))
                 bar.update()
             speed = {side: statistics.median(values) for side, values in windows.items()}

@@ -1,4 +1,4 @@
-"""LightConv and DynamicConv timed over the shapes of the stages, beside the floor that the machine allows."""
+"""LightConv and DynamicConv timed at the shapes of the stages, against the floor of the machine."""
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +40,7 @@ from coatnet_zoo.ops.dispatch import INTERPRETED
 
 
 class Row(NamedTuple):
-    """One comparison."""
+    """One comparison of backends: operator, shape, kernel and pass."""
     op: Literal['light', 'dynamic']
     side: int
     channels: int
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 def rows_of(settings: OpsSettings) -> list[Row]:
-    """Every requested comparison."""
+    """All requested comparisons."""
     shapes = [tuple(map(int, shape.split('x'))) for shape in settings.shapes]
     ops = ('light', 'dynamic') if settings.op == 'both' else (settings.op,)
     return [Row(op, *shape, kernel, passes) for op in ops for shape in shapes for kernel in settings.kernels
@@ -61,14 +61,14 @@ def rows_of(settings: OpsSettings) -> list[Row]:
 
 
 class Ceilings(NamedTuple):
-    """What the machine can do at most."""
-    bandwidth: float  # bytes read or written a second
-    multiply_adds: float  # a second
-    source: str  # where `multiply_adds` comes from
+    """Peak rates of the machine."""
+    bandwidth: float  # bytes read or written per second
+    multiply_adds: float  # multiply-adds per second
+    source: str  # origin of `multiply_adds`
 
 
 def measure_ceilings(settings: OpsSettings) -> Ceilings:
-    """Both on random numbers, by the fastest of the windows: a busy moment must not lower a ceiling."""
+    """Measure copy bandwidth and matrix product rate on random numbers; the fastest window counts."""
     on_cpu = settings.device == 'cpu'
     megabytes = 256 if on_cpu else 1024  # far more than any cache holds
     source = torch.rand(megabytes * 2**18, device=settings.device)
@@ -92,7 +92,7 @@ def can_run(backend: Backend, settings: OpsSettings) -> bool:
 
 
 def operand_shape(row: Row, backend: Backend, batch: int) -> tuple[int, ...]:
-    """Of the weight or the logits, the second input."""
+    """Shape of the operand, the second input: the weight, or the logits of DynamicConv."""
     heads, K = row.channels // HEAD_DIM, row.kernel
     if backend == 'conv2d':
         return row.channels, 1, K, K
@@ -100,7 +100,7 @@ def operand_shape(row: Row, backend: Backend, batch: int) -> tuple[int, ...]:
 
 
 def function_of(row: Row, backend: Backend) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(x, operand) -> out."""
+    """Function (x, operand) -> out that runs the row's operator with a backend."""
     if backend == 'conv2d':
         return lambda x, weight: F.conv2d(x, weight, padding=row.kernel // 2, groups=row.channels)
     kernel_size = row.kernel, row.kernel
@@ -122,7 +122,7 @@ Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def build(row: Row, backend: Backend, settings: OpsSettings, function: Function, number: int) -> Callable[[], object]:
-    """Return a function that makes one call with inputs of its own, those of this number."""
+    """Return a function that makes one call with its own inputs, drawn by the seed + `number`."""
     torch.manual_seed(settings.seed + number)
     like = dict(dtype=getattr(torch, settings.dtype), device=settings.device)
     x = torch.randn(settings.batch_size, row.channels, row.side, row.side, **like).contiguous(
@@ -138,27 +138,27 @@ def build(row: Row, backend: Backend, settings: OpsSettings, function: Function,
 
 
 class Timed(NamedTuple):
-    """One backend, ready to be timed: makes `sets` calls in turn, each of which allocates `peak_mib` at its peak."""
+    """A backend ready for timing: `call` makes `sets` calls in turn, each with a peak allocation of `peak_mib`."""
     call: Callable[[], object]
     sets: int
     peak_mib: float | str
 
 
 def prepare(row: Row, backend: Backend, settings: OpsSettings, ceilings: Ceilings) -> Timed | None:
-    """Compile and capture the calls of a backend; None where it cannot run, and a line says why."""
+    """Compile and capture the calls of a backend; None if it cannot run, with a printed reason if it fails."""
     if not can_run(backend, settings):
         return None
     nbytes = floor(row, backend, settings, ceilings)['bytes']
-    # naive takes one set: its intermediate tensors are far larger than its inputs
+    # one set for naive: its intermediate tensors are far larger than its inputs
     sets = 1 if backend == 'naive' else settings.input_sets or default_input_sets(nbytes, settings.device)
     try:
         function = function_of(row, backend)
         calls = [build(row, backend, settings, function, number) for number in range(sets)]
         if settings.device != 'cpu':
-            calls[0]()  # compiles, which is no part of the peak
+            calls[0]()  # compiles, so that the peak does not include compilation
         peak = peak_memory(calls[0], settings.device)
         return Timed(replay(calls, settings.device), sets, NOT_MEASURED if peak is None else rounded(peak))
-    except (RuntimeError, ValueError) as error:  # out of memory, or kernels that do not take such a call
+    except (RuntimeError, ValueError) as error:  # out of memory, or not supported by the kernels
         tqdm.write(f'{row}: {backend} is not measured: {one_line(error)}')
         return None
 
@@ -168,7 +168,7 @@ def rounded(value: float) -> float:
 
 
 def floor(row: Row, backend: Backend, settings: OpsSettings, ceilings: Ceilings) -> dict[str, float]:
-    """Least bytes, multiply-adds and milliseconds of a call, and the size of its inputs, outputs and gradients."""
+    """Minimum bytes, multiply-adds and milliseconds of a call, and the size of its inputs, outputs and gradients."""
     elements, width = settings.batch_size * row.channels * row.side ** 2, getattr(torch, settings.dtype).itemsize
     image = elements * width
     operand = prod(operand_shape(row, backend, settings.batch_size)) * width
@@ -189,13 +189,13 @@ def floor(row: Row, backend: Backend, settings: OpsSettings, ceilings: Ceilings)
 
 
 def measure(row: Row, settings: OpsSettings, ceilings: Ceilings, bar: tqdm) -> list[dict]:
-    """The cells of a row, a dictionary for each backend."""
-    torch._dynamo.reset()  # each shape compiles anew, and none counts towards the limit of recompilations
+    """Measure a row; returns a dictionary for each backend."""
+    torch._dynamo.reset()  # compile each shape separately, below the recompilation limit
     prepared = {name: prepare(row, name, settings, ceilings) for name in settings.backends}
     found = {name: timed for name, timed in prepared.items() if timed is not None}
     windows: dict[str, list[float]] = {backend: [] for backend in found}
     for index in range(settings.rounds):
-        for backend in sorted(found, reverse=bool(index % 2)):  # none always comes after the same other
+        for backend in sorted(found, reverse=bool(index % 2)):  # alternate the order
             if index == 0 or backend != 'naive':
                 seconds = measure_window(found[backend].call, settings.window, settings.device)
                 windows[backend].append(seconds / found[backend].sets)
@@ -242,7 +242,7 @@ def main(settings: OpsSettings, store: Callable[[list[dict]], object] | None = N
 
     Args:
         settings: Rows and backends to time.
-        store: Gets the cells of each row, with their origin, as soon as they are there, beside --results-file.
+        store: Called with the cells of each row and their provenance as soon as they are measured.
     """
     check_ops(settings)
     check_machine(settings.device, amp=settings.dtype == 'bfloat16')
@@ -263,9 +263,9 @@ def main(settings: OpsSettings, store: Callable[[list[dict]], object] | None = N
             table += [cell | origin for cell in cells]
             if store is not None:
                 store(table[-len(cells):])
-            if settings.results_file:  # after each row: a run that is stopped leaves what it has measured
+            if settings.results_file:  # after each row, so that an interrupted run keeps its measurements
                 write_rows(Path(settings.results_file), table)
-    target = dict(op='dynamic', side=28, channels=192, kernel=7, backend='compiled')  # is to stay within 3.00
+    target = dict(op='dynamic', side=28, channels=192, kernel=7, backend='compiled')  # target: at most 3.00
     ratios = {cell['passes']: cell['ratio_to_conv2d'] for cell in table if target.items() <= cell.items()}
     if ratios:
         print('\nTime of compiled dynamic 7x7, 28x28x192, over that of F.conv2d:', ', '.join(

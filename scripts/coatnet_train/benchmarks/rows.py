@@ -1,4 +1,4 @@
-"""Results files that grow row by row and over several runs: a new row replaces the one with its key, and no other."""
+"""CSV results files that grow over several runs: a new row replaces only the row with the same key."""
 import csv
 import io
 import re
@@ -11,7 +11,7 @@ from coatnet_train.runtime.files import write_file
 __all__ = ['KEYS', 'NOT_MEASURED', 'card_slug', 'merge_rows', 'read_rows', 'write_rows']
 
 NOT_MEASURED = 'not measured'
-KEYS = {  # by kind of file, KIND_<card>.csv: columns that say what a row measures, and the column of its figure
+KEYS = {  # by kind of file, KIND_<card>.csv: key columns, and the column of the measured value
     'ops': (('hardware', 'op', 'side', 'channels', 'kernel', 'passes', 'batch_size', 'dtype', 'backend', 'timer'),
             'ms'),
     'models': (('hardware', 'model', 'mode', 'form', 'precision', 'batch_size', 'img_size'), 'images_per_second'),
@@ -23,7 +23,7 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
 
     Args:
         path: CSV file in UTF-8.
-        columns: Columns that it must have.
+        columns: Columns that the file must have.
 
     Raises:
         ConfigError: The file cannot be read, lacks a column, or has a row of another length than its first.
@@ -41,14 +41,14 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
         raise ConfigError(f'{path} must have the columns {", ".join(columns)}, but lacks {", ".join(missing)}; take it '
                           f'away or repair it.')
     for number, row in enumerate(rows, 1):
-        if None in row or None in row.values():  # more cells, or fewer
+        if None in row or None in row.values():  # too many or too few cells
             raise ConfigError(f'{path} must have {len(names)} cells in every row, but row {number} has not; take it '
                               f'away or repair it.')
     return rows
 
 
 def write_rows(path: Path, rows: Sequence[dict]) -> None:
-    """Write a CSV file with all columns that any row has."""
+    """Write a CSV file with the union of the columns of all rows."""
     text = io.StringIO()
     columns = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, columns, lineterminator='\n')
@@ -58,13 +58,13 @@ def write_rows(path: Path, rows: Sequence[dict]) -> None:
 
 
 def merge_rows(path: Path, rows: Sequence[dict], key: Sequence[str], value: str) -> None:
-    """Add rows to a file, each in place of the one with the same `key`.
+    """Add rows to a file, replacing rows with the same key.
 
     Args:
-        path: CSV file, made if there is none.
+        path: CSV file, created if it does not exist.
         rows: New rows.
-        key: Columns that say what was measured; a column that an older row lacks counts as empty.
-        value: Column with the figure: "not measured" there never replaces one that was measured.
+        key: Key columns; a column that an older row lacks counts as empty.
+        value: Column of the measured value: "not measured" never replaces a measured value.
     """
     def key_of(row: dict) -> tuple[str, ...]:
         return tuple(str(row.get(name) or '') for name in key)
@@ -78,5 +78,5 @@ def merge_rows(path: Path, rows: Sequence[dict], key: Sequence[str], value: str)
 
 
 def card_slug(hardware: str) -> str:
-    """Part of a file's name that stands for a card: 'NVIDIA H200' is h200."""
+    """Name of a card for file names: 'NVIDIA H200' is h200."""
     return re.sub('[^a-z0-9]+', '_', hardware.lower().replace('nvidia', '')).strip('_') or 'unknown'

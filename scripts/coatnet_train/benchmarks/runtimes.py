@@ -1,4 +1,4 @@
-"""A model's inference form in torch, ONNX Runtime and OpenVINO, timed in one process on a CPU."""
+"""The inference form of models in torch, ONNX Runtime and OpenVINO, timed in one process on a CPU."""
 import io
 import statistics
 from collections.abc import Callable
@@ -23,14 +23,14 @@ from coatnet_train.runtime.packages import is_installed
 from coatnet_train.runtime.progress import progress_bar
 from coatnet_train.runtime.provenance import provenance
 
-MODULES = {'onnxruntime': ('onnxruntime', 'onnxscript'), 'openvino': ('openvino', 'onnxscript')}  # what a runtime needs
-TOLERANCE = 1e-3  # largest difference of logits, as a fraction of the largest logit
+MODULES = {'onnxruntime': ('onnxruntime', 'onnxscript'), 'openvino': ('openvino', 'onnxscript')}  # needed modules
+TOLERANCE = 1e-3  # maximum difference of logits, as a fraction of the largest logit
 
 Call = Callable[[], torch.Tensor]
 
 
 def installed(runtimes: tuple[str, ...]) -> list[str]:
-    """The runtimes that can run here; says which are left out, and what installs them."""
+    """Runtimes that are installed; prints how to install the others."""
     usable = []
     for runtime in runtimes:
         missing = [module for module in MODULES.get(runtime, ()) if not is_installed(module)]
@@ -65,16 +65,19 @@ def openvino_call(onnx: bytes, images: torch.Tensor, threads: int) -> Call:
 
 
 def build(name: str, batch_size: int, runtimes: list[str], settings: RuntimesSettings) -> dict[str, Call]:
-    """A call for each runtime: the logits of one batch in the inference form of a model."""
+    """A function for each runtime that returns the logits of one batch from the inference form of a model.
+
+    Raises ConfigError for an image size that the model does not take.
+    """
     torch.manual_seed(settings.seed)
-    sized = resolve_model_input_args(name, {'img_size': settings.img_size}).get('img_size')  # None: any size will do
+    sized = resolve_model_input_args(name, {'img_size': settings.img_size}).get('img_size')  # None: takes any size
     try:
         model = reparameterize_model(timm.create_model(name, img_size=sized).eval())
     except ValueError as error:  # a size that the model does not take
         raise ConfigError(f'--img-size {settings.img_size}: {name}: {one_line(error)}') from error
     images = torch.randn(batch_size, 3, settings.img_size, settings.img_size)
     calls: dict[str, Call] = {}
-    if {'onnxruntime', 'openvino'} & {*runtimes}:  # in torch's own layout, which export knows
+    if {'onnxruntime', 'openvino'} & {*runtimes}:  # in contiguous format, for the export
         onnx = export_onnx(model, images)
     model, batch = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
     for runtime in runtimes:
@@ -88,7 +91,7 @@ def build(name: str, batch_size: int, runtimes: list[str], settings: RuntimesSet
 
 
 def compare(name: str, calls: dict[str, Call]) -> dict[str, float]:
-    """Difference from eager's logits by runtime, as a fraction of the largest; raises ConfigError above 1e-3."""
+    """Maximum difference from eager's logits by runtime, over the largest logit; raises ConfigError above 1e-3."""
     expected = calls['eager']()
     gaps = {runtime: ((call() - expected).abs().max() / expected.abs().max()).item() for runtime, call in calls.items()}
     for runtime, gap in gaps.items():
@@ -100,10 +103,10 @@ def compare(name: str, calls: dict[str, Call]) -> dict[str, float]:
 
 @torch.inference_mode()
 def measure(calls: dict[str, Call], settings: RuntimesSettings, tick: Callable[[], object]) -> dict[str, list[float]]:
-    """Milliseconds of a batch by runtime and round; `tick` is called after each round."""
+    """Milliseconds of a batch by runtime, a value for each round; `tick` is called after each round."""
     windows: dict[str, list[float]] = {runtime: [] for runtime in calls}
     for index in range(settings.rounds):
-        for runtime in sorted(calls, reverse=bool(index % 2)):  # none always comes after the same other
+        for runtime in sorted(calls, reverse=bool(index % 2)):  # alternate the order
             windows[runtime].append(1e3 * measure_window(calls[runtime], settings.window, 'cpu'))
         tick()
     return windows

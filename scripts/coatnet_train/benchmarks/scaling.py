@@ -1,4 +1,4 @@
-"""Models in inference form timed over image sizes, and the exponent a of time ~ pixels^a."""
+"""Inference time of models over image sizes, and the exponent a of time ~ pixels^a."""
 import statistics
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from coatnet_train.runtime.provenance import provenance
 
 
 def measure(settings: ScalingSettings) -> dict[str, dict[int, float]]:
-    """Milliseconds an image, by model and size."""
+    """Milliseconds per image by model and size; raises ConfigError for a size that a model does not take."""
     timing = {size: ModelPairSettings(
         model='', against='', batch_size=settings.batch_size, img_size=size, threads=settings.threads,
         window=settings.window, amp=settings.amp, compile=settings.compile, device=settings.device, seed=settings.seed,
@@ -38,7 +38,7 @@ def measure(settings: ScalingSettings) -> dict[str, dict[int, float]]:
             step(), step()
             bar.update()
         for index in range(settings.rounds):
-            for name, size in sorted(steps, reverse=bool(index % 2)):  # none always comes after the same other
+            for name, size in sorted(steps, reverse=bool(index % 2)):  # alternate the order
                 windows[name, size].append(1e3 / images_per_second(steps[name, size], timing[size]))
                 bar.update()
     return {name: {size: statistics.median(windows[name, size]) for size in sorted(set(settings.sizes))}
@@ -46,12 +46,12 @@ def measure(settings: ScalingSettings) -> dict[str, dict[int, float]]:
 
 
 def exponent(times: dict[int, float]) -> float:
-    """a of time ~ pixels^a, by least squares over the logarithms."""
+    """Exponent a of time ~ pixels^a, by least squares on the logarithms."""
     return statistics.linear_regression([log(size ** 2) for size in times], [log(ms) for ms in times.values()]).slope
 
 
 def draw(models: dict[str, dict], path: Path, title: str) -> None:
-    """Time over pixels, both in logarithms, so that an exponent is a slope."""
+    """Write a log-log plot of time over pixels, in which an exponent is a slope."""
     figure = Figure(figsize=(7, 5), layout='constrained')
     axes = figure.subplots()
     styles = cycle((color, line) for line in ('.-', '.--', '.:') for color in (BLUE, GREY, DARK))
@@ -74,7 +74,7 @@ def main(settings: ScalingSettings) -> dict:
     check_scaling(settings)
     check_machine(settings.device, settings.models, settings.amp)
     torch.set_num_threads(settings.threads)
-    # no graph for any size, which would be another one, and room for every model at every size
+    # no dynamic-shape graphs, which would be other code, and a recompile limit for every model at every size
     compiling = torch._dynamo.config.patch(
         automatic_dynamic_shapes=False, recompile_limit=len(settings.models) * len(settings.sizes) + 1,
     ) if settings.compile else nullcontext()

@@ -1,4 +1,4 @@
-"""How calls are timed: in windows of wall time, on a GPU as replays of a CUDA graph over several input sets."""
+"""Timing of calls: in windows of wall time, on a GPU as replays of a CUDA graph over several input sets."""
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,23 +16,23 @@ def synchronize(device: str) -> None:
 
 
 def measure_window(call: Callable[[], object], window: float, device: str) -> float:
-    """Seconds a call takes over a window of at least one."""
+    """Mean seconds of a call over a window of at least `window` seconds and one call."""
     calls, batch, start = 0, 1, time.perf_counter()
     while calls == 0 or time.perf_counter() - start < window:
         for _ in range(batch):
             call()
         synchronize(device)
         calls += batch
-        # a GPU is waited for only now and then, so that the next call is in its queue before one ends
+        # synchronise a GPU after growing batches of calls, so that its queue is never empty within a batch
         batch = 1 if device == 'cpu' else min(2 * batch, 64)
     return (time.perf_counter() - start) / calls
 
 
 def replay(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], object]:
-    """One function that makes all calls in turn: on a GPU a CUDA graph of them, which costs one launch.
+    """Return one function that makes all calls in turn: on a GPU a CUDA graph of them, which costs one launch.
 
     Each call must have run before, since compilation cannot be captured. The graph keeps every output until its end, so
-    that no call writes where the one before it has just written, into the cache.
+    that no call writes to memory that is in the cache from the output of the call before it.
     """
     if device == 'cpu':
         return lambda: [call() for call in calls]
@@ -47,14 +47,15 @@ def replay(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], o
         kept = [call() for call in calls]
     del kept  # the graph owns their memory
 
-    def play(held: Sequence[Callable[[], object]] = tuple(calls)) -> None:  # which hold the inputs
+    def play(held: Sequence[Callable[[], object]] = tuple(calls)) -> None:  # the calls keep their inputs alive
         graph.replay()
 
     return play
 
 
 def default_input_sets(nbytes: int, device: str) -> int:
-    """Input sets of a row whose call moves `nbytes`: one on a CPU; on a GPU enough to pass four times its L2 cache."""
+    """Number of input sets for a call that moves `nbytes`: 1 on a CPU; on a GPU enough to exceed 4 times its L2 cache.
+    """
     if device == 'cpu':
         return 1
     cache = torch.cuda.get_device_properties().L2_cache_size
@@ -62,7 +63,7 @@ def default_input_sets(nbytes: int, device: str) -> int:
 
 
 def peak_memory(call: Callable[[], object], device: str) -> float | None:
-    """Make a call; MiB that it allocates at its peak on top of what is there, on a GPU, and None on a CPU."""
+    """Make a call; returns its peak allocation in MiB above what is already allocated on a GPU, and None on a CPU."""
     if device == 'cpu':
         call()
         return None

@@ -15,7 +15,7 @@ def default_workers(max_workers: int = 4) -> int:
 class DataSettings:
     """Image source."""
 
-    data_dir: str = ''  # Folder with a sub-folder a split and in it one a class, or where --dataset keeps its files.
+    data_dir: str = ''  # Folder of SPLIT/CLASS/IMAGE files, or the folder where --dataset keeps its files.
     dataset: str = ''  # Empty for a folder; torch/cifar10, hfds/OWNER/NAME, hfids/OWNER/NAME (streamed), wds/ (shards).
     dataset_download: bool = False  # Let torchvision download the data set.
     class_map: str = ''  # File of class names in label order, for folders and streams.
@@ -25,5 +25,5 @@ class DataSettings:
 
 
 def is_stream(settings: DataSettings) -> bool:
-    """Whether images come in an order of their own, without an index."""
+    """Whether images are streamed in the source's order, without an index."""
     return settings.dataset.startswith(('hfids/', 'wds/', 'tfds/'))

@@ -1,7 +1,7 @@
-"""Image datasets by timm's schemas: opened with checks, and read so that a run can be repeated.
+"""Image datasets by timm's schemas: validated when opened, and read reproducibly.
 
-The augmentation of an image follows from (seed, epoch, index) alone, whatever worker or process reads it. Streams
-(hfids/, wds/, tfds/) have no index: theirs follows from (seed, epoch, process, worker, position).
+The augmentation of an image depends on (seed, epoch, index) alone, not on the worker or process that reads it. Streams
+(hfids/, wds/, tfds/) have no index: there it depends on (seed, epoch, process, worker, position).
 """
 import logging
 import random
@@ -50,12 +50,13 @@ def create_dataset(
 
     Args:
         settings: Where the images come from.
-        split: Name of the split; of a folder, 'validation' is also val/, valid/, eval/ or test/; '' the folder itself.
+        split: Name of the split; in a folder, 'validation' also finds val/, valid/, eval/ and test/, and '' means the
+            folder itself.
         batch_size: Batch size of the loader, by which streams split their images.
         is_training: Whether streams shuffle.
         seed: Seed of the order of a stream.
-        num_samples: Number of images in a stream that does not say it.
-        num_classes: Number of classes in a stream that has no names for them.
+        num_samples: Number of images in a stream that does not record it.
+        num_classes: Number of classes in a stream that does not name them.
 
     Raises ConfigError for a source that cannot be opened, or whose first image cannot be read.
     """
@@ -99,9 +100,9 @@ def create_dataset(
 
 def _try_first(create: Callable[[], Dataset], settings: DataSettings, split: str, is_training: bool,
                labelled: bool) -> None:
-    """Read one image and count the shards here, because an error in a worker would be lost."""
+    """Read one image and count the shards in this process, because an error in a loader worker would be lost."""
     try:
-        dataset = create()  # another one, because timm's streams are set up for good by the first read
+        dataset = create()  # a separate dataset, because the first read fixes the setup of timm's streams
         image = next(iter(dataset))[0]
         if not isinstance(image, Image.Image | dict):
             raise TypeError(f'found {type(image).__name__}, which is no image')
@@ -144,7 +145,7 @@ def _open_image(path: str) -> Image.Image:
 
 
 def _open_encoded(reader: object) -> None:
-    """Open the stream of a timm reader so that it gives files: `datasets` would turn images by their orientation."""
+    """Open the stream of a timm reader without decoding: `datasets` would apply the EXIF orientation."""
     type(reader)._lazy_init(reader)
     import datasets
     if isinstance((reader.ds.features or {}).get(reader.input_key), datasets.Image):
@@ -183,13 +184,13 @@ def read_image(dataset: Dataset, index: int, mode: str = 'RGB') -> tuple[Image.I
     if not isinstance(dataset, ImageDataset):
         image, label = dataset[index]
         return to_mode(image, mode), label
-    file, label, *_ = dataset.reader[index]  # dataset[index] would pass over what it cannot read
+    file, label, *_ = dataset.reader[index]  # dataset[index] would skip an unreadable image
     with file, Image.open(file) as image:
         return to_mode(image, mode), -1 if label is None else label
 
 
 def image_name(dataset: Dataset, index: int) -> str:
-    """The path of an image if it has one, else its place."""
+    """Absolute path of an image in printable form, else 'image INDEX'."""
     name = dataset.filename(index, absolute=True) if isinstance(dataset, ImageDataset) else None
     return printable(str(name or f'image {index}'))
 
@@ -215,25 +216,25 @@ def read_targets(dataset: Dataset) -> list[int]:
 
 
 class StoredOutputs(Protocol):
-    """What a teacher said of `views` views of every image."""
+    """Stored outputs of a teacher for `views` augmented views of every image."""
 
     views: int
 
     def row(self, view: int, index: int) -> tuple[torch.Tensor, ...]:
-        """For one view of one image."""
+        """Outputs for one view of one image."""
 
     def load(self, device: torch.device) -> None:
-        """Put all on a device, for `rows`."""
+        """Copy all outputs to a device, for `rows`."""
 
     def rows(self, views: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """For a batch: views (B,) of images (B,)."""
+        """Outputs of a batch: views (B,) of images (B,)."""
 
 
 class IndexedImageDataset(Dataset):
     """(epoch, index) -> (image, label, index of the requested image if it is unreadable, else -1, *outputs).
 
-    In training the next readable image takes the place of an unreadable one; in evaluation nothing does: the image
-    is blank and the label -1, to be left out.
+    With `substitute` (training) the next readable image takes the place of an unreadable one. Without it (evaluation)
+    the image is blank and its label is -1, so that metrics leave it out.
 
     Args:
         dataset: What `create_dataset` returned.
@@ -241,7 +242,7 @@ class IndexedImageDataset(Dataset):
         seed: Seed of the augmentation.
         mode: 'RGB' or 'L'.
         substitute: Whether another image takes the place of an unreadable one.
-        outputs: Stored outputs of a teacher; `epoch` is the number of a view then, and the outputs for it follow.
+        outputs: Stored outputs of a teacher; keys are then (view, index), and the outputs of that view are appended.
     """
 
     def __init__(self, dataset: Dataset, transform: Callable, seed: int = 0, mode: str = 'RGB',
@@ -268,7 +269,7 @@ class IndexedImageDataset(Dataset):
 
 
 class StreamingImageDataset(IterableDataset):
-    """(image, label, -1) from a stream of timm; what cannot be read is reported and passed over, as timm does.
+    """(image, label, -1) from a stream of timm; unreadable images are logged and skipped, as in timm.
 
     Args:
         dataset: What `create_dataset` returned.
@@ -299,7 +300,7 @@ class StreamingImageDataset(IterableDataset):
 
 
 def decode(image: Image.Image | dict) -> Image.Image:
-    """An image of a stream, which hfids/ gives as the bytes or the path of its file."""
+    """Open an image of a stream; hfids/ gives the bytes or the path of its file instead of an image."""
     if not isinstance(image, dict):
         return image
     if image['bytes'] is not None:

@@ -1,12 +1,12 @@
-"""Images that are decoded once and stay on the device as uint8: crop, flip, colours and erasing are computed there.
+"""Images decoded once and kept on the device as uint8; crop, flip, colour jitter and random erasing run there.
 
-For many epochs on images no larger than the model takes, where a GPU would wait for PIL. Of larger ones the detail
-that a crop would show is lost, and of wide ones the shape, as all are kept as squares. From these, crops and colours
-are drawn as by RandomResizedCrop and ColorJitter, but every crop is bilinear and the colours change in one order.
-Evaluation sees the images that it always sees.
+For many epochs on images no larger than the model's input, where PIL would be the bottleneck. The cache holds squares:
+larger images lose the detail that a crop would show, and wide images their aspect ratio. Crops and colours have the
+distributions of RandomResizedCrop and ColorJitter, but every crop is bilinear and the colour operations have a fixed
+order. Evaluation images are the same as without the cache.
 
-What is drawn for an image follows from (seed, epoch, index), whatever batch, process or device it is in: it is a row of
-a table of random numbers. The crop is the same at every size.
+The augmentation of an image depends on (seed, epoch, index) alone, not on its batch, process or device: its random
+numbers are a row of a table. The crop is the same at every size.
 """
 import math
 from collections.abc import Callable
@@ -28,15 +28,15 @@ __all__ = [
     'Augmentation', 'DeviceImageCache', 'Normalize', 'adjust_colors', 'create_cached_loader', 'crop_and_flip',
     'draw_crops']
 
-ASPECT = (3 / 4, 4 / 3)  # of a crop, width over height, as in RandomResizedCrop
+ASPECT = (3 / 4, 4 / 3)  # range of a crop's width / height, as in RandomResizedCrop
 READ_BATCH = 256  # images that are read together while decoding
 DRAWS_OF_CROP = 22  # ten areas, ten aspects, left and top
-TABLE = 2**32  # in place of an index, in the seed of the numbers of all images
+TABLE = 2**32  # takes the place of an index in the seed of the table, which serves all images
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision's colour operations
 
 
 class Normalize:
-    """uint8 images (B, C, H, W) -> (x / 255 - mean) / std in float32, on a CPU to the bit as after ToTensor."""
+    """uint8 images (B, C, H, W) -> (x / 255 - mean) / std in float32; on a CPU bit-identical to torchvision's."""
 
     draws = 0
 
@@ -66,12 +66,12 @@ def draw_crops(draws: torch.Tensor, scale: tuple[float, float]) -> torch.Tensor:
 
 
 def crop_and_flip(images: torch.Tensor, crops: torch.Tensor, flipped: torch.Tensor, size: int) -> torch.Tensor:
-    """Crops (B, 4) of images (B, C, S, S), flipped left to right where `flipped` (B,) says so: (B, C, size, size)."""
+    """Crop images (B, C, S, S) by `crops` (B, 4) and mirror those where `flipped` (B,) is true: (B, C, size, size)."""
     left, top, width, height = crops.unbind(1)
     zero, sign = torch.zeros_like(left), torch.where(flipped, -1., 1.)
     across = torch.stack((sign * width, zero, 2 * left + width - 1), 1)
     down = torch.stack((zero, height, 2 * top + height - 1), 1)
-    finer = math.ceil(images.shape[-1] / size)  # so that a smaller image is an average, not a choice, of pixels
+    finer = math.ceil(images.shape[-1] / size)  # antialiasing: downscaling averages pixels instead of picking some
     grid = F.affine_grid(torch.stack((across, down), 1), (len(images), 1, finer * size, finer * size), False)
     return F.avg_pool2d(F.grid_sample(images, grid, padding_mode='border', align_corners=False), finer)
 
@@ -95,11 +95,11 @@ def adjust_colors(images: torch.Tensor, brightness: torch.Tensor, contrast: torc
 class Augmentation:
     """uint8 images (B, C, S, S) -> what a model trains on, (B, C, size, size) float32 on their device.
 
-    All that is random follows from `draws` (B, 28), numbers in [0, 1); what is erased, from the size too.
+    All randomness comes from `draws` (B, 28), numbers in [0, 1); the erased region also depends on the size.
 
     Args:
-        size: In pixels.
-        mean, std: Of each channel, for images in 0 to 1.
+        size: Height and width of the output in pixels.
+        mean, std: Per channel, for images in 0 to 1.
         scale: Area of the random crop, as a fraction of the image.
         hflip: Probability of a horizontal flip.
         color_jitter: Brightness, contrast and saturation are scaled by factors up to this far from 1.
@@ -131,15 +131,17 @@ class Augmentation:
 
 
 class DeviceImageCache(Dataset):
-    """A list of (epoch, index) -> (images (B, C, H, W), labels (B,), bad (B,), *outputs), on the device, after `load`.
+    """List of (epoch, index) -> batch on the device: (images (B, C, H, W), labels (B,), bad (B,), *outputs).
+
+    `load` must be called first.
 
     Args:
-        source: Read once, in the order of the indices; its transform gives uint8 (C, S, S).
+        source: Dataset that `load` reads once, in index order; its transform gives uint8 (C, S, S).
         transform: uint8 (B, C, S, S) and random numbers (B, transform.draws) in [0, 1) -> float32 (B, C, H, W).
         device: Where the images stay.
         workers: Number of processes that read.
         quiet: Whether to leave the progress bar out.
-        outputs: Stored outputs of a teacher; `epoch` is the number of a view then, and the outputs for it follow.
+        outputs: Stored outputs of a teacher; keys are then (view, index), and the outputs of that view are appended.
     """
 
     def __init__(self, source: IndexedImageDataset, transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -150,7 +152,7 @@ class DeviceImageCache(Dataset):
         self.draw_table = lru_cache(outputs.views if outputs else 1)(self._draw_table)  # views share a batch
 
     def load(self) -> None:
-        """Decode all images; raises ConfigError where the device has no room, or labels are no whole numbers."""
+        """Decode all images; raises ConfigError if the device is out of memory or labels are not whole numbers."""
         shape = self.source[0, 0][0].shape
         size = f'{len(self)} images of {tuple(shape)} take {len(self) * shape.numel() / 1e9:.3g} GB'
         try:
@@ -162,7 +164,7 @@ class DeviceImageCache(Dataset):
         with progress_bar(total=len(self), desc=f'decoding: {size}', unit='img', quiet=self.quiet) as bar:
             loader = create_loader(self.source, EpochSampler(len(self)), READ_BATCH, self.workers)
             for step, (images, labels, bad) in enumerate(loader):
-                check_labels(labels, 2**31)  # whether there are so many classes is known in training
+                check_labels(labels, 2**31)  # training checks them against the number of classes
                 self.images[READ_BATCH * step:][:len(images)] = images.to(self.device)
                 found.append((labels, bad))
                 bar.update(len(images))
@@ -190,6 +192,6 @@ class DeviceImageCache(Dataset):
 
 def create_cached_loader(dataset: DeviceImageCache, sampler: EpochSampler, batch_size: int,
                          drop_last: bool = False) -> DataLoader:
-    """The loader of `create_loader` over cached images: the main process takes and augments a batch at once."""
+    """Counterpart of `create_loader` for cached images: the main process fetches and augments whole batches."""
     return DataLoader(
         dataset, batch_sampler=BatchSampler(sampler, batch_size, drop_last), collate_fn=lambda batch: batch)

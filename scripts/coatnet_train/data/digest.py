@@ -1,4 +1,4 @@
-"""A digest of a data set: it changes with the images, and moves with them to another folder or machine."""
+"""Digest of a data set: it depends on the images, not on the folder or machine that holds them."""
 import hashlib
 import json
 import os
@@ -18,17 +18,16 @@ from coatnet_train.data.dataset import read_targets
 __all__ = ['data_digest']
 
 HASHED = 2 ** 31  # bytes of a data set that are hashed in full, in a few seconds
-PART = 4096  # bytes of each file after them
+PART = 4096  # bytes of each further file that are hashed
 
 
 def data_digest(dataset: Dataset, class_names: list[str], accelerator: Accelerator) -> str:
-    """Compute SHA-256 over classes, labels, names and contents, in the first of several processes for all.
+    """SHA-256 over class names, labels, file names and contents, computed by the main process and broadcast.
 
-    Names are those inside the split, and modification times have no part, so that a copy elsewhere (on the local disk
-    of a node) has the same digest. Content has, since images may be swapped that have the same size, as all .bmp
-    files of one height and width do: the first 2 GiB of a data set in full, of each later file its size and the 4 KiB
-    in its middle, which takes little longer than to ask for its size. Data sets of hfids/ and tfds/ have their class
-    names and length alone.
+    File names are relative to the split and modification times are ignored, so a copy elsewhere (such as the local disk
+    of a node) has the same digest. Contents are included because swapped files may have equal sizes, as all .bmp files
+    of one height and width do. Files are hashed in full within the first 2 GiB of the data set; each later file adds
+    its size and the 4 KiB in its middle. hfids/ and tfds/ add only class names and length.
 
     Args:
         dataset: What `create_dataset` returned.
@@ -53,14 +52,14 @@ def compute_digest(dataset: Dataset, class_names: list[str]) -> str:
                 digest.update(f'{size}\n'.encode() + file.read(size if whole else PART))
                 left -= size if whole else 0
         except OSError:
-            digest.update(b'unreadable')  # a link that leads nowhere, say: an unreadable image
+            digest.update(b'unreadable')  # such as a broken link, which counts as an unreadable image
     if (data := getattr(dataset, 'data', None)) is not None:  # torchvision's CIFAR and MNIST hold theirs in memory
         digest.update(np.ascontiguousarray(data).tobytes())
     return digest.hexdigest()
 
 
 def files_of(dataset: Dataset) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
-    """The name inside the split of each image or shard, and a function that opens it."""
+    """Name of each image or shard relative to the split, and a function that opens it."""
     if isinstance(dataset, ImageDataset):  # a folder, or hfds/, whose names may be absolute
         for index in range(len(dataset)):
             name = dataset.filename(index) or str(index)

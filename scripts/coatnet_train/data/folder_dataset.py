@@ -1,4 +1,4 @@
-"""Folders of images as timm's data sets."""
+"""Image folders as timm datasets."""
 import pickle
 import shlex
 from pathlib import Path
@@ -38,7 +38,10 @@ class FolderReader(ReaderImageFolder):
 
 
 def open_folder(settings: DataSettings, split: str) -> tuple[ImageDataset, list[str]]:
-    """Open one split of a folder and return timm's data set with its class names in label order."""
+    """Open one split of a folder and return timm's dataset with its class names in label order.
+
+    Raises ConfigError for a folder or class map that is missing, unreadable or without images.
+    """
     root = Path(settings.data_dir)
     if not root.is_dir() or not settings.data_dir:
         raise ConfigError(f'--data-dir {settings.data_dir} is not a folder; give the one that holds the images.')
@@ -69,7 +72,7 @@ def open_folder(settings: DataSettings, split: str) -> tuple[ImageDataset, list[
 
 
 def _hold_out(root: Path, split: str) -> str:
-    """The command that makes the missing split out of the images there are, '' if there are none."""
+    """Text for an error message: the hold_out.py command that makes the missing split; '' where it does not apply."""
     known = [root / name for names in SPLIT_FOLDERS.values() for name in names if (root / name).is_dir()]
     train = next((path for path in known if path.name in SPLIT_FOLDERS['train']), root)
     if split not in SPLIT_FOLDERS or (known and train == root) or not any(path.is_dir() for path in train.iterdir()):

@@ -1,4 +1,4 @@
-"""Image files: which of them Pillow reads, and the one conversion of what it reads to 8-bit RGB or grey."""
+"""Image files: the suffixes that Pillow reads, and the conversion of every image to 8-bit RGB or grey."""
 import os
 import struct
 import zlib
@@ -11,7 +11,7 @@ from coatnet_train.runtime.cli import ConfigError
 
 __all__ = ['UNREADABLE', 'image_suffixes', 'is_image_name', 'to_mode']
 
-# What PIL raises for a file that is no image, cut short, or garbled; ConfigError, of to_mode, is a ValueError.
+# What PIL raises for a file that is not an image, truncated or corrupted; to_mode's ConfigError is a ValueError.
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 # Formats that Pillow recognises without decoding any pixels, and EPS, which it hands to Ghostscript.
 NOT_DECODED = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')
@@ -30,22 +30,22 @@ def is_image_name(name: str) -> bool:
 
 
 def to_mode(image: Image.Image, mode: str = 'RGB') -> Image.Image:
-    """Convert what Pillow decoded to 8-bit 'RGB' or grey 'L': the same from every source, in scripts and page alike.
+    """Convert a decoded image to 8-bit 'RGB' or grey 'L', in the same way for every source, script and the Space.
 
     16-bit grey is scaled linearly, to its upper byte. Transparency is dropped and CMYK is 255 - ink without a colour
     profile, as in timm's training and evaluation, so that accuracies are those of timm. 32-bit images (modes I and F)
-    raise ConfigError, since no value of theirs is known to be white.
+    raise ConfigError, because they have no defined white point.
 
-    EXIF orientation is no part of this conversion: training, evaluation, feature extraction and predict.py ignore it
-    for every source, as timm does, because published accuracies were measured so. The page (hub/space) alone applies
-    it, because phones store photographs lying on a side and nobody compares accuracies there.
+    EXIF orientation is not applied: training, evaluation, feature extraction and predict.py ignore it for every source,
+    as timm does, because published accuracies were measured that way. Only the Space (hub/space) applies it, because
+    phones store photographs rotated and no accuracies are compared there.
     """
-    if image.mode.startswith('I;16'):  # convert() would cut all above 255 off
+    if image.mode.startswith('I;16'):  # convert() would clip values above 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ('I', 'F'):
         raise ConfigError(f'This image has 32 bits a pixel (mode {image.mode}), which have no defined white point; '
                           f'save it with 8 bits a channel.')
     if 'transparency' in image.info:
         image.load()  # decoders may set it late
-        image.info.pop('transparency')  # or convert() would warn, and carry it on
+        image.info.pop('transparency')  # convert() would warn and keep it
     return image.convert(mode)

@@ -1,8 +1,7 @@
 """Image folders, CLASS/IMAGE: one listing for training, evaluation, feature extraction and hold_out.py.
 
 Tiny-ImageNet's own layout is read as well: SYNSET/images/IMAGE in train/, images/ and val_annotations.txt in val/.
-Hidden files and folders are skipped, links to files and folders are followed, but never back to a folder that holds
-them.
+Hidden files and folders are skipped. Links are followed, except those to a folder that contains them.
 """
 import os
 import re
@@ -24,7 +23,7 @@ ANNOTATIONS = 'val_annotations.txt'  # Tiny-ImageNet's: file, synset and a box i
 
 
 def natural_key(name: str) -> list[str | int]:
-    """Sort key by which 9.jpg comes before 10.jpg: timm's, which fails for digits such as ²."""
+    """Natural sort key, 9.jpg before 10.jpg: as timm's, which however fails for digits such as ²."""
     return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())]
 
 
@@ -33,10 +32,10 @@ class ImageFolder:
     """Images of one split.
 
     root: Folder of the split.
-    images: Images in natural order for each class folder that holds some; the class '' is the split folder itself.
-    left_out: Files that are no images by their suffix: how many, and the first one.
+    images: Images in natural order by class folder; the class '' stands for the split folder itself.
+    left_out: Count and first path of the files that are not images, by suffix.
     empty: Class folders without images.
-    loops: Links to a folder that holds them.
+    loops: Links to a folder that contains them.
     """
 
     root: Path
@@ -51,7 +50,7 @@ class ImageFolder:
         self.left_out[suffix] = count + 1, first
 
     def report(self) -> None:
-        """Say once what was left out."""
+        """Print once which files, folders and links were left out."""
         message = [f'{count} {printable(suffix)} (such as {shown(first, self.root)})'
                 for suffix, (count, first) in sorted(self.left_out.items())]
         if self.empty:
@@ -94,11 +93,11 @@ def scan(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def walk(folder: Path, above: Iterable[tuple[int, int]] = ()) -> Iterator[Path]:
-    """Files below a folder; a link to one of the folders that hold it is not followed.
+    """Files below a folder; links to one of its parent folders are not followed.
 
     Args:
         folder: Where to begin.
-        above: Places (`place_of`) of the folders that hold it.
+        above: (device, inode) of its parent folders.
     """
     place, above = place_of(folder), set(above)
     if place in above:
@@ -110,13 +109,13 @@ def walk(folder: Path, above: Iterable[tuple[int, int]] = ()) -> Iterator[Path]:
 
 
 def holders(folder: Path) -> set[tuple[int, int]]:
-    """Places of a folder and of all folders that hold it."""
+    """(device, inode) of a folder and of all its parents."""
     folder = folder.resolve()
     return {place_of(path) for path in (folder, *folder.parents)}
 
 
 def list_images(root: Path, name: str = '--data-dir') -> ImageFolder:
-    """List the images of a split and say what was left out.
+    """List the images of a split and print what was left out.
 
     Args:
         root: Folder of the split.
@@ -153,7 +152,7 @@ def list_images(root: Path, name: str = '--data-dir') -> ImageFolder:
 
 
 def list_class(found: ImageFolder, folder: Path, above: set[tuple[int, int]], name: str) -> list[Path]:
-    """Images of one class folder, none of which may lie deeper; Tiny-ImageNet's lie in its images/."""
+    """Images directly in a class folder (Tiny-ImageNet: in its images/); raises ConfigError for images below that."""
     files, folders = scan(folder)
     images = [file for file in files if is_image_name(file.name)]
     if not images and [inner.name for inner in folders] == ['images']:
@@ -180,7 +179,7 @@ def order(path: Path) -> tuple[list[str | int], str]:
 
 
 def read_annotations(root: Path, name: str) -> dict[str, list[Path]]:
-    """Images of Tiny-ImageNet's val/ by the class that val_annotations.txt gives each of them."""
+    """Images of Tiny-ImageNet's val/ by class, from val_annotations.txt; raises ConfigError if that is invalid."""
     images = {}
     try:
         lines = (root / ANNOTATIONS).read_text(encoding='utf-8').splitlines()
@@ -193,7 +192,7 @@ def read_annotations(root: Path, name: str) -> dict[str, list[Path]]:
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of names that differ in nothing but the spelling of their characters in Unicode (NFC and NFD)."""
+    """Pairs of names that differ only in their Unicode normalisation (NFC or NFD)."""
     seen, pairs = {}, []
     for name in names:
         other = seen.setdefault(unicodedata.normalize('NFC', name), name)
@@ -203,7 +202,8 @@ def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """Images that paths name or, with their sub-folders, hold, each once; and an error for each path without any."""
+    """Images at the given paths and below the given folders, each once, and an error message for each path without any.
+    """
     found, errors = {}, []
     for path in paths:
         try:

@@ -1,4 +1,4 @@
-"""Loaders: the order of an epoch, batches that a run can repeat, and the images in them that cannot be read."""
+"""Data loaders: order of an epoch, reproducible batches, and the limit on unreadable images."""
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -18,15 +18,15 @@ __all__ = ['EpochSampler', 'UnreadableImages', 'create_loader', 'ignore_sigterm'
 
 
 class EpochSampler(Sampler):
-    """(epoch, index) of every image, in an order that follows from (seed, epoch); `start` skips the first ones.
+    """(epoch, index) of every image, in an order that depends on (seed, epoch); `start` skips the first ones.
 
     Args:
         length: Number of images.
         seed: Seed of the order.
         shuffle: Whether the order is random.
         targets: Labels; if given, classes are drawn equally often, with replacement.
-        views: If above 0, (view, index) takes the place of (epoch, index): the views of an image in turn, one an
-            epoch, from the first that follows from (seed, index).
+        views: Number of stored views. If above 0, keys are (view, index): every epoch takes the next view of an image,
+            starting with one drawn from (seed, index).
     """
 
     def __init__(self, length: int, seed: int = 0, shuffle: bool = False, targets: Sequence[int] | None = None,
@@ -59,7 +59,7 @@ class EpochSampler(Sampler):
 
 def create_loader(dataset: IndexedImageDataset | StreamingImageDataset, sampler: EpochSampler | None, batch_size: int,
                   workers: int, drop_last: bool = False, pin_memory: bool = False) -> DataLoader:
-    """A loader of (images (B, C, H, W), labels (B,), bad (B,), *outputs); streams come in an order of their own."""
+    """Loader of (images (B, C, H, W), labels (B,), bad (B,), *outputs); streams keep their order and use no sampler."""
     shared = dict(num_workers=workers, pin_memory=pin_memory, worker_init_fn=ignore_sigterm)
     if isinstance(dataset, StreamingImageDataset):
         dataset.dataset.set_loader_cfg(num_workers=workers)
@@ -68,7 +68,7 @@ def create_loader(dataset: IndexedImageDataset | StreamingImageDataset, sampler:
 
 
 def ignore_sigterm(_: int) -> None:
-    """Leave a signal to the process group to the main process, which saves before its workers end."""
+    """Ignore SIGTERM in a loader worker: the main process handles it, and saves before its workers end."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -77,9 +77,9 @@ class UnreadableImages:
 
     Args:
         dataset: What `create_dataset` returned.
-        max_fraction: Largest fraction of unreadable images.
+        max_fraction: Maximum fraction of unreadable images.
         log: Called with a line for each new one.
-        found: Indices met in an earlier part of the run.
+        found: Indices found before the run was resumed.
     """
 
     def __init__(self, dataset: Dataset, max_fraction: float, log: Callable[[str], object] = print,
@@ -90,7 +90,7 @@ class UnreadableImages:
         return [image_name(self.dataset, index) for index in sorted(self.found)]
 
     def add(self, bad: torch.Tensor) -> None:
-        """Take note of the third item of a batch; raises ConfigError once they are too many."""
+        """Record `bad` (B,), the third item of a batch; raises ConfigError above `max_fraction`."""
         for index in sorted({index for index in bad.tolist() if index >= 0} - self.found):
             self.found.add(index)
             name = image_name(self.dataset, index)

@@ -21,7 +21,7 @@ __all__ = ['Misclassified', 'Predictions', 'expected_calibration_error', 'predic
 
 
 class Misclassified(NamedTuple):
-    """An image whose most probable class is another than its own."""
+    """An image whose predicted class differs from its label."""
 
     confidence: float    # probability of the predicted class
     index: int | None    # in the data; None for a stream
@@ -32,9 +32,9 @@ class Misclassified(NamedTuple):
 
 @dataclass
 class Predictions:
-    """Predictions for N images in the order of the data; a label of -1 marks one that could not be read.
+    """Predictions for N images in dataset order; a label of -1 marks an unreadable image.
 
-    scores: loss (nats), top1 and top5 (%) of timm's evaluator over what could be read.
+    scores: loss (nats), top1 and top5 (%) of timm's evaluator over the readable images.
     wrong: misclassified images, the most confident first.
     """
 
@@ -48,17 +48,17 @@ class Predictions:
 def predict(
         model: nn.Module, loader: DataLoader, accelerator: Accelerator, *, classes: torch.Tensor | None = None,
         on_batch: Callable[[torch.Tensor], object] = lambda bad: None, keep_wrong: int = 0) -> Predictions:
-    """Evaluate a model.
+    """Evaluate a model; raises ConfigError for labels out of range, or a stream without a readable image.
 
     Args:
         model: (B, C, H, W) -> (B, classes) logits; put into eval mode.
         loader: What `create_loader` returned; prepared by the accelerator unless it is a stream.
-        accelerator: Its precision and its processes are used.
-        classes: Indices of the logits that count, in the order of the labels; all if not given.
+        accelerator: Precision and processes to use.
+        classes: Indices of the logits that compete, in label order; all if not given.
         on_batch: Called with the third item of every batch, for `UnreadableImages.add`.
         keep_wrong: Number of misclassified images to keep in `wrong`.
     """
-    streamed = isinstance(loader.dataset, IterableDataset)  # a process reads its own part, of any length
+    streamed = isinstance(loader.dataset, IterableDataset)  # each process reads a part of its own, of any length
     evaluator = ClassificationEvaluator(device=accelerator.device)
     parts, wrong, local_batch = [], [], 0
     model.eval()
@@ -73,10 +73,10 @@ def predict(
             first = (len(parts) * accelerator.num_processes + accelerator.process_index) * local_batch
             probabilities = logits.softmax(-1)
             for i in (logits.argmax(-1) != labels).nonzero().flatten().tolist():
-                # what pads the last batch is another process's too
+                # skip the padding of the last batch, which repeats images of another process
                 if labels[i] >= 0 and (streamed or first + i < len(loader.dataset)):
                     predicted = int(logits[i].argmax())
-                    # the index decides between equals: tensors have no order
+                    # the index breaks ties, because tensors cannot be ordered
                     confidence = float(probabilities[i, predicted])
                     item = confidence, -(first + i), images[i].cpu(), int(labels[i]), predicted
                     (heapq.heappush if len(wrong) < keep_wrong else heapq.heappushpop)(wrong, item)
@@ -102,7 +102,7 @@ def predict(
 
 
 def reliability(predictions: Predictions, bins: int = 15) -> list[tuple[int, float, float]]:
-    """(images, mean confidence, accuracy in 0..1) of each of `bins` equal intervals of the confidence, 0 if empty."""
+    """(images, mean confidence, accuracy in 0..1) of each of `bins` equal confidence intervals; zeros if empty."""
     read = predictions.labels >= 0
     confidence = predictions.confidence[read].double()
     correct = (predictions.top5[read, 0] == predictions.labels[read]).double()

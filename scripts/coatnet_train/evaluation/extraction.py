@@ -42,7 +42,7 @@ class Split:
     class_names: list[str]
 
     def path(self, index: int) -> str:
-        """The path of an image inside the split if it has one, else its place."""
+        """Path of an image relative to the split, else 'image INDEX'."""
         name = self.dataset.filename(index) if isinstance(self.dataset, ImageDataset) else None
         return printable(str(name or f'image {index}'))
 
@@ -66,7 +66,7 @@ def open_split(settings: ExtractionSettings, name: str) -> Split:
 
 
 def check_classes(settings: ExtractionSettings, train: Split, val: Split) -> None:
-    """Raise ConfigError for splits between which accuracy means nothing."""
+    """Raise ConfigError for unlabelled images, splits with different classes, or --knn-k above the training images."""
     name = '--knn' if settings.knn else '--linear-probe'
     for split in (train, val):
         if min(split.labels) < 0:
@@ -85,7 +85,10 @@ def check_classes(settings: ExtractionSettings, train: Split, val: Split) -> Non
 
 
 def open_extractor(settings: ExtractionSettings) -> tuple[nn.Module, dict, str, dict[str, list[int]]]:
-    """The extractor, the data settings of its model, the digest of its weights, and the shape of each feature."""
+    """Open the extractor: (extractor, data settings of its model, digest of its weights, shape of each feature).
+
+    Raises ConfigError for features that the model does not have.
+    """
     random_seed(settings.seed)  # weights that are not loaded are the same in every process
     model, data_config = open_model(settings, settings.checkpoint, num_classes=settings.num_classes)
     digest = weights_digest(model)
@@ -117,14 +120,15 @@ def shard_paths(settings: ExtractionSettings, split: Split) -> dict[Path, range]
 
 
 def batches_of(shards: dict[Path, range], batch_size: int) -> Iterator[range]:
-    """Images of each batch; a batch ends where its shard ends, so that what shares one depends on nothing else."""
+    """Image indices of each batch; no batch spans two shards, so its images do not depend on which shards are written.
+    """
     for members in shards.values():
         for first in range(0, len(members), batch_size):
             yield members[first:first + batch_size]
 
 
 def read_index(path: Path, signature: dict) -> dict:
-    """The index of a split, empty if there is none; refuses one that was begun with other settings or data."""
+    """Read the index of a split, {} if there is none; raises ConfigError if its settings or data differ."""
     if not path.exists():
         return {}
     index = json.loads(path.read_text(encoding='utf-8'))
@@ -137,7 +141,7 @@ def read_index(path: Path, signature: dict) -> dict:
 
 def extract(settings: ExtractionSettings, accelerator: Accelerator, extractor: nn.Module, data_config: dict,
             split: Split, signature: dict) -> dict:
-    """Write the shards of a split that are missing, and its index, which the main process returns complete."""
+    """Write the missing shards of a split and its index; the main process returns the complete index."""
     shards = shard_paths(settings, split)
     index_path = next(iter(shards)).parent / 'index.json'
     data = data_digest(split.dataset, split.class_names, accelerator)
@@ -181,7 +185,7 @@ def extract(settings: ExtractionSettings, accelerator: Accelerator, extractor: n
 
 def write_shards(settings: ExtractionSettings, accelerator: Accelerator, extractor: nn.Module, data_config: dict,
                  split: Split, shards: dict[Path, range], unreadable_images: UnreadableImages) -> None:
-    """Write these shards, one after the other."""
+    """Extract and write the given shards one by one; raises ConfigError for features that are not finite."""
     dataset = IndexedImageDataset(
         split.dataset, create_transform(**data_config), settings.seed, image_mode(data_config))
     keys = ([(0, number) for number in batch] for batch in batches_of(shards, settings.batch_size))
@@ -221,7 +225,7 @@ def read_split(settings: ExtractionSettings, split: Split) -> tuple[torch.Tensor
 
 
 def extract_features(settings: ExtractionSettings) -> dict:
-    """Extract as `settings` say; the main process returns the summary that is also written to summary.json."""
+    """Extract features and measure them; the main process returns the summary that is also written to summary.json."""
     check_values(settings)
     stored = means_weights(settings.model) and not settings.checkpoint
     settings = replace(settings, pretrained=settings.pretrained or stored)
@@ -262,7 +266,7 @@ def extract_features(settings: ExtractionSettings) -> dict:
 
 
 def measure(settings: ExtractionSettings, splits: list[Split], device: torch.device) -> dict:
-    """Scores of --knn and --linear-probe."""
+    """Print and return the scores of --knn and --linear-probe; {} without a second split."""
     if len(splits) == 1:
         return {}
     tensors = [tensor for split in splits for tensor in read_split(settings, split)]

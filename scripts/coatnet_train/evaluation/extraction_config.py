@@ -19,14 +19,14 @@ class SplitDataSettings(DataSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointModelSettings(ModelSettings):
-    """Model that extracts them."""
+    """Model that extracts the features."""
 
     checkpoint: str = ''  # Load this file of weights.
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    """Which features, and what is measured of them."""
+    """Features, their file format, and their evaluation."""
 
     features: str = 'pooled'  # pooled (a vector an image) or pyramid (maps).
     out_indices: tuple[int, ...] = ()  # Levels of the pyramid, as in timm (the last five if not given).

@@ -12,7 +12,7 @@ __all__ = ['read_column', 'write_shard']
 
 
 def write_shard(path: Path, columns: dict[str, torch.Tensor], paths: list[str]) -> None:
-    """Write columns of N rows and N paths in the format of the suffix; in Parquet (N, C, ...) are fixed-size lists."""
+    """Write columns (N, ...) and N paths in the format of the suffix; in Parquet, (N, C, ...) are fixed-size lists."""
     if path.suffix == '.safetensors':
         content = save({name: values.contiguous() for name, values in columns.items()}, {'paths': json.dumps(paths)})
         write_file(path, lambda temporary: temporary.write_bytes(content))

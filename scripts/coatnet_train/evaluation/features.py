@@ -1,4 +1,4 @@
-"""Features out of any model of timm, and how well they tell classes apart."""
+"""Features of any timm model, and their evaluation by nearest neighbours and linear probe."""
 import math
 import warnings
 
@@ -15,16 +15,16 @@ PROBE_STRENGTHS = tuple(10. ** power for power in range(-6, 3))  # C of the logi
 
 
 class PooledFeatures(nn.Module):
-    """(B, 3, H, W) -> {'embedding': (B, C)}: what the classifier takes, without the hidden layer `pre_logits`.
+    """(B, 3, H, W) -> {'embedding': (B, C)}: the input of the classifier, without the hidden layer `pre_logits`.
 
     timm's heads NormMlpClassifierHead (CoAtNet, MaxViT, this zoo), its channels-last sibling and MambaOut's have a
-    layer of this name between norm and classifier, VGG before the pooling; others have none, and lose the classifier
-    alone. Norms stay, which `reset(..., reset_other=True)` of timm's heads would remove.
+    layer of this name between norm and classifier, VGG has one before the pooling; other models only lose the
+    classifier. Norms are kept, unlike with `reset(..., reset_other=True)` of timm's heads.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        model.reset_classifier(0)  # first: it looks into pre_logits
+        model.reset_classifier(0)  # first, because it reads pre_logits
         for module in (model, getattr(model, 'head', None)):
             if isinstance(getattr(module, 'pre_logits', None), nn.Module):
                 module.pre_logits = nn.Identity()
@@ -39,7 +39,7 @@ class PyramidFeatures(nn.Module):
 
     Args:
         model: Any model of timm; what comes after the last level is removed.
-        out_indices: Levels, from the end if negative; the last five, or all of fewer, if not given.
+        out_indices: Levels to return, counted from the end if negative; the last five at most if not given.
     """
 
     def __init__(self, model: nn.Module, out_indices: tuple[int, ...] = ()):
@@ -77,15 +77,16 @@ def knn_top1(train: torch.Tensor, train_labels: torch.Tensor, val: torch.Tensor,
 
 def linear_probe(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray,
                  seed: int = 0) -> dict[str, float | bool]:
-    """Logistic regression on standardised features: its top-1 (%) on val, and how it was fitted.
+    """Logistic regression on standardised features: top-1 (%) on val, the chosen C, and whether the fit converged.
 
-    The strength C of the L2 penalty is the best of PROBE_STRENGTHS on a fifth of train held out of each class, at least
-    one image of it; then all of train is fitted with it. Val has no part in either.
+    C, the inverse strength of the L2 penalty, is the best of PROBE_STRENGTHS on a stratified fifth of train (at least
+    one image of each class); the final fit uses all of train. Val is used for neither. Raises ConfigError where train
+    has too few images or classes.
 
     Args:
         train, val: Features (N, C) and (M, C).
         train_labels, val_labels: (N,) and (M,).
-        seed: Seed of the draw of that fifth.
+        seed: Seed of that held-out fifth.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -100,7 +101,7 @@ def linear_probe(train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, v
         {'logisticregression__C': PROBE_STRENGTHS}, cv=StratifiedShuffleSplit(1, test_size=held_out, random_state=seed))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', ConvergenceWarning)  # told by 'converged'
+            warnings.simplefilter('ignore', ConvergenceWarning)  # reported as 'converged'
             search.fit(train, train_labels)
     except ValueError as error:
         raise ConfigError(f'--linear-probe needs more images or classes in --split: {one_line(error)}.') from error

@@ -45,7 +45,7 @@ class Part:
 
     @property
     def flat(self) -> bool:
-        """Whether the images lie in no class folders."""
+        """Whether the images lie outside of class folders."""
         return self.class_names == ['']
 
 
@@ -60,7 +60,7 @@ def rows_of(settings: EvaluationSettings) -> Iterator[tuple[ModelSettings, str]]
 
 
 def open_parts(settings: EvaluationSettings) -> list[Part]:
-    """Open the images, of every corruption and severity if the folder has that layout."""
+    """Open the images: one part, or one for each corruption and severity if the folder has that layout."""
     options = dict(batch_size=settings.batch_size, num_classes=settings.num_classes, num_samples=settings.num_samples)
     root = Path(settings.data_dir)
     if settings.dataset or not settings.data_dir:
@@ -75,7 +75,7 @@ def open_parts(settings: EvaluationSettings) -> list[Part]:
 
 
 def check_class_map(settings: EvaluationSettings, dataset: Dataset, accelerator: Accelerator) -> None:
-    """Raise ConfigError for a map whose labels are not 0, 1, ... without a gap; print the folders it leaves out."""
+    """Raise ConfigError unless --class-map numbers its classes 0, 1, ... without a gap; print folders it leaves out."""
     reader = getattr(dataset, 'reader', None)
     given = getattr(reader, 'class_to_idx', None) or {}
     if sorted(given.values()) != list(range(len(given))):
@@ -108,7 +108,11 @@ def open_scored_model(
 
 def evaluate_part(settings: EvaluationSettings, part: Part, model: nn.Module, data_config: dict, labels: LabelMap,
                   accelerator: Accelerator, title: str) -> tuple[Predictions, int]:
-    """Predictions for one folder as logit indices, and the number of images that could not be read."""
+    """Predictions for one folder as logit indices, and the number of unreadable images.
+
+    Raises ConfigError for image settings that timm rejects, a folder without a labelled image, or a loss that is not
+    finite.
+    """
     try:
         transform = create_transform(**data_config)
     except (ValueError, KeyError, AssertionError) as error:
@@ -147,7 +151,7 @@ def evaluate_part(settings: EvaluationSettings, part: Part, model: nn.Module, da
 
 
 def pool(parts: list[Predictions]) -> Predictions:
-    """The predictions of several folders as those of one; scores are means over its images, as folders are alike."""
+    """Concatenate the predictions of several folders; scores are plain means, as the folders have equal sizes."""
     scores = {name: None if value is None else sum(part.scores[name] for part in parts) / len(parts)
               for name, value in parts[0].scores.items()}
     return Predictions(scores, *(torch.cat([getattr(part, name) for part in parts])
@@ -156,7 +160,7 @@ def pool(parts: list[Predictions]) -> Predictions:
 
 def evaluate_model(settings: EvaluationSettings, model_settings: ModelSettings, checkpoint: str, parts: list[Part],
                    accelerator: Accelerator) -> tuple[dict, Predictions, LabelMap]:
-    """The row of one model, what it predicted, and how its logits are named."""
+    """Evaluate one model: its row of the table, its predictions, and the map from labels to its logits."""
     model, data_config = open_scored_model(settings, model_settings, checkpoint)
     if settings.real_labels and infer_imagenet_subset(model) != 'imagenet-1k':
         raise ConfigError(f'--real-labels are for the 1000 classes of ImageNet-1k, --model {model_settings.model} has '
@@ -198,7 +202,7 @@ def evaluate_model(settings: EvaluationSettings, model_settings: ModelSettings, 
 
 
 def evaluate(settings: EvaluationSettings) -> list[dict]:
-    """Evaluate as `settings` say and return the rows of the table."""
+    """Evaluate all requested models and return the rows of the table."""
     check_values(settings)
     runs = list(rows_of(settings))
     for model_settings, _ in runs:
@@ -218,7 +222,7 @@ def evaluate(settings: EvaluationSettings) -> list[dict]:
             rows.append(row)
             if accelerator.is_main_process:
                 write_row(settings, rows, predictions, labels, accelerator)
-    finally:  # a later model that fails, or a full disk, takes no number along
+    finally:  # print finished rows even if a later model fails or the disk is full
         if rows:
             accelerator.print(format_table(rows))
     if settings.real_labels:

@@ -1,4 +1,4 @@
-"""Which logit each class of the data stands for, and the labels of ImageNet and its relatives."""
+"""Map from the classes of the data to logits, and the labels of ImageNet and its relatives."""
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ INDICES_OF_TIMM = ('imagenet_a', 'imagenet_r', 'mini_imagenet')
 class LabelMap:
     """Map between the labels of a dataset and the logits of a model.
 
-    order: The logits that compete: first that of label 0, 1, ..., then those that no label stands for.
+    order: The logits that compete: those of labels 0, 1, ... first, then those without a label.
     names: Name of every logit.
     descriptions: ImageNet's descriptions, or ''.
     valid_labels: Name of the set of logits that compete.
@@ -49,11 +49,11 @@ class LabelMap:
 
     @property
     def classes(self) -> torch.Tensor | None:
-        """For `evaluation.predict`; None if labels and logits agree as they are."""
+        """The argument `classes` of `predict`; None if every label is its logit index."""
         return None if self.order == list(range(len(self.names))) else torch.tensor(self.order)
 
     def to_logits(self, predictions: 'Predictions') -> 'Predictions':
-        """Labels and predictions as logit indices; -1 stays."""
+        """Convert labels and predictions to logit indices; a label of -1 stays."""
         order = torch.tensor(self.order)
         labels = torch.where(predictions.labels < 0, -1, order[predictions.labels])
         return dataclasses.replace(predictions, labels=labels, top5=order[predictions.top5])
@@ -65,7 +65,7 @@ def describe_synsets(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         try:
             descriptions[name] = imagenet.label_name_to_description(name)
-        except KeyError:  # a name of the user's own
+        except KeyError:  # not a synset
             continue
     return descriptions
 
@@ -77,13 +77,14 @@ def map_labels(class_names: list[str], model: nn.Module, valid_labels: str = 'au
     Args:
         class_names: Class names of the data in label order.
         model: Model whose `num_classes` and `pretrained_cfg['label_names']` are read.
-        valid_labels: Logits that compete: 'all', 'folder', a file of indices or a name of timm's; 'auto' takes the 200
-            of ImageNet-A or -R for exactly these classes, else all.
-        ordered_by: 'data set' or 'class map' if the order of the classes came from there; where names do not fit, it
-            can stand in for the names that a model lacks, and that of a class map also for those that it has.
+        valid_labels: Logits that compete: 'all', 'folder', a file of indices or one of INDICES_OF_TIMM; 'auto' takes
+            the 200 of ImageNet-A or -R if the data have exactly these classes, else all.
+        ordered_by: 'data set' or 'class map' if the order of the classes came from there. Where names do not match and
+            the counts do, labels are then taken as logit indices: a class map always, a data set if the model has no
+            label names, others if it has neither these nor the classes of an ImageNet.
         flat: Whether the images have no classes.
 
-    Raises ConfigError, saying what was expected, where classes and logits do not fit.
+    Raises ConfigError with the expected names where classes and logits do not match.
     """
     count = model.num_classes
     subset = infer_imagenet_subset(model)
@@ -169,15 +170,16 @@ def _competing(valid_labels: str, logits: list[int], count: int, subset: str | N
 
 
 def to_real_labels(predictions: 'Predictions', file_names: list[str], real_labels: str = 'timm') -> 'Predictions':
-    """Label each image with the best ranked prediction among its ReaL labels, else its first one, and score that.
+    """Score predictions against ReaL labels: a prediction is correct if it is any of the labels of the image.
 
-    A prediction is then right if it is any of the labels: timm's `RealLabelsImagenet`, after Beyer et al.,
-    https://arxiv.org/abs/2006.07159. Images without ReaL labels get -1. There is no loss.
+    As timm's `RealLabelsImagenet`, after Beyer et al., https://arxiv.org/abs/2006.07159. The returned label of an image
+    is its best ranked prediction among the ReaL labels, else the first of these, and -1 without any. There is no loss.
+    Raises ConfigError for labels that cannot be read, or images that are not those of the validation split.
 
     Args:
         predictions: With logit indices.
-        file_names: Names of the image files in order, without folders.
-        real_labels: 'timm' for the labels bundled with it, or a file in the form of real.json.
+        file_names: Names of the image files in dataset order, without folders.
+        real_labels: 'timm' for the labels bundled with timm, or a file in the format of real.json.
     """
     try:
         table = RealLabelsImagenet(file_names, real_json=None if real_labels == 'timm' else real_labels).real_labels
@@ -200,7 +202,7 @@ def to_real_labels(predictions: 'Predictions', file_names: list[str], real_label
 
 
 def corruption_folders(root: Path) -> list[tuple[str, str, Path]]:
-    """(corruption, severity, folder) of each part of an ImageNet-C folder: CORRUPTION/SEVERITY/CLASS/; else []."""
+    """(corruption, severity, folder) of each part of a folder CORRUPTION/SEVERITY/CLASS/, as ImageNet-C's; else []."""
 
     def folders(path: Path) -> list[Path]:
         return sorted(item for item in path.iterdir() if item.is_dir() and not item.name.startswith('.'))
@@ -215,7 +217,10 @@ def corruption_folders(root: Path) -> list[tuple[str, str, Path]]:
 
 
 def mean_corruption_error(errors: dict[str, dict[str, float]]) -> float | None:
-    """mCE in percent from the top-1 error (%) of each corruption and severity; None unless all 15 x 5 are there."""
+    """mCE in percent, relative to AlexNet, from the top-1 error (%) of each corruption and severity.
+
+    None unless all 15 corruptions have all 5 severities.
+    """
     if any(set(errors.get(name, ())) != set(SEVERITIES) for name in ALEXNET_ERROR):
         return None
     ratios = [sum(errors[name].values()) / len(SEVERITIES) / alexnet for name, alexnet in ALEXNET_ERROR.items()]

@@ -1,4 +1,4 @@
-"""Tables of an evaluation: rows for reading, and the files of --output and --results-file."""
+"""Tables of an evaluation: text for the console, and the files of --output and --results-file."""
 import tempfile
 from pathlib import Path
 
@@ -17,7 +17,7 @@ __all__ = ['format_corruptions', 'format_table', 'make_output_dirs', 'write_row'
 
 
 def class_rows(predictions: Predictions, labels: LabelMap) -> list[dict]:
-    """Accuracy of each class that has images, and what it is mistaken for most often."""
+    """Accuracy of each class that has images, and the class that it is most often mistaken for."""
     rows = []
     for index in predictions.labels[predictions.labels >= 0].unique().tolist():
         top5 = predictions.top5[predictions.labels == index]
@@ -33,7 +33,7 @@ def class_rows(predictions: Predictions, labels: LabelMap) -> list[dict]:
 
 
 def format_table(rows: list[dict]) -> str:
-    """The rows for reading."""
+    """Format the rows as a table of aligned text."""
     def text(value: object, digits: int) -> str:
         return '-' if value is None else f'{value:.{digits}f}'
 
@@ -53,7 +53,7 @@ def format_table(rows: list[dict]) -> str:
 
 
 def format_corruptions(row: dict) -> str:
-    """Top-1 error (%) of each corruption, its mean, and what the means in the table are."""
+    """Format the top-1 errors (%) of each corruption and their mean, with a note on the means in the table."""
     lines = [f'{row["model"]}: top-1 error (%) at each severity, and its mean']
     for corruption, errors in row['corruptions'].items():
         mean = sum(errors.values()) / len(errors)
@@ -64,7 +64,7 @@ def format_corruptions(row: dict) -> str:
 
 
 def write_results(path: Path, rows: list[dict], device: str) -> None:
-    """As timm's validate.py does: one dict or a list of them as JSON, which also tells the provenance, or CSV."""
+    """Write rows as timm's validate.py does: CSV, or JSON (one dict or a list) with the provenance added."""
     if path.suffix == '.csv':
         write_csv(path, [{name: value for name, value in row.items() if name != 'corruptions'} for row in rows])
         return
@@ -74,7 +74,7 @@ def write_results(path: Path, rows: list[dict], device: str) -> None:
 
 
 def make_output_dirs(settings: EvaluationSettings) -> None:
-    """Make the folders that are written to, and refuse those that cannot be, before hours of evaluation."""
+    """Make the output folders; raises ConfigError for one that cannot be written, before hours of evaluation."""
     try:
         for path in (settings.output and Path(settings.output), settings.results_file and
                      Path(settings.results_file).parent):

@@ -1,1 +1,1 @@
-"""Studies over many runs: ablation, transfer, robustness, recipes, the demo."""
+"""Studies over several runs: ablation, transfer, robustness, recipes, GPU sessions, the demo."""

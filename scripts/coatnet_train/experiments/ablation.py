@@ -1,4 +1,4 @@
-"""Layouts and switches trained under one recipe, and their table: the rows of ablation.py."""
+"""Training of layouts and switches under one recipe: runs, table and plot of ablation.py."""
 import csv
 import json
 import shutil
@@ -24,13 +24,13 @@ from coatnet_train.training.run import finetune
 
 
 def model_kwargs(settings: AblationSettings, row: str) -> tuple[str, ...]:
-    """Arguments of the model of a row, as key=value."""
+    """Model arguments of a row, as key=value."""
     layout, *switches = row.split()
     return (*settings.model_kwargs, f'layout={layout}', *switches)
 
 
 def train(settings: AblationSettings, row: str, seed: int) -> dict:
-    """One run; a finished one is read back from its metrics beside the results, a broken one goes on."""
+    """Train one run and return its last epoch; a finished run is read back, an interrupted one is resumed."""
     experiment = ''.join(c if c.isalnum() else '-' for c in row.replace('"', '')) + f'-seed{seed}'
     run_dir = Path(settings.output) / experiment
     metrics = run_dir / 'metrics.csv'
@@ -54,7 +54,7 @@ def train(settings: AblationSettings, row: str, seed: int) -> dict:
 
 
 def summarize(settings: AblationSettings, rows: tuple[str, ...], runs: dict[str, list[dict]]) -> dict:
-    """The table: mean, standard error where there are two seeds or more, and the size of each row."""
+    """Make the report: mean top-1, its standard error (with two seeds or more) and the model size of each row."""
     table = {}
     for row in rows:
         if not runs.get(row):
@@ -72,7 +72,7 @@ def summarize(settings: AblationSettings, rows: tuple[str, ...], runs: dict[str,
 
 
 def measure_speed(settings: AblationSettings, rows: list[str]) -> dict[str, float]:
-    """Images/s of every row in inference form, in turns, median of five windows."""
+    """Images/s of every row in inference form: the rows take turns, and the median window counts."""
     device = str(choose_device(settings.device))
     timing = ModelPairSettings(
         model=settings.model, against=settings.model, batch_size=settings.batch_size, img_size=settings.img_size,
@@ -89,7 +89,7 @@ def measure_speed(settings: AblationSettings, rows: list[str]) -> dict[str, floa
 
 
 def plot(report: dict, path: Path) -> None:
-    """Top-1 of every row, each run a dot."""
+    """Write a plot of the top-1 of every row: a dot for each run, a bar at the mean."""
     rows = report['rows']
     names = sorted(rows, key=lambda row: rows[row]['top1'])
     figure = Figure(figsize=(8, 0.9 + 0.32 * len(names)), layout='constrained')
@@ -118,7 +118,7 @@ def write_report(settings: AblationSettings, report: dict) -> None:
 
 
 def run(settings: AblationSettings) -> dict:
-    """Train what is missing, report, and return the report."""
+    """Train the missing runs, or with --speed time the rows of a report, and return the report."""
     torch.set_num_threads(settings.threads)
     rows = settings.rows or GRIDS[settings.grid]
     if settings.speed:

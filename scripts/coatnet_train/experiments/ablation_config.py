@@ -1,4 +1,4 @@
-"""Settings of ablation.py, and the checks of single values, which need neither torch nor timm."""
+"""Settings of ablation.py and their checks, without torch and timm."""
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +8,7 @@ from coatnet_train.runtime.cli import ConfigError
 __all__ = ['GRIDS', 'LAYOUTS', 'AblationSettings', 'check_values']
 
 LAYOUTS = ('CCCC', 'CCTT', 'CCLL', 'CCDD', 'LLLL', 'DDDD', 'LLDD')
-# One switch at a time, each against its plain layout.
+# Each switch is compared with its plain layout.
 L_SWITCHES = (
     'normalize="none"', 'glu=False', 'conv_head_dim=1', 'conv_head_dim=16', 'conv_head_dim=64', 'dropconnect=0.1',
     'kernel_size=(3,3,3,3)', 'kernel_size=(3,5,7,7)', 'kernel_size=(3,7,15,31)', 'kernel_size=(13,13,13,13)')
@@ -17,7 +17,7 @@ D_SWITCHES = (
     'kernel_size=(3,3,3,3)', 'kernel_size=(3,5,7,7)')
 GRIDS = {
     'layouts': LAYOUTS,
-    # what the paper found to matter most: wider kernels for LightConv, the softmax for DynamicConv
+    # the switches that matter most in the paper: kernel width for LightConv, softmax for DynamicConv
     'cpu': (*LAYOUTS, 'LLLL kernel_size=(3,3,3,3)', 'DDDD normalize="none"'),
     'full': (*LAYOUTS, *(f'LLLL {switch}' for switch in L_SWITCHES), *(f'DDDD {switch}' for switch in D_SWITCHES)),
 }
@@ -30,7 +30,7 @@ class AblationSettings:
     rows: tuple[str, ...] = ()  # Other rows than those of --grid.
     seeds: tuple[int, ...] = (0,)  # One run of every row for each.
     model: str = 'coatnet_pico'  # What the rows are variants of.
-    # Widths, depths and initialisation of lightconvnet_pico, and a BatchNorm that settles in a short run.
+    # Widths, depths and initialisation of lightconvnet_pico, and a BatchNorm momentum for short runs.
     model_kwargs: tuple[str, ...] = (
         'embed_dim=(32,64,192,320)', 'depths=(2,2,3,2)', 'weight_init=vit_eff', 'conv_norm_momentum=0.1')
     img_size: int = 64  # Height and width in pixels.

@@ -1,4 +1,4 @@
-"""Recipes on small sets of images: the rows, table and plot of compare_recipes.py."""
+"""Recipes compared on small image sets: rows, table and plot of compare_recipes.py."""
 import json
 import shutil
 import statistics
@@ -24,12 +24,12 @@ __all__ = ['run']
 
 
 def recipe_of(name: str, model: str) -> dict:
-    """Settings of a recipe, in float32, so that the numbers do not depend on the CPU."""
+    """Settings of a recipe with --amp off, so that results do not depend on the CPU's bfloat16 support."""
     return {**({} if name == DEFAULTS else recipe_settings(name, model)), 'amp': False}
 
 
 def train(settings: CompareRecipesSettings, data: Path, name: str, model: str, recipe: str, seed: int) -> dict:
-    """A row: what a run scores after its last epoch, with the settings that follow from the images."""
+    """Fine-tune one run and return its row: score after the last epoch, batch size and epochs."""
     experiment = f'{name}-{seed}-{model.split(".")[0]}-{recipe}'
     shutil.rmtree(Path(settings.output) / experiment, ignore_errors=True)
     summary = finetune(FinetuneSettings(**{
@@ -45,7 +45,7 @@ def train(settings: CompareRecipesSettings, data: Path, name: str, model: str, r
 
 
 def summarize(settings: CompareRecipesSettings, rows: list[dict]) -> dict:
-    """Mean and standard deviation of top-1 (%) over the seeds, by set, model and recipe; and the rows behind them."""
+    """Make the report: mean and deviation of top-1 (%) over the seeds by set, model and recipe, and all rows."""
     table: dict = {}
     for row in rows:
         cell = table.setdefault(row['set'], {}).setdefault(row['model'], {}).setdefault(row['recipe'], [])
@@ -65,7 +65,7 @@ def summarize(settings: CompareRecipesSettings, rows: list[dict]) -> dict:
 
 
 def check_same(settings: CompareRecipesSettings, earlier: dict) -> None:
-    """Raise ConfigError for rows that were made by other recipes of the same names."""
+    """Raise ConfigError if earlier rows were made by a recipe whose settings have changed since."""
     for recipe, models in earlier['recipes'].items():
         for model, before in models.items():
             after = json.loads(json.dumps(recipe_of(recipe, model)))
@@ -75,7 +75,7 @@ def check_same(settings: CompareRecipesSettings, earlier: dict) -> None:
 
 
 def plot(report: dict) -> Figure:
-    """Top-1 by set and model: a dot a seed, a bar at the mean of each recipe."""
+    """Plot top-1 by set and model: a bar at the mean of each recipe, and a dot for each seed."""
     sets = report['table']
     figure = Figure(figsize=(3.6 * len(sets), 4), layout='constrained')
     colours = dict(zip(report['recipes'], chain((GREY, BLUE), (f'C{number}' for number in count(1))), strict=False))
@@ -97,7 +97,7 @@ def plot(report: dict) -> Figure:
 
 
 def run(settings: CompareRecipesSettings) -> dict:
-    """Make the rows that are missing, and return the report."""
+    """Make the missing rows, and return the report."""
     torch.set_num_threads(settings.threads)
     path = Path(settings.results_file) if settings.results_file else None
     rows: list[dict] = []

@@ -1,4 +1,4 @@
-"""Settings of compare_recipes.py, and the checks of single values, which need neither torch nor timm."""
+"""Settings of compare_recipes.py and their checks, without torch and timm."""
 from dataclasses import dataclass
 from pathlib import Path
 

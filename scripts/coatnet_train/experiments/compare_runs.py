@@ -1,4 +1,4 @@
-"""Finished runs side by side: what they share, what differs, their curves and the report of both."""
+"""Comparison of finished runs: shared and differing settings, curves, and the report."""
 import csv
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from coatnet_train.training.config import upgrade_fields
 
 __all__ = ['name_runs', 'run']
 
-# What may differ between runs that are compared: who they are, not how they were trained.
+# Settings that may differ between compared runs: they identify a run or its machine, not its recipe.
 OWN = {
     'model', 'model_kwargs', 'output', 'experiment', 'resume', 'workers', 'tracker', 'recovery_interval', 'device',
     'amp_if_native', 'last_epoch', 'dataset_download'}
@@ -23,7 +23,7 @@ COLOURS = BLUE, ORANGE, GREEN, PURPLE, SLATE
 
 
 def name_runs(folders: tuple[Path, ...]) -> list[str]:
-    """The shortest ends of the folders' paths that are all different."""
+    """Shortest path endings that distinguish the folders; raises ConfigError for a folder given twice."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         raise ConfigError(f'RUNS must be different folders, got {" ".join(map(str, folders))}; leave out what is '
@@ -36,7 +36,7 @@ def name_runs(folders: tuple[Path, ...]) -> list[str]:
 
 
 def different_settings(runs: dict[str, dict]) -> dict[str, list]:
-    """The settings that should be shared and are not, each with its value in every run (None where it is missing)."""
+    """Settings outside of OWN that differ, each with its value in every run (None if missing)."""
     every = [run['args'] for run in runs.values()]
     shared = {name: None for args in every for name in args if name not in OWN}
     values = {name: [args.get(name) for args in every] for name in shared}
@@ -44,7 +44,7 @@ def different_settings(runs: dict[str, dict]) -> dict[str, list]:
 
 
 def read_run(folder: Path) -> dict:
-    """Summary, settings, metrics and number of parameters of a run folder."""
+    """Read summary, settings, metrics and number of parameters of a run; raises ConfigError if it is not finished."""
     try:
         parts = {name: json.loads((folder / f'{name}.json').read_text()) for name in ('summary', 'args')}
         parts['args'] = upgrade_fields(parts['args'])
@@ -63,7 +63,7 @@ def read_run(folder: Path) -> dict:
 
 
 def parameters(folder: Path) -> int:
-    """Parameters of the model that was trained."""
+    """Number of parameters of the trained model; raises ConfigError if it cannot be built from config.json."""
     try:
         model = timm.create_model(f'local-dir:{folder}')
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -73,7 +73,7 @@ def parameters(folder: Path) -> int:
 
 
 def draw(runs: dict[str, dict]) -> Figure:
-    """Held-out accuracy and loss over epochs."""
+    """Plot held-out accuracy, and held-out and training loss, over epochs."""
     figure = Figure(figsize=(10, 4), layout='constrained')
     accuracy, loss = figure.subplots(1, 2)
     for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
@@ -94,9 +94,11 @@ def run(folders: tuple[str, ...], results_file: str = '', allow_different: bool 
     """Print the table, write the files, and return what they hold.
 
     Args:
-        folders: Run folders, at most as many as there are COLOURS.
-        results_file: JSON to write, and a plot beside it.
-        allow_different: Compare runs that share no recipe too.
+        folders: Run folders, at most as many as COLOURS.
+        results_file: JSON to write, with a plot beside it.
+        allow_different: Also compare runs with different recipes.
+
+    Raises ConfigError for folders that are not finished runs, different recipes, or files that cannot be written.
     """
     folders = tuple(map(Path, folders))
     runs = {name: read_run(folder) for name, folder in zip(name_runs(folders), folders, strict=True)}

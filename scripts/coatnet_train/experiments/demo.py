@@ -1,4 +1,4 @@
-"""The demo from photographs to digits: predictions, two fine-tunings, and the figure of both."""
+"""The demo: predictions on photographs, two trainings on digits, and a figure of both."""
 import os
 import shutil
 import time
@@ -29,20 +29,20 @@ from coatnet_train.training.run import finetune
 DEMO_DIR = Path('output/demo')
 IMG_SIZE = 32
 MIN_ACCURACY = 97.0  # percent of the held-out digits
-TARGET_ACCURACY = 90.0  # percent that the two trainings race to
-# what learns the digits: of those that ship the quickest to train on a CPU, and half a point below the best, which
-# looks at the photographs
+TARGET_ACCURACY = 90.0  # percent; the first epoch that reaches it is printed for both trainings
+# the model that learns the digits: the packaged one that trains fastest on a CPU, half a point below the best one,
+# which classifies the photographs
 PRETRAINED = 'lightconvnet_pico_64.dist_tin200'
 RECIPE = FinetuneSettings(
     data_dir=str(DEMO_DIR / 'digits'), model=PRETRAINED, pretrained=True, img_size=IMG_SIZE,
-    model_kwargs=('conv_norm_momentum=0.1',),  # the official 0.01 is made for runs of many thousand steps
+    model_kwargs=('conv_norm_momentum=0.1',),  # the official 0.01 is meant for runs of many thousand steps
     epochs=6, batch_size=64, lr=1.2e-3, warmup_epochs=1, scale=(0.8, 1.0), hflip=0.0, color_jitter=0.0, workers=0,
     device='cpu', seed=0, output=str(DEMO_DIR), experiment='run',
 )
 
 
 def look_at_photographs() -> list[Path]:
-    """Print what the best release sees in the cup of coffee, which it knows, and the cat; return its overlays."""
+    """Classify photographs of a cup of coffee and a cat with the best release; returns the paths of the overlays."""
     folder = DEMO_DIR / 'photographs'
     folder.mkdir(parents=True)
     images = tuple(folder / f'{name}.png' for name in ('coffee', 'cat'))
@@ -65,7 +65,7 @@ def write_digits(folder: Path) -> None:
 
 
 def read_held_out(run_dir: Path, folder: Path) -> tuple[torch.Tensor, np.ndarray, list[str]]:
-    """Reload the trained model as any user would, and return its probabilities, the true labels and the file names."""
+    """Reload the trained model by timm; returns probabilities (N, 10), labels (N,) and files of the held-out digits."""
     model = timm.create_model(f'local-dir:{run_dir}', pretrained=True).eval().to(memory_format=torch.channels_last)
     transform = create_transform(**resolve_data_config(model=model))
     dataset = create_dataset('', root=str(folder), search_split=False, transform=transform)
@@ -79,7 +79,7 @@ def read_held_out(run_dir: Path, folder: Path) -> tuple[torch.Tensor, np.ndarray
 
 def draw_demo(overlays: list[Path], histories: dict[str, list[dict]], probabilities: torch.Tensor, labels: np.ndarray,
               files: list[str]) -> Figure:
-    """The overlays above; below them accuracy over the epochs, and held-out digits with what the model reads."""
+    """Figure of the overlays, and below them the accuracy over epochs and held-out digits with their predictions."""
     figure = Figure(figsize=(16, 9.6), layout='constrained')
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))
     for axes, path in zip(above.subplots(1, len(overlays)), overlays, strict=True):
@@ -100,7 +100,7 @@ def draw_demo(overlays: list[Path], histories: dict[str, list[dict]], probabilit
 
 def draw_digits(figure: SubFigure, probabilities: torch.Tensor, labels: np.ndarray, files: list[str],
                 columns: int = 8, rows: int = 4) -> None:
-    """Held-out digits with what the model reads: errors first, in red."""
+    """Draw held-out digits with their predictions: the misclassified ones first, in red."""
     confidence, predicted = (values.numpy() for values in probabilities.max(dim=-1))
     wrong, correct = np.flatnonzero(predicted != labels), np.flatnonzero(predicted == labels)
     shown = [*wrong, *np.random.default_rng(0).permutation(correct)][: columns * rows]
@@ -117,7 +117,7 @@ def draw_digits(figure: SubFigure, probabilities: torch.Tensor, labels: np.ndarr
 
 
 def train(settings: FinetuneSettings) -> tuple[dict, list[dict]]:
-    """Fine-tune; returns the summary, and a row for each epoch."""
+    """Fine-tune; returns the summary and the metrics of each epoch."""
     summary = finetune(settings)
     checkpoint = Path(settings.output) / settings.experiment / 'last' / 'checkpoint.pt'
     return summary, torch.load(checkpoint, weights_only=True)['progress']['history']
@@ -135,7 +135,7 @@ def run(results_file: str = '') -> int:
         results_file: JSON to write, with hardware and versions.
     """
     start = time.perf_counter()
-    for name in ('photographs', 'digits', 'run', 'scratch'):  # its own from an earlier demo
+    for name in ('photographs', 'digits', 'run', 'scratch'):  # left by an earlier demo
         shutil.rmtree(DEMO_DIR / name, ignore_errors=True)
     overlays = look_at_photographs()
     write_digits(DEMO_DIR / 'digits')
@@ -157,7 +157,7 @@ def run(results_file: str = '') -> int:
               + (f'   {TARGET_ACCURACY:g} % after epoch {epoch}' if epoch else f'   below {TARGET_ACCURACY:g} %'))
     print(f'reloaded from {run_dir}: {correct} of {len(labels)} held-out digits correct, {accuracy:.2f} %; '
           f'image: {DEMO_DIR / "demo.png"}')
-    if abs(accuracy - summary['top1']) > 100 / len(labels):  # in other batches one digit may fall either way
+    if abs(accuracy - summary['top1']) > 100 / len(labels):  # another batch size may change one prediction
         print(f'demo.py: the reloaded model has {accuracy:.2f} %, training reported {summary["top1"]:.2f} %.')
         return 1
     if accuracy < MIN_ACCURACY:

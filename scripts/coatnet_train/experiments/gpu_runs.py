@@ -1,6 +1,6 @@
-"""The training runs that wait for a GPU, in the order in which they are made; nothing here imports torch or timm.
+"""The training runs of gpu_train.py in their order, and its settings, without torch and timm.
 
-Minutes are estimates for one NVIDIA H100 or H200. Every student of a table trains for as many epochs as the others.
+Minutes are estimates for one NVIDIA H100 or H200. All students of a table train for the same number of epochs.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +10,19 @@ from coatnet_train.runtime.cli import ConfigError, check_range, did_you_mean
 
 __all__ = ['DATA_SETS', 'RUNS', 'GpuTrainSettings', 'Run', 'check_gpu_train', 'flags_of']
 
-# shards of a set, by the beginning of their names: the folder that trains, and images of each class held out of train
+# by prefix of a set's shard names: its training folder, and the number of images of each class held out of train
 DATA_SETS = {'tiny-imagenet': ('tin200', 10), 'imagenette': ('nette', 50)}
 
-# Erasing is drawn image by image, on a GPU about as long as the step itself: left out, in every row of the table.
+# Random erasing runs image by image and takes about as long as a step on a GPU, so every run leaves it out.
 TIN200 = '--recipe tin200 --reprob 0 --val-interval 5 --data-dir {data}/tin200 '
 TAUGHT = '--teacher-outputs {runs}/teacher_outputs --kd-loss-weight 0.9 --kd-temperature 2 --smoothing 0 '
 NETTE = '--recipe nette --val-interval 5 --data-dir {data}/nette '
 SMALL = ('coatnet_pico_64.untrained', 'lightconvnet_pico_64.untrained', 'dynamicconvnet_pico_64.untrained')
-PEERS = ('resnet18', 'convnextv2_femto', 'mobilenetv3_small_100')  # at twice the size: they divide it by 32, not 16
+PEERS = ('resnet18', 'convnextv2_femto', 'mobilenetv3_small_100')  # twice the size: total stride 32, not 16
 
 
 class Run(NamedTuple):
-    """One run: its name, minutes, script, flags ({data}, {runs} and {weights} are filled in), and which come before."""
+    """One run: name, minutes, script, flags ({data}, {runs} and {weights} are filled in), and runs that it needs."""
 
     name: str
     minutes: float
@@ -96,7 +96,7 @@ def check_gpu_train(settings: GpuTrainSettings) -> None:
         raise ConfigError(f'--unpack {settings.unpack} must be a folder that --pack filled.')
 
 
-# What --tiny changes; of a flag that stands twice the last one counts.
+# Flags that --tiny appends; the last value of a repeated flag counts.
 TINY = {
     'finetune.py': '--epochs 2 --last-epoch 2 --warmup-epochs 0 --batch-size 4 --validation-batch-size 4 '
                    '--val-interval 1 --device cpu --workers 0 --no-amp --no-torchcompile',

@@ -1,4 +1,4 @@
-"""A session on a GPU that is there for minutes: unpack images, train what is not finished, save, and pack the state."""
+"""A session of gpu_train.py, some minutes on a GPU: unpack images, continue unfinished runs, and pack the results."""
 import csv
 import json
 import os
@@ -20,17 +20,17 @@ from coatnet_train.runtime.parts import join_parts, write_parts
 __all__ = ['run_session', 'state']
 
 SCRIPTS = Path(__file__).parents[2]
-SAVING_SECONDS = 30.0  # before the end of the session, in which a run is told to save itself
+SAVING_SECONDS = 30.0  # time before the end of the session at which a run gets SIGTERM, to save itself
 FINISHED = 'finished'
 
 
 def state(run: Run, output: Path) -> str:
-    """'not begun', how far a run is, or 'finished' and its result; a file that cannot be read is named."""
+    """State of a run in words: 'not begun', its progress, 'finished' with its result, or the name of a damaged file."""
     return progress(run, output)[1]
 
 
 def progress(run: Run, output: Path) -> tuple[tuple[bool, int, float], str]:
-    """How far a run is: finished, rows of metrics.csv or shards, time of its checkpoint; and the same in words."""
+    """Progress of a run as a sort key (finished, rows of metrics.csv or shards, time of checkpoint), and in words."""
     folder = output / run.name
     checkpoint = folder / 'last' / 'checkpoint.pt'
     saved, rows = checkpoint.stat().st_mtime if checkpoint.exists() else 0., 0
@@ -57,9 +57,9 @@ def progress(run: Run, output: Path) -> tuple[tuple[bool, int, float], str]:
 
 
 def unpack(parts: Path, output: Path) -> None:
-    """Join parts into the folder of runs; a run that is further on there than in the parts stays as it is."""
+    """Join parts into the folder of runs, except runs whose progress there is ahead of that in the parts."""
     temporary = output / '.unpacked.tmp'
-    shutil.rmtree(temporary, ignore_errors=True)  # of a session that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed session
     try:
         files = join_parts(parts, temporary)
         taken = 0
@@ -79,7 +79,7 @@ def unpack(parts: Path, output: Path) -> None:
 
 
 def unpack_shards(shards: tuple[str, ...], data: Path) -> None:
-    """Extract zip files of SPLIT/CLASS/IMAGE as they are; what was held out of a set before is drawn anew."""
+    """Extract zip files of SPLIT/CLASS/IMAGE, and delete the hold-out folders of their sets, which are made again."""
     for shard in map(Path, shards):
         name = next(name for name in DATA_SETS if shard.name.startswith(name))
         try:
@@ -97,7 +97,7 @@ def unpack_shards(shards: tuple[str, ...], data: Path) -> None:
 
 
 def hold_out(data: Path) -> None:
-    """Make the folders that train, of those sets whose images are there."""
+    """Run hold_out.py for each data set that is unpacked and not yet split; raises ConfigError if it fails."""
     for name, (folder, per_class) in DATA_SETS.items():
         train, temporary = data / name / 'train', data / f'.{folder}.tmp'
         if not train.is_dir() or (data / folder).exists():
@@ -107,8 +107,8 @@ def hold_out(data: Path) -> None:
         if fewest < 2:
             raise ConfigError(f'--data: {train} must have two images of a class at least, but has {fewest} in one of '
                               f'{len(classes)} classes; unpack it again by --shards.')
-        shutil.rmtree(temporary, ignore_errors=True)  # of a session that was killed
-        # a dry run has fewer images; the links are relative, and stay true under the other name
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed session
+        # a dry run has fewer images; the links are relative, so they survive the rename
         done = subprocess.run([sys.executable, SCRIPTS / 'hold_out.py', train, temporary, '--per-class',
                                str(min(per_class, fewest // 2))], stderr=subprocess.PIPE, text=True)
         if done.returncode:
@@ -117,9 +117,9 @@ def hold_out(data: Path) -> None:
 
 
 def pending(settings: GpuTrainSettings, output: Path) -> list[Run]:
-    """The runs of this session that are not finished; raises ConfigError where weights or images of one are missing.
+    """Unfinished runs of this session whose requirements are met; raises ConfigError if weights or images are missing.
 
-    Where --runs names none, runs on a set of images that is not there are left out.
+    Without --runs, runs on a data set that is missing are left out instead.
     """
     chosen = [run for run in RUNS if not settings.runs or run.name in settings.runs]
     runs = [run for run in chosen if not state(run, output).startswith(FINISHED)]
@@ -143,7 +143,10 @@ def pending(settings: GpuTrainSettings, output: Path) -> list[Run]:
 
 
 def start(run: Run, settings: GpuTrainSettings, seconds: float) -> int:
-    """Run a command for at most so long; it is told to save itself before that. Its output goes to NAME.log."""
+    """Run a command and return its exit code; its output goes to NAME.log.
+
+    After `seconds` minus SAVING_SECONDS it gets SIGTERM, to save itself, and at the end SIGKILL.
+    """
     def save() -> int:
         process.send_signal(signal.SIGTERM)
         try:
@@ -152,7 +155,7 @@ def start(run: Run, settings: GpuTrainSettings, seconds: float) -> int:
             return -signal.SIGKILL
 
     log = Path(settings.output) / f'{run.name.replace("/", "-")}.log'
-    with log.open('ab') as file:  # a process group of its own: Ctrl-C reaches this process alone, and the run can save
+    with log.open('ab') as file:  # a session of its own: Ctrl-C reaches this process alone, and the run can save
         process = subprocess.Popen([sys.executable, os.path.relpath(SCRIPTS / run.script), *flags_of(run, settings)],
                                    stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -165,7 +168,7 @@ def start(run: Run, settings: GpuTrainSettings, seconds: float) -> int:
         raise
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its loader processes too
+            os.killpg(process.pid, signal.SIGKILL)  # and its loader processes
         process.wait()
 
 
@@ -180,7 +183,7 @@ def print_list(settings: GpuTrainSettings) -> None:
 
 
 def pack(settings: GpuTrainSettings) -> None:
-    """Pack runs into parts: all files of those that are finished but their checkpoint, and of others that too."""
+    """Pack the files of the runs into parts; checkpoints are left out for finished runs."""
     output, files = Path(settings.output), {}
     for run in (run for run in RUNS if run.name in (settings.runs or [run.name for run in RUNS])):
         left_out = 'last' if state(run, output).startswith(FINISHED) else None
@@ -195,7 +198,7 @@ def pack(settings: GpuTrainSettings) -> None:
 
 
 def run_session(settings: GpuTrainSettings) -> int:
-    """Make the runs that are not finished, one after the other, while there is time; returns how many failed."""
+    """Run a session (list, unpack, pack or train); returns the number of failed runs."""
     check_gpu_train(settings)
     check_output(output := Path(settings.output))
     begun = time.monotonic()
@@ -216,7 +219,12 @@ def run_session(settings: GpuTrainSettings) -> int:
 
 
 def train(settings: GpuTrainSettings, begun: float) -> int:
-    """Make the runs of a session that began then, by time.monotonic; returns how many failed."""
+    """Run the unfinished runs one after the other while time is left; returns the number of failed runs.
+
+    Args:
+        settings: Settings of gpu_train.py.
+        begun: Start of the session by time.monotonic().
+    """
     output = Path(settings.output)
     unpack_shards(settings.shards, Path(settings.data))
     hold_out(Path(settings.data))

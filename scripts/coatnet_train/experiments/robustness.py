@@ -1,4 +1,4 @@
-"""Accuracy at other sizes and on corrupted images: the rows of robustness.py."""
+"""Accuracy at other sizes and on corrupted images: rows and plot of robustness.py."""
 import io
 import zlib
 from collections.abc import Callable
@@ -29,19 +29,19 @@ __all__ = ['CORRUPTIONS', 'run']
 
 
 def jpeg(image: Image.Image) -> Image.Image:
-    """Quality 30."""
+    """JPEG compression at quality 30."""
     buffer = io.BytesIO()
     image.save(buffer, 'JPEG', quality=30)
     return Image.open(buffer).convert(image.mode)
 
 
 def blur(image: Image.Image) -> Image.Image:
-    """Gaussian of radius 1 pixel."""
+    """Gaussian blur of radius 1 pixel."""
     return image.filter(ImageFilter.GaussianBlur(1))
 
 
 def noise(image: Image.Image) -> Image.Image:
-    """Gaussian of deviation 0.1, which follows from the image's own pixels."""
+    """Gaussian noise of standard deviation 0.1 (pixels in 0 to 1), seeded by the image's own pixels."""
     pixels = np.asarray(image)
     rng = np.random.default_rng(zlib.crc32(pixels.tobytes()))
     return Image.fromarray((pixels + rng.normal(0, 25.5, pixels.shape)).round().clip(0, 255).astype(np.uint8))
@@ -51,7 +51,7 @@ CORRUPTIONS: dict[str, Callable[[Image.Image], Image.Image]] = {'JPEG 30': jpeg,
 
 
 def check_model(settings: RobustnessSettings, name: str) -> None:
-    """Raise ConfigError for a model that cannot take the sizes or has other classes, before any is measured."""
+    """Raise ConfigError for a model that rejects one of the sizes or has other classes, before any is measured."""
     _, class_names = create_dataset(DataSettings(data_dir=settings.data_dir), settings.val_split)
     for size in (*settings.sizes, None):
         model, _ = open_model(ModelSettings(model=name, pretrained=True, img_size=size), use_train_size=True)
@@ -79,7 +79,7 @@ def measure_top1(
 
 
 def plot(report: dict) -> Figure:
-    """Top-1 over the size of the image, a line a model, and beside it under each corruption."""
+    """Plot the top-1 of each model over the image size, and beside it under each corruption."""
     figure = Figure(figsize=(10, 4.2), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     sizes, width = report['settings']['sizes'], 0.8 / len(report['top1'])

@@ -1,4 +1,4 @@
-"""Settings of robustness.py, and the checks of single values, which need neither torch nor timm."""
+"""Settings of robustness.py and their checks, without torch and timm."""
 from dataclasses import dataclass
 
 from coatnet_train.runtime.cli import ConfigError, check_range, flag

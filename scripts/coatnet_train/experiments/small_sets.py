@@ -1,4 +1,4 @@
-"""Small sets of images, drawn anew by each seed: some of each class to train on, others of the same kind held out."""
+"""Small image sets drawn by a seed: some images of each class to train on, and others held out."""
 import os
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from coatnet_train.runtime.cli import ConfigError
 
 __all__ = ['MAKERS', 'images_in']
 
-# Ranges of ImageNet's labels.
+# Inclusive ranges of ImageNet-1k labels.
 GROUPS = {
     'birds': ((7, 24), (80, 100), (127, 146)), 'dogs': ((151, 268),), 'other mammals': ((269, 299), (330, 388)),
     'reptiles and amphibians': ((25, 68),), 'insects and spiders': ((70, 79), (300, 326)), 'food': ((923, 965),)}
@@ -19,8 +19,8 @@ IMAGES = ('.jpg', '.jpeg', '.png', '.webp')
 
 
 def write_digits(folder: Path, seed: int, size: int = 32) -> None:
-    """10 digits of each class to train on and 50 held out, as PNGs."""
-    from sklearn.datasets import load_digits  # an extra of the demo
+    """Write 10 digits of each class to train on and 50 held out, as PNGs of `size` pixels."""
+    from sklearn.datasets import load_digits  # from the extra [demo]
 
     digits = load_digits()
     random = np.random.default_rng(seed)
@@ -39,7 +39,15 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def link_images(folder: Path, seed: int, classes: dict[str, list[Path]], train: float, held_out: int | None) -> None:
-    """Draw images of each class: this many (or this share) to train on, and this many others (or the rest)."""
+    """Draw images of each class and link them.
+
+    Args:
+        folder: Folder to fill with train/ and validation/.
+        seed: Seed of the draw.
+        classes: Image files of each class.
+        train: Number of training images of each class; below 1 a fraction.
+        held_out: Number of held-out images of each class; None takes all others.
+    """
     random = np.random.default_rng(seed)
     for name, files in classes.items():
         drawn = [files[place] for place in random.permutation(len(files))]
@@ -73,7 +81,7 @@ def link_groups(settings: CompareRecipesSettings, folder: Path, seed: int) -> No
     link_images(folder, seed, found, 0.5, None)
 
 
-# How each set is made, and the size it is read at.
+# Function that makes each set, and the image size to train at (the model's own if None).
 MAKERS = {
     'digits': (lambda settings, folder, seed: write_digits(folder, seed), 32),
     'imagenette_60': (lambda *where: link_imagenette(*where, classes=5, train=12, held_out=40), None),

@@ -1,4 +1,4 @@
-"""Fine-tuning on fractions of the labels, beside a linear probe and a random start: the rows of transfer.py."""
+"""Fine-tuning, linear probe and random start on fractions of the labels: rows and plot of transfer.py."""
 import json
 import os
 import shutil
@@ -32,7 +32,7 @@ COLORS = dict(zip(METHODS, (BLUE, ORANGE, GREY), strict=True))
 
 
 def check_same(settings: TransferSettings, earlier: dict) -> None:
-    """Raise ConfigError for rows that were made under other settings."""
+    """Raise ConfigError if earlier rows were made under other settings."""
     if 'fractions' not in earlier:
         raise ConfigError(f'--results-file {settings.results_file} was written by an earlier version of this script; '
                           f'give another file.')
@@ -49,7 +49,7 @@ def check_same(settings: TransferSettings, earlier: dict) -> None:
 
 
 def draw(labels: np.ndarray, fraction: float, subset: int) -> np.ndarray:
-    """Places of a fraction of the images of each class, at least two of them; a draw follows from its number alone."""
+    """Indices of a fraction of each class, at least two images; `subset` is the seed of the draw."""
     rng = np.random.default_rng(subset)
     chosen = []
     for label in np.unique(labels):
@@ -59,11 +59,11 @@ def draw(labels: np.ndarray, fraction: float, subset: int) -> np.ndarray:
 
 
 def link_subset(settings: TransferSettings, files: list[Path], folder: Path) -> Path:
-    """A data folder of links: these training images, and the whole of the validation split."""
+    """Make a data folder of links to the given training images and the whole validation split."""
     shutil.rmtree(folder, ignore_errors=True)
     train, _ = create_dataset(DataSettings(data_dir=settings.data_dir), 'train')
     for file in files:
-        # not the parent: images of Tiny-ImageNet lie in SYNSET/images/
+        # not the parent folder: images of Tiny-ImageNet lie in SYNSET/images/
         link = folder / 'train' / file.relative_to(train.reader.root).parts[0] / file.name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(file, link.parent))
@@ -73,13 +73,13 @@ def link_subset(settings: TransferSettings, files: list[Path], folder: Path) -> 
 
 
 def root_of(settings: TransferSettings) -> Path:
-    """Folder of the runs and features of these weights on this data."""
+    """Folder of the runs and features for these weights and this data set."""
     return Path(settings.output) / f'{Path(settings.data_dir).name}-{safe_model_name(settings.model)}'
 
 
 def train(settings: TransferSettings, architecture: str, data_dir: Path, count: int, updates: int, seed: int,
           pretrained: bool) -> float:
-    """Top-1 (%) after the last epoch of a run, which goes on where an earlier call was stopped."""
+    """Train a run, or resume an interrupted one; returns the top-1 (%) after its last epoch."""
     epochs = -(-updates // max(1, count // settings.batch_size))
     ours = architecture in coatnet_zoo.list_models()
     summary = finetune(FinetuneSettings(
@@ -93,7 +93,7 @@ def train(settings: TransferSettings, architecture: str, data_dir: Path, count: 
 
 
 def read_features(settings: TransferSettings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Features (N, C) and labels (N,) of both splits, before the classifier; extracted once."""
+    """Pooled features (N, C) and labels (N,) of both splits, extracted once."""
     options = ExtractionSettings(
         data_dir=settings.data_dir, model=settings.model, pretrained=True, img_size=settings.img_size, amp=settings.amp,
         device=settings.device, workers=settings.workers, output=str(root_of(settings) / 'features'))
@@ -120,7 +120,7 @@ def summarize(settings: TransferSettings, rows: list[dict]) -> dict:
 
 
 def plot(report: dict) -> Figure:
-    """Top-1 over the fraction of labels; a dot a draw, a line through the means."""
+    """Plot top-1 over the fraction of labels: a dot for each draw, a line through the means."""
     figure = Figure(figsize=(7, 4.4), layout='constrained')
     axes = figure.subplots()
     for method, cells in report['table'].items():
@@ -142,7 +142,7 @@ def plot(report: dict) -> Figure:
 
 
 def run(settings: TransferSettings) -> dict:
-    """Make the rows that are missing, and return the report."""
+    """Make the missing rows, and return the report."""
     torch.set_num_threads(settings.threads)
     dataset, _ = create_dataset(DataSettings(data_dir=settings.data_dir), 'train')
     labels, names = np.array(read_targets(dataset)), dataset.filenames(absolute=True)

@@ -1,4 +1,4 @@
-"""Settings of transfer.py, and the checks of single values, which need neither torch nor timm."""
+"""Settings of transfer.py and their checks, without torch and timm."""
 from dataclasses import dataclass
 from pathlib import Path
 

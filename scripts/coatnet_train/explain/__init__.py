@@ -1,1 +1,1 @@
-"""Predictions on single images, and what the model looked at."""
+"""Predictions for single images, explained by attention, predicted kernels or Grad-CAM."""

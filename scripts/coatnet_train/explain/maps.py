@@ -1,7 +1,7 @@
 """Explanations of a prediction: attention of T stages, predicted kernels of D stages, Grad-CAM of any timm model.
 
-Attention and kernels are those that the block itself uses, computed again from its own input with its own weights. No
-class enters them. Grad-CAM is of one class.
+Attention and kernels are recomputed from the input and the weights of the block that uses them; they do not depend on a
+class. Grad-CAM explains one class.
 """
 from dataclasses import dataclass
 
@@ -40,13 +40,15 @@ class ExplainTarget:
 
 
 def choose_target(model: nn.Module, name: str, explain: str = 'auto', stage: int | None = None) -> ExplainTarget:
-    """The last block of `stage`, or of the last stage of the block type that `explain` needs ('auto': the last T or D).
+    """Choose the block to explain: the last of `stage`, or of the last stage of the block type that `explain` needs.
 
     Args:
-        model: Any model; only those of the zoo have T and D.
+        model: Any model; only those of the zoo have the block types T and D.
         name: Name of the model, for messages.
-        explain: 'auto' or one of KINDS; 'auto' is Grad-CAM for models without T and D.
-        stage: 1 to 4.
+        explain: 'auto' or one of KINDS; 'auto' is the last T or D stage, or Grad-CAM for models without T and D.
+        stage: 1 to 4, or None.
+
+    Raises ConfigError for a stage or explanation that the model does not have.
     """
     if explain not in ('auto', *KINDS):
         raise ConfigError(f'--explain must be auto, {", ".join(KINDS)}, got {explain!r}.')
@@ -73,7 +75,7 @@ def choose_target(model: nn.Module, name: str, explain: str = 'auto', stage: int
 
 @torch.no_grad()
 def run_with_input(model: nn.Module, module: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's output for `images`, and what `module` inside it was given."""
+    """Output of the model for `images`, and the input of its submodule `module`."""
     seen = []
     hook = module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     try:
@@ -100,9 +102,9 @@ def attention_weights(attention: RelativeAttention2d, x: torch.Tensor) -> torch.
 
 @torch.no_grad()
 def dynamic_kernels(conv: DynamicConv2d, x: torch.Tensor) -> torch.Tensor:
-    """The kernels that y = DynamicConv(x) uses: input (B, C, H, W) -> (B, heads, Kh, Kw, H, W) float32.
+    """Kernels of y = DynamicConv(x): input (B, C, H, W) -> (B, heads, Kh, Kw, H, W) float32.
 
-    Taps sum to 1 under normalize='softmax'. The static branch, where there is one, is not among them.
+    Taps sum to 1 under normalize='softmax'. A static branch is not included.
     """
     B, _, H, W = x.shape
     logits = conv.logits(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).float()
@@ -117,15 +119,15 @@ def _offsets(size: int) -> torch.Tensor:
 
 
 def tap_distances(size: tuple[int, int], step: tuple[float, float]) -> torch.Tensor:
-    """Length of the offset of each tap from the centre, (Kh, Kw), in the unit of `step` between (rows, columns)."""
+    """Distance of each tap from the centre, (Kh, Kw), in the unit of `step`, the spacing of (rows, columns)."""
     rows, columns = _offsets(size[0]) * step[0], _offsets(size[1]) * step[1]
     return (rows[:, None] ** 2 + columns ** 2).sqrt()
 
 
 def expected_distance(kernels: torch.Tensor, step: tuple[float, float]) -> torch.Tensor:
-    """Mean distance of weight from the centre of each kernel: (B, heads, Kh, Kw, H, W) -> (B, H, W), over all heads.
+    """Mean distance of kernel weight from the centre, averaged over heads: (B, heads, Kh, Kw, H, W) -> (B, H, W).
 
-    sum_{u,v} |k[u, v]| d[u, v] / sum_{u,v} |k[u, v]| with d of `tap_distances`. Taps on the padding count too.
+    sum_{u,v} |k[u, v]| d[u, v] / sum_{u,v} |k[u, v]| with d from `tap_distances`, taps on the padding included.
     """
     distance = tap_distances(kernels.shape[2:4], step)[..., None, None].to(kernels)
     weight = kernels.abs()
@@ -133,7 +135,7 @@ def expected_distance(kernels: torch.Tensor, step: tuple[float, float]) -> torch
 
 
 def fraction_on_padding(kernels: torch.Tensor) -> torch.Tensor:
-    """Fraction of |weight| that lies on the zeros around the map: (B, heads, Kh, Kw, H, W) -> (B, H, W)."""
+    """Fraction of |weight| on the zero padding, averaged over heads: (B, heads, Kh, Kw, H, W) -> (B, H, W)."""
     height, width = kernels.shape[-2:]
     rows = _offsets(kernels.shape[2])[:, None] + torch.arange(height)
     columns = _offsets(kernels.shape[3])[:, None] + torch.arange(width)
@@ -143,13 +145,13 @@ def fraction_on_padding(kernels: torch.Tensor) -> torch.Tensor:
 
 
 def gradcam(model: nn.Module, images: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grad-CAM of the class that each image is given: (B, C, H, W) -> logits (B, classes), maps (B, h, w) >= 0.
+    """Grad-CAM of the predicted class: images (B, C, H, W) -> logits (B, classes), maps (B, h, w) >= 0.
 
     L = ReLU(sum_c a_c F_c), a_c = mean over the positions of d logit / d F_c. Selvaraju et al. 2017, equations 1 and 2
-    (https://arxiv.org/abs/1610.02391). F is the last map of features that the logit depends on: that of
-    `forward_features`, or, where a class token is all the head reads, the input of the last block.
+    (https://arxiv.org/abs/1610.02391). F is the last feature map that the logit depends on: the output of
+    `forward_features`, or, where the head reads a class token alone, the input of the last block.
 
-    Raises ConfigError for a model that has no such map.
+    Raises ConfigError for a model without such a map.
     """
     tokens, modules = [], dict(model.named_modules())
     blocks = [info['module'] for info in getattr(model, 'feature_info', ()) if isinstance(info, dict)]
@@ -161,7 +163,7 @@ def gradcam(model: nn.Module, images: torch.Tensor, name: str) -> tuple[torch.Te
             if not isinstance(features, torch.Tensor) or features.ndim not in (3, 4):
                 raise ConfigError(f'--explain gradcam needs one map of features, and {name} has none; '
                                   f'choose another model.')
-            # a copy, or a head that works in place would change what is shown
+            # a copy, because a head may work in place and change the features
             logits = model.forward_head(features.clone())
     finally:
         for hook in hooks:
@@ -169,10 +171,10 @@ def gradcam(model: nn.Module, images: torch.Tensor, name: str) -> tuple[torch.Te
     earlier = [seen for seen in tokens if isinstance(seen, torch.Tensor) and seen.ndim == features.ndim == 3]
     candidates = [features, *earlier]
     gradients = torch.autograd.grad(logits.max(-1).values.sum(), candidates, materialize_grads=True)
-    positions = features.shape[1] - getattr(model, 'num_prefix_tokens', 0)  # of tokens; class tokens come first
+    positions = features.shape[1] - getattr(model, 'num_prefix_tokens', 0)  # grid tokens, after the class tokens
     for pair in zip(candidates, gradients, strict=True):
         seen, gradient = (_as_map(tensor.detach().float(), positions, model, images, name) for tensor in pair)
-        if gradient.any() or not gradients[0].any():  # a head of zeros reads no map, and none speaks for a class
+        if gradient.any() or not gradients[0].any():  # or no gradient at all, as with a head of zeros
             return logits.detach(), (gradient.mean((2, 3), keepdim=True) * seen).sum(1).relu()
     raise ConfigError(f'--explain gradcam needs a map of features that the prediction depends on, and {name} has '
                       f'none; choose another model.')
@@ -180,7 +182,7 @@ def gradcam(model: nn.Module, images: torch.Tensor, name: str) -> tuple[torch.Te
 
 def _as_map(
         features: torch.Tensor, positions: int, model: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:
-    """(B, C, h, w), (B, h, w, C) or tokens (B, . + positions, C) as (B, C, h, w)."""
+    """Features (B, C, h, w), (B, h, w, C) or tokens (B, prefix + positions, C) as (B, C, h, w)."""
     if features.ndim == 4:
         channels = model.num_features
         last = getattr(model, 'output_fmt', '') == 'NHWC' or features.shape[3] == channels != features.shape[1]

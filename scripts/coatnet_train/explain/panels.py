@@ -1,4 +1,4 @@
-"""Panels of an overlay: which labels a model has, and what draws each of its maps."""
+"""Panels of an overlay: the labels of a model, and the draw callbacks of its explanation maps."""
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +45,7 @@ class Label:
 
 
 def read_labels(model: nn.Module) -> list[Label]:
-    """The classes of a model in the order of its logits: as its config names them, else as ImageNet, else by number."""
+    """Classes of a model in logit order, named by its config, else by ImageNet's synsets, else by number."""
     count, config = model.num_classes, model.pretrained_cfg
     names, descriptions = config.get('label_names') or (), config.get('label_descriptions') or {}
     if len(names) != count:
@@ -56,9 +56,10 @@ def read_labels(model: nn.Module) -> list[Label]:
 
 
 def open_classifier(settings: ModelSettings, checkpoint: str = '') -> tuple[nn.Module, dict, str]:
-    """Open a model that has classes; returns the model, its data config, and where its weights come from.
+    """Open a model with a classifier; returns the model, its data config, and a description of its weights.
 
-    A name that means its weights (NAME.TAG, hf-hub:, local-dir:) gets them unless a checkpoint takes their place.
+    A name that stands for weights (NAME.TAG, hf-hub:, local-dir:) loads them unless a checkpoint is given. Raises
+    ConfigError for a model without classes, or a --num-classes that the weights do not have.
     """
     stored = means_weights(settings.model) and not checkpoint
     settings = dataclasses.replace(settings, pretrained=settings.pretrained or stored)
@@ -78,19 +79,19 @@ def open_classifier(settings: ModelSettings, checkpoint: str = '') -> tuple[nn.M
 def explain_image(
         model: nn.Module, target: ExplainTarget, image: torch.Tensor, pixels: np.ndarray, labels: list[Label],
         name: str, at: tuple[float, float] | None = None) -> tuple[torch.Tensor, list[partial]]:
-    """Predict an image, and prepare the panels that show what the model looked at.
+    """Predict an image, and prepare the panels that explain the prediction.
 
     Args:
-        model: In eval mode.
+        model: Model in eval mode.
         target: What `choose_target` returned.
         image: (1, C, H, W), normalised.
-        pixels: The same image as (H, W, 3) or (H, W) in 0..1, to draw over.
+        pixels: The same image as (H, W, 3) or (H, W) in 0..1, as background.
         labels: What `read_labels` returned.
         name: Name of the model, for error messages.
-        at: (X, Y) of a query or kernel, fractions of width and height; None shows all of them.
+        at: (X, Y) of one query or kernel, as fractions of width and height; None shows all of them.
 
     Returns:
-        Logits (classes,), and a callback `draw(axes)` a panel, whose `title` and `subtitle` are keywords.
+        Logits (classes,), and for each panel a callback `draw(axes)`, a partial with keywords `title` and `subtitle`.
     """
     if target.kind == 'gradcam':
         logits, maps = gradcam(model, image, name)
@@ -101,7 +102,7 @@ def explain_image(
 
 
 def gradcam_panel(heatmap: np.ndarray, pixels: np.ndarray, label: Label) -> partial:
-    """The evidence (h, w) for the predicted class."""
+    """Panel of a Grad-CAM map (h, w) of the predicted class, scaled to a maximum of 1."""
     size = ' x '.join(map(str, heatmap.shape))
     return partial(
         draw_heatmap, pixels=pixels, heatmap=heatmap / (heatmap.max() or 1), smooth=True, vmin=0,
@@ -111,7 +112,7 @@ def gradcam_panel(heatmap: np.ndarray, pixels: np.ndarray, label: Label) -> part
 
 def attention_panels(target: ExplainTarget, x: torch.Tensor, pixels: np.ndarray,
                      at: tuple[float, float] | None) -> list[partial]:
-    """Attention of one query, or the mean of all, over the input x (1, H, W, dim) of an attention module."""
+    """Panel of the attention of one query, or the mean over all; x (1, H, W, dim) is the attention module's input."""
     feat_size = tuple(x.shape[1:3])
     weights = attention_weights(target.module, x)[0].mean(0)
     position = position_of(at, feat_size)
@@ -119,7 +120,7 @@ def attention_panels(target: ExplainTarget, x: torch.Tensor, pixels: np.ndarray,
     heatmap = (row * len(row)).view(feat_size).cpu().numpy()
     mean_of = f'{target.module.num_heads} heads' + (f' and {len(row)} queries' if position is None else '')
     return [partial(
-        # a scale from 0, or attention that is even would look uneven
+        # the colour scale starts at 0, or uniform attention would look uneven
         draw_heatmap, pixels=pixels, heatmap=heatmap, vmin=min(0, heatmap.min()), vmax=max(2, heatmap.max()),
         frame=position, title=f'Where {"all positions look" if position is None else "the framed position looks"}',
         subtitle=f'attention of stage {target.stage}, mean of {mean_of}; no class', unit='attention, 1 = even')]
@@ -127,7 +128,7 @@ def attention_panels(target: ExplainTarget, x: torch.Tensor, pixels: np.ndarray,
 
 def kernel_panels(target: ExplainTarget, x: torch.Tensor, pixels: np.ndarray,
                   at: tuple[float, float] | None) -> list[partial]:
-    """Kernels predicted from the input x (1, C, H, W) of a DynamicConv2d, and how far they look."""
+    """Panels of the kernels predicted from the input x (1, C, H, W) of a DynamicConv2d, and of their mean distance."""
     taps = dynamic_kernels(target.module, x)
     feat_size = tuple(taps.shape[-2:])
     mean = taps[0].mean(0).cpu().numpy()
@@ -151,7 +152,7 @@ def kernel_panels(target: ExplainTarget, x: torch.Tensor, pixels: np.ndarray,
 
 
 def position_of(at: tuple[float, float] | None, feat_size: tuple[int, int]) -> tuple[int, int] | None:
-    """The (row, column) of a map (h, w) that holds the point `at` (X, Y), given in fractions."""
+    """(row, column) in a map (h, w) of the point `at` (X, Y), given as fractions; None if `at` is None."""
     if at is None:
         return None
     return tuple(min(int(fraction * size), size - 1) for fraction, size in zip(reversed(at), feat_size, strict=True))

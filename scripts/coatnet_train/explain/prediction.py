@@ -1,4 +1,4 @@
-"""Predictions from settings to overlays: the top-5 of each image, and what the model looked at."""
+"""Prediction of images: settings -> model -> top-5 predictions and an overlay for each image."""
 import os
 import sys
 from functools import partial
@@ -28,11 +28,11 @@ from coatnet_train.runtime.files import write_csv, write_figure
 SHOWN = {
     'attention': 'attention of stage {} (T)', 'kernels': 'predicted kernels of stage {} (D)',
     'gradcam': 'Grad-CAM of the predicted class'}
-MAX_STEM_BYTES = 220  # bytes of an image's name in that of its overlay: file systems take 255 with all that is added
+MAX_STEM_BYTES = 220  # of an image's name in that of its overlay: file systems allow 255 for the whole name
 
 
 def name_overlays(images: list[Path], output: Path, kind: str) -> list[Path]:
-    """A file in `output` for each image, no two the same and none of them an image that is read."""
+    """Overlay path in `output` for each image, all different and none of them an input image."""
     taken, overlays = {path.resolve() for path in images}, []
     for image in images:
         stem = image.stem
@@ -51,7 +51,10 @@ def predict_image(
         path: Path, image: torch.Tensor, overlay: Path, settings: PredictionSettings, model: nn.Module,
         target: ExplainTarget, data_config: dict, labels: list[Label], title: str, device: torch.device,
 ) -> tuple[str, dict]:
-    """Write the overlay of one image (C, H, W); return its lines of output and its row of predictions.csv."""
+    """Write the overlay of one image (C, H, W); returns its lines of output and its row of predictions.csv.
+
+    Raises ConfigError for logits that are not finite, or an overlay that cannot be written.
+    """
     pixels = to_pixels(image, data_config['mean'], data_config['std'])
     logits, draw_callbacks = explain_image(
         model, target, image[None].to(device), pixels, labels, settings.model, settings.at)

@@ -10,7 +10,7 @@ __all__ = ['model_size']
 
 
 def model_size(name: str, **kwargs) -> tuple[int, int, nn.Module]:
-    """(parameters, multiply-adds of one image at the model's own size, the model on the meta device)."""
+    """(parameters, multiply-adds for one image of the default size, the model on the meta device)."""
     model = timm.create_model(name, device='meta', **kwargs).eval()
     summed = []
 
@@ -18,7 +18,7 @@ def model_size(name: str, **kwargs) -> tuple[int, int, nn.Module]:
         summed.append(output.numel() * module.kernel_size[0] * module.kernel_size[1])
 
     for module in model.modules():
-        if isinstance(module, DynamicConv2d):  # a sum of shifted products, which torch's counter leaves out
+        if isinstance(module, DynamicConv2d):  # a sum of shifted products, which torch's counter does not count
             module.register_forward_hook(count_taps)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         model(torch.empty(1, model.in_chans, *model.img_size, device='meta'))

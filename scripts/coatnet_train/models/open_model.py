@@ -1,4 +1,4 @@
-"""Any model of timm or the zoo, as every script opens it: it sees one image before the real work begins."""
+"""Open any model of timm or the zoo, as every script does, and run it once on a blank image as a check."""
 import pickle
 from pathlib import Path
 
@@ -21,15 +21,15 @@ from coatnet_train.runtime.cli import ConfigError, did_you_mean, one_line, parse
 
 __all__ = ['check_model_name', 'image_mode', 'means_weights', 'open_model']
 
-MODES = {1: 'L', 3: 'RGB'}  # of images, by the channels of a model
+MODES = {1: 'L', 3: 'RGB'}  # image mode by the model's input channels
 
-# What timm, the zoo, torch and safetensors raise for a model that cannot be had.
+# What timm, the zoo, torch and safetensors raise for a model that cannot be built or loaded.
 ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, OSError, KeyError, AttributeError, ZeroDivisionError,
           EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 def check_model_name(model: str) -> None:
-    """Raise ConfigError for a name that timm does not know, and a tag that the architecture does not have."""
+    """Raise ConfigError for a name that timm does not know, or a tag that the architecture does not have."""
     try:
         source, name = parse_model_name(model)
     except ValueError as error:
@@ -43,7 +43,7 @@ def check_model_name(model: str) -> None:
 
 
 def means_weights(model: str) -> bool:
-    """Whether who names this model means its weights: a folder, a repository, or a tag that has some."""
+    """Whether the name stands for weights and not only an architecture: hf-hub:, local-dir:, or a tag with weights."""
     return model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or ('.' in model and is_model_pretrained(model))
 
 
@@ -61,18 +61,18 @@ def open_model(
         settings: ModelSettings, checkpoint: str = '', checkpoint_flag: str = '--checkpoint',
         use_train_size: bool = False, try_sizes: tuple[int, ...] = (), use_ema: bool = True, **arguments: object,
 ) -> tuple[nn.Module, dict]:
-    """Create the model in eval mode, with its data settings as `timm.data.resolve_data_config` gives them.
+    """Create the model in eval mode, and resolve its data settings as `timm.data.resolve_data_config` does.
 
     Args:
-        settings: The model and what the user changes of its images.
+        settings: Model, and overrides of its image preprocessing.
         checkpoint: File of weights to load, strictly.
         checkpoint_flag: The option that named it, for messages.
-        use_train_size: Take the size and crop of training, not those that the weights are tested at.
-        try_sizes: Other sizes in pixels that images will have.
+        use_train_size: Use the training size and crop instead of the test size and crop.
+        try_sizes: Other image sizes in pixels to check.
         use_ema: Take averaged weights where the checkpoint has some.
         arguments: Keyword arguments of `timm.create_model`; None leaves one out.
 
-    Raises ConfigError for what timm cannot build or the model cannot take.
+    Raises ConfigError for a model that cannot be built, images that it does not accept, or weights that do not fit.
     """
     check_model_settings(settings)
     check_model_name(settings.model)

@@ -1,4 +1,4 @@
-"""Names of the released weights, read without coatnet_zoo, whose import takes the seconds of torch and timm."""
+"""Names of the released weights, read without importing coatnet_zoo, which would take seconds for torch and timm."""
 import json
 import os
 from importlib.util import find_spec
@@ -10,10 +10,11 @@ __all__ = ['best_release', 'cached_kecam', 'released_models']
 
 
 def released_models() -> tuple[str, ...]:
-    """NAME.TAG of everything released, best first, and of kecam's weights that are in the cache.
+    """NAME.TAG of all released weights and of kecam's weights in the cache, best first.
 
-    What ships with the package comes before what was downloaded and converted, this before what is downloaded; more
-    classes before fewer (accuracies compare on the same classes alone), and then the higher recorded top-1.
+    Packaged weights come first, then cached ones, then those to download. Within each group, more classes come before
+    fewer (accuracies are comparable only on the same classes), then a higher recorded top-1. Raises ConfigError if
+    releases.json is damaged.
     """
     path = weights_folder() / 'releases.json'
     try:
@@ -47,14 +48,14 @@ def cached_kecam() -> tuple[str, ...]:
 
 
 def best_release() -> str:
-    """The release that ships and is the most accurate; predict.py, the demo and the Space open with it."""
+    """First of `released_models`, the default of predict.py, the demo and the Space; raises ConfigError without any."""
     if not (names := released_models()):
         raise ConfigError('--model must be given where no weights are released; name one.')
     return names[0]
 
 
 def weights_folder() -> Path:
-    """The folder `weights` of the package, which is not imported."""
+    """Folder `weights` of the package, found without importing it."""
     package = find_spec('coatnet_zoo')
     if package is None:
         raise ModuleNotFoundError("No module named 'coatnet_zoo'", name='coatnet_zoo')

@@ -1,4 +1,4 @@
-"""Weights from a file into any model of timm or the zoo: unwrapped, converted by the architecture's filter, checked."""
+"""Load weights from a file into any model of timm or the zoo: unwrap, convert by the architecture's filter, check."""
 import hashlib
 import re
 import sys
@@ -15,11 +15,11 @@ from coatnet_zoo.models.state_dict import convert_state_dict, explain_misfit
 
 __all__ = ['load_weights', 'read_weights', 'to_flags', 'weights_digest']
 
-# Keys under which training scripts keep a state dict, the likely one first; timm knows state_dict and model itself.
+# Keys under which training scripts keep a state dict, most likely first; timm handles state_dict and model itself.
 WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'net', 'network', 'weights', 'params', 'backbone')
-# What wrappers put into the middle of a name: torch.compile, FSDP, activation checkpointing.
+# Prefixes that wrappers insert into parameter names: torch.compile, FSDP, activation checkpointing.
 INSIDE = re.compile(r'\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
-# Keywords of models that are flags of the scripts.
+# Model keywords that have flags of their own in the scripts.
 FLAGS = {
     **{name: f'--{name.replace("_", "-")}' for name in (
         'num_classes', 'in_chans', 'img_size', 'mean', 'std', 'dropconnect')},
@@ -29,7 +29,7 @@ FLAGS = {
 def load_weights(
         model: nn.Module, name: str, file: str, option: str = '--checkpoint', use_ema: bool = True,
         explicit: frozenset[str] = frozenset()) -> None:
-    """Load a file into a model, every tensor of it.
+    """Load a file into a model, strictly: every tensor must match.
 
     Args:
         model: Model to load into.
@@ -38,14 +38,14 @@ def load_weights(
             keras_cv_attention_models for coatnet_0_kecam; .npz where timm reads that for this model.
         option: The option that named the file, for messages.
         use_ema: Take averaged weights where the file has some.
-        explicit: Keywords of the model that the user has set (--model-kwargs).
+        explicit: Model keywords that the user has set (--model-kwargs).
 
     Raises ConfigError for a file without weights, or weights that do not fit.
     """
     if Path(file).suffix.lower() in ('.npz', '.npy'):
         try:
             load_checkpoint(model, file)
-        except Exception as error:  # each model has a reader of its own
+        except Exception as error:  # each model has its own reader
             raise ConfigError(f'{option} {file} cannot be read as NumPy weights of --model {name}: '
                               f'{one_line(error)}.') from error
         return
@@ -65,7 +65,7 @@ def load_weights(
 
 
 def read_weights(file: str, option: str = '--checkpoint', use_ema: bool = True) -> dict[str, torch.Tensor]:
-    """The state dict in a file, without what it is wrapped in."""
+    """Read the state dict in a file, without wrapper keys and prefixes; raises ConfigError if there is none."""
     if Path(file).suffix == '.h5':
         try:
             return kecam.read_h5(Path(file))
@@ -74,9 +74,9 @@ def read_weights(file: str, option: str = '--checkpoint', use_ema: bool = True) 
     try:
         try:
             found = load_state_dict(file, use_ema=use_ema)
-        except AttributeError:  # its 'model' is the name of one, say, and the weights have another key
+        except AttributeError:  # such as a checkpoint whose 'model' is a name, with the weights under another key
             found = dict(torch.load(file, map_location='cpu', weights_only=True))
-    except Exception as error:  # torch.load raises whatever the bytes of another file make of it
+    except Exception as error:  # torch.load may raise anything for a file of another format
         text = f'{error} {error.__cause__}'
         pickled = re.findall(r'(?:Unsupported globals: |GLOBAL )([^\s,]+)', text)
         if 'TorchScript' in text or pickled:
@@ -111,7 +111,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def find_state_dicts(found: dict, depth: int = 2) -> dict[str, dict[str, torch.Tensor]]:
-    """The dicts of tensors alone in a checkpoint, by the last key that leads to them, '' for itself."""
+    """State dicts (dicts of tensors only) in a checkpoint by their innermost key; '' for the checkpoint itself."""
     if found and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in found.items()):
         return {'': clean_state_dict(found)}
     dicts = {}
@@ -123,7 +123,10 @@ def find_state_dicts(found: dict, depth: int = 2) -> dict[str, dict[str, torch.T
 
 
 def strip_prefix(state: dict[str, torch.Tensor], model_state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The part of a state dict under the prefix, such as 'model.', with which most names are the model's own."""
+    """Strip the prefix, such as 'model.', that makes most names match the model's; other tensors are dropped.
+
+    Raises ValueError where several prefixes match equally well.
+    """
     counts = {'': 0}
     for key in state:
         parts = key.split('.')
@@ -151,9 +154,9 @@ def convert(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch
     try:
         try:
             return filter_fn(dict(state), model)
-        except TypeError:  # timm has filters of one argument too
+        except TypeError:  # some of timm's filters take one argument
             return filter_fn(dict(state))
-    except Exception:  # a file of another architecture, of which explain_misfit says more than the filter
+    except Exception:  # weights of another architecture: explain_misfit has a better message than the filter
         return state
 
 
@@ -163,7 +166,7 @@ def classifiers_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def way_out(state: dict[str, torch.Tensor], model: nn.Module, option: str) -> str:
-    """Advice on a state dict that does not fit."""
+    """Advice for the error message about a state dict that does not fit."""
     classes = next((len(value) for key, value in state.items() if key.startswith(classifiers_of(model))), None)
     if classes not in (None, model.num_classes) and option == '--checkpoint':
         return f'Give --num-classes {classes}, and --img-size and --model-kwargs as in training.'
@@ -174,14 +177,14 @@ def way_out(state: dict[str, torch.Tensor], model: nn.Module, option: str) -> st
 
 
 def to_flags(text: str) -> str:
-    """An exception's text, with flags of the scripts where it names keywords of Python."""
+    """Replace Python keywords in the text of an exception by the flags of the scripts."""
     text = text.replace('`', '')
     text = re.sub(r"timm\.create_model\('([^']+)', pretrained=True\)", r'--model \1 --pretrained', text)
     text = re.sub(r'Pass pretrained=False, or weights .*', (
         'Where the command has these flags, --no-pretrained leaves weights out, and --checkpoint or '
         '--initial-checkpoint gives others.'), text)
     text = re.sub(r'\bpretrained=(True|False)', lambda found: f'--{"no-" * (found[1] == "False")}pretrained', text)
-    text = re.sub(r'call set_input_size\(\(.*?\)\) or ', '', text)  # a method, which no flag calls
+    text = re.sub(r'call set_input_size\(\(.*?\)\) or ', '', text)  # a method without a flag
     text = re.sub(r'\b(\w+)=\((\d+), \2\)', r'\1=\2', text)  # flags take one size for both sides
     text = re.sub(rf'\b({"|".join(FLAGS)})(?= must\b)', lambda found: FLAGS[found[1]], text)
     text = re.sub(rf'\b({"|".join(FLAGS)})=', lambda found: f'{FLAGS[found[1]]} ', text)

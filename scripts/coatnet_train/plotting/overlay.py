@@ -1,4 +1,4 @@
-"""The overlay of predict.py: panels with the image, what the model looked at, and the top-5 predictions."""
+"""The overlay of predict.py: panels of the image, its explanation maps, and the top-5 predictions."""
 import textwrap
 
 import numpy as np
@@ -16,11 +16,11 @@ PALE = '#cbd5e1'  # bars of the classes after the first
 
 
 def create_panels(title: str, count: int, aspect: float = 1) -> tuple[Figure, list[Axes]]:
-    """A row of `count` panels for images of this aspect (height / width) and one, of the same height, for bars."""
+    """Figure with a row of `count` panels for images of this aspect (height / width), and one for the top-5 bars."""
     use_fonts([title])
     figure = Figure(figsize=(3.9 * count + 2.6, 3.1 * aspect + 1.1), layout='compressed')
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    title = textwrap.fill(title, int(11 * figure.get_figwidth()))  # wrap=True would read dollars as formulas
+    title = textwrap.fill(title, int(11 * figure.get_figwidth()))  # wrap=True would take dollar signs for formulas
     figure.suptitle(title, fontsize=11, x=0.01, ha='left', color=DARK, parse_math=False)
     row = list(figure.subplots(1, count + 1, width_ratios=[1] * count + [0.8]))
     row[-1].set_box_aspect(aspect / 0.8)
@@ -30,11 +30,11 @@ def create_panels(title: str, count: int, aspect: float = 1) -> tuple[Figure, li
 def set_title(axes: Axes, title: str, subtitle: str) -> None:
     axes.set_title(f'{title}\n', fontsize=10.5, loc='left', parse_math=False)
     axes.text(0, 1.015, subtitle, fontsize=8, color=SLATE, transform=axes.transAxes, va='bottom',
-              parse_math=False).set_in_layout(False)  # or a long one would push the panels apart
+              parse_math=False).set_in_layout(False)  # a long subtitle would push the panels apart
 
 
 def draw_image(axes: Axes, pixels: np.ndarray, title: str, subtitle: str, strength: float = 1) -> None:
-    """Draw pixels (H, W, 3) or (H, W) in 0..1; a strength below 1 makes them grey and pale, to draw over."""
+    """Draw pixels (H, W, 3) or (H, W) in 0..1; a strength below 1 makes them grey and pale, as a background."""
     height, width = pixels.shape[:2]
     if strength < 1:
         grey = pixels @ (0.299, 0.587, 0.114) if pixels.ndim == 3 else pixels
@@ -56,19 +56,19 @@ def draw_colorbar(axes: Axes, image: AxesImage, unit: str) -> None:
 def draw_heatmap(axes: Axes, pixels: np.ndarray, heatmap: np.ndarray, title: str, subtitle: str, unit: str,
                  smooth: bool = False, vmin: float | None = None, vmax: float | None = None,
                  frame: tuple[int, int] | None = None) -> None:
-    """Draw a map (h, w) over an image, each value on the part of the image it stands for, or `smooth` between them.
+    """Draw a map (h, w) over an image, each value on its cell of the image or interpolated.
 
     Args:
-        axes: To draw on.
-        pixels: (H, W, 3) or (H, W) in 0..1.
-        heatmap: (h, w); NaN is left clear.
+        axes: Axes to draw on.
+        pixels: Image (H, W, 3) or (H, W) in 0..1.
+        heatmap: Values (h, w); NaN is transparent.
         title: First line above.
         subtitle: Second line above.
         unit: Unit of the values, for the colour bar.
-        smooth: Interpolate.
-        vmin: Value of the darkest colour (the smallest of the map if not given).
-        vmax: Value of the brightest (the largest of the map if not given).
-        frame: (row, column) to put a frame around.
+        smooth: Interpolate between the values.
+        vmin: Value of the darkest colour (the minimum of the map if not given).
+        vmax: Value of the brightest colour (the maximum of the map if not given).
+        frame: (row, column) of a cell to frame.
     """
     height, width = pixels.shape[:2]
     draw_image(axes, pixels, title, subtitle, 0.9)
@@ -83,7 +83,7 @@ def draw_heatmap(axes: Axes, pixels: np.ndarray, heatmap: np.ndarray, title: str
 
 def draw_kernels(axes: Axes, pixels: np.ndarray, kernels: np.ndarray, title: str, subtitle: str,
                  max_count: int = 5) -> None:
-    """Kernels (K, K, h, w), as small images in one scale of colour, at up to `max_count` squared of the positions."""
+    """Draw kernels (K, K, h, w) as small images with a common colour scale, at up to `max_count`^2 positions."""
     height, width = pixels.shape[:2]
     draw_image(axes, pixels, title, subtitle, 0.6)
     rows, columns = (spread(size, max_count) for size in kernels.shape[2:])
@@ -106,9 +106,9 @@ def spread(size: int, max_count: int) -> list[int]:
 
 def draw_kernel(axes: Axes, pixels: np.ndarray, kernel: np.ndarray, position: tuple[int, int],
                 feat_size: tuple[int, int], title: str, subtitle: str) -> None:
-    """The kernel (K, K) of one position (row, column) of a map (h, w), its taps on the parts of the image they see.
+    """Draw the kernel (K, K) of one position (row, column) of a map (h, w), each tap on the image cell that it weights.
 
-    Taps on the padding are not shown, but may have the largest weight, which the scale of colour ends with.
+    Taps on the padding are not shown, but count for the range of the colour scale.
     """
     heatmap = np.full(feat_size, np.nan)
     for u, v in np.ndindex(kernel.shape):
@@ -120,7 +120,7 @@ def draw_kernel(axes: Axes, pixels: np.ndarray, kernel: np.ndarray, position: tu
 
 
 def draw_top5(axes: Axes, labels: list[str], probabilities: list[float], title: str, subtitle: str) -> None:
-    """Bars of probability in 0..1, best first, with the label over each."""
+    """Draw bars of the probabilities in 0..1, highest first, with the label above each."""
     places = np.arange(len(probabilities))
     axes.barh(places, [1] * len(probabilities), 0.34, color='#f1f5f9')
     axes.barh(places, probabilities, 0.34, color=[BLUE] + [PALE] * (len(probabilities) - 1))

@@ -17,7 +17,7 @@ __all__ = [
     'confusion_figure', 'draw_curves', 'misclassified_figure', 'reliability_figure', 'synset_names', 'to_pixels']
 
 SYNSET = re.compile(r'n\d{8}')
-MAX_NAMED_CLASSES = 40  # classes whose names are written beside a confusion matrix
+MAX_NAMED_CLASSES = 40  # maximum number of classes that are named on the axes of a confusion matrix
 
 
 def draw_curves(loss_axes: Axes, accuracy_axes: Axes, history: list[dict], best: dict) -> None:
@@ -37,11 +37,11 @@ def draw_curves(loss_axes: Axes, accuracy_axes: Axes, history: list[dict], best:
 
 
 def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names: list[str]) -> Figure:
-    """Rows are true classes, columns predicted ones, in percent of the row; images labelled -1 are left out.
+    """Confusion matrix in percent of each row: rows are true classes, columns predicted ones; labels of -1 are ignored.
 
     Args:
-        labels: (N,) int64.
-        predicted: (N,) int64.
+        labels: True classes (N,) int64.
+        predicted: Predicted classes (N,) int64.
         class_names: In label order.
     """
     count = len(class_names)
@@ -71,7 +71,10 @@ def confusion_figure(labels: torch.Tensor, predicted: torch.Tensor, class_names:
 
 
 def synset_names(class_names: list[str]) -> list[str]:
-    """ImageNet synsets by their first name, such as tench, with the synset where two share it; other names as given."""
+    """First name of each ImageNet synset, such as tench, followed by the synset where two share it.
+
+    Returns the names unchanged unless all of them are synsets.
+    """
     if not all(SYNSET.fullmatch(name) for name in class_names):
         return class_names
     known = ImageNetInfo('imagenet-22k').label_descriptions(as_dict=True)
@@ -81,20 +84,20 @@ def synset_names(class_names: list[str]) -> list[str]:
 
 
 def to_pixels(image: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """A normalised (C, H, W) image as (H, W, 3) in 0..1, or (H, W) if it is grey."""
+    """Undo the normalisation of an image (C, H, W): (H, W, 3) in 0..1, or (H, W) if it is grey."""
     values = image.float() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     values = values.clamp(0, 1).permute(1, 2, 0).numpy()
     return values[..., 0] if values.shape[-1] == 1 else values
 
 
 def shorten(name: str, length: int = 22) -> str:
-    """A name without its middle where it is longer: its end tells files apart."""
+    """Cut the middle out of a longer name; the end stays, because it distinguishes files."""
     return name if len(name) <= length else f'{name[:length // 3]}…{name[len(name) + 1 + length // 3 - length:]}'
 
 
 def misclassified_figure(wrong: 'list[Misclassified]', files: list[str], class_names: list[str],
                          mean: tuple[float, ...], std: tuple[float, ...]) -> Figure:
-    """Misclassified images in the order given, each with the predicted class, the true class and the file name.
+    """Grid of misclassified images in the given order, each with its predicted class, true class and file name.
 
     Args:
         wrong: `Predictions.wrong`.
@@ -120,11 +123,11 @@ def misclassified_figure(wrong: 'list[Misclassified]', files: list[str], class_n
 
 
 def reliability_figure(bins: list[tuple[int, float, float]], title: str) -> Figure:
-    """Accuracy against confidence, with how many images each bin has below.
+    """Reliability diagram: accuracy against confidence, and below it the percentage of images in each bin.
 
     Args:
-        bins: What `reliability` returned: images, mean confidence and accuracy of each.
-        title: Above the figure.
+        bins: What `reliability` returned: (images, mean confidence, accuracy) of each bin.
+        title: Title of the figure.
     """
     use_fonts([title])
     figure = Figure(figsize=(5.5, 6.5), layout='constrained')

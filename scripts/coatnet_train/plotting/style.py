@@ -1,4 +1,4 @@
-"""Style of all figures: palette, axes, and fonts that have the characters of class and file names."""
+"""Style of all figures: palette, axes, and fonts with the characters of class and file names."""
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -16,7 +16,7 @@ __all__ = [
 BLUE, GREY, ORANGE, GREEN, PURPLE, RED, CYAN = (
     '#2563eb', '#9ca3af', '#d97706', '#059669', '#7c3aed', '#dc2626', '#22d3ee')
 LIGHT, SLATE, DARK = '#e5e7eb', '#6b7280', '#374151'  # grid, second line of text, text
-COLORMAP = 'inferno'  # of heatmaps and kernels
+COLORMAP = 'inferno'  # for heatmaps and kernels
 
 
 def clean_axes(axes: Axes, grid: str = 'y') -> None:
@@ -32,14 +32,14 @@ def use_integer_epochs(axes: Axes) -> None:
 
 
 def use_fonts(texts: Iterable[str]) -> None:
-    """Let figures made from now on draw these texts: adds installed fonts, or says once which characters none has."""
+    """Add installed fonts to Matplotlib's defaults until these texts can be drawn; prints a note if no font can."""
     family = matplotlib.rcParams['font.family']
     known = [font_manager.findfont(font_manager.FontProperties(family=[name])) for name in family]
     missing = {character for text in texts for character in text if character.isprintable()}
     missing -= {character for path in known for character in characters_of(path)}
     if not missing:
         return
-    # the regular face of each family; Matplotlib's own "Last Resort" has a box for everything
+    # the regular face of each family; Matplotlib's "Last Resort" draws a box for every character
     faces = sorted(font_manager.fontManager.ttflist, key=lambda face: face.style == 'normal' and face.weight == 400)
     fonts = {face.name: face.fname for face in faces if 'LastResort' not in face.fname}
     while missing:
@@ -56,7 +56,7 @@ def use_fonts(texts: Iterable[str]) -> None:
 
 @cache
 def characters_of(path: str) -> frozenset[str]:
-    """The characters a font file has glyphs for."""
+    """Characters that a font file has glyphs for; none if it cannot be read."""
     try:
         return frozenset(map(chr, font_manager.get_font(path).get_charmap()))
     except (OSError, RuntimeError):
@@ -64,5 +64,5 @@ def characters_of(path: str) -> frozenset[str]:
 
 
 def escape_math(name: str) -> str:
-    """Escape the dollars of a name, between which Matplotlib would read a formula."""
+    """Escape the dollar signs of a name, which Matplotlib would take for a formula."""
     return name.replace('$', r'\$')

@@ -1,4 +1,4 @@
-"""Tables of what models learn: few labels, few images, other sizes, layouts, initialisation, the demo."""
+"""Tables of accuracy: few labels, few images, other sizes, layouts, initialisation, training, the demo."""
 from pathlib import Path
 
 from coatnet_train.report.tables import NOT_MEASURED, hardware_of, read_json, spread, table, threads_of
@@ -7,7 +7,7 @@ __all__ = ['ablation', 'demo', 'robustness', 'small_data', 'training', 'transfer
 
 
 def transfer(root: Path) -> str:
-    """Few labels: fine-tuned, probed, and from random weights."""
+    """Table of few-label accuracy: fine-tuned, linear probe, and random start."""
     rows, images, origins = [], [], {}
     for file in sorted((root / 'results').glob('transfer_*.json')):
         report = read_json(file)
@@ -29,7 +29,7 @@ def transfer(root: Path) -> str:
 
 
 def small_data(root: Path) -> str:
-    """Recipes of finetune.py on few images."""
+    """Table of the recipes of finetune.py on few images."""
     file = root / 'results' / 'small_data_cpu.json'
     if not file.exists():
         return 'Recipes on few images: not measured.'
@@ -48,7 +48,7 @@ def small_data(root: Path) -> str:
 
 
 def robustness(root: Path) -> str:
-    """Other sizes and corrupted images, without retraining."""
+    """Table of accuracy at other sizes and on corrupted images, without retraining."""
     file = root / 'results' / 'robustness_tin200_cpu.json'
     if not file.exists():
         return 'Other sizes and corrupted images: not measured.'
@@ -61,7 +61,7 @@ def robustness(root: Path) -> str:
 
 
 def ablation(root: Path) -> str:
-    """Layouts and switches under one recipe."""
+    """Table of layouts and switches trained under one recipe."""
     file = root / 'results' / 'ablation_imagenette_64_cpu.json'
     if not file.exists():
         return 'Layouts and switches: not measured.'
@@ -81,7 +81,7 @@ def ablation(root: Path) -> str:
 
 
 def weight_init(root: Path) -> str:
-    """Initialisation schemes of a narrow model, by learning rate."""
+    """Table of initialisation schemes of a narrow model, by learning rate."""
     files = [read_json(file) for file in (root / 'results').glob('weight_init_*.json')]
     reports = sorted(files, key=lambda report: report['settings']['lr'])
     if not reports:
@@ -96,7 +96,7 @@ def weight_init(root: Path) -> str:
 
 
 def training(root: Path) -> str:
-    """Runs under one recipe from random weights."""
+    """Table of runs under one recipe from random weights."""
     file = root / 'results' / 'imagenette_64_cpu.json'
     if not file.exists():
         return 'Training side by side: not measured.'
@@ -113,7 +113,7 @@ def training(root: Path) -> str:
 
 
 def demo(root: Path) -> str:
-    """Accuracy of the demo after each epoch."""
+    """Table of the demo's accuracy after each epoch."""
     file = root / 'results' / 'demo_cpu.json'
     if not file.exists():
         return f'Accuracy and time of the demo: {NOT_MEASURED}.'

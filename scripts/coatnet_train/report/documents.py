@@ -1,4 +1,4 @@
-"""The documents with generated tables, and which table stands where."""
+"""The documents with generated tables, and the functions that make the tables."""
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from coatnet_train.runtime.files import write_file
 
 __all__ = ['SECTIONS', 'documents', 'render', 'update']
 
-# Tables by the name of the markers around them, <!-- NAME --> and <!-- /NAME -->.
+# Functions by the name of the markers around their tables, <!-- NAME --> and <!-- /NAME -->.
 SECTIONS: dict[str, Callable[[Path], str]] = {
     function.__name__: function for function in (
         weights.released, weights.weights, weights.distilled, weights.previews,
@@ -21,12 +21,12 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
 
 
 def documents(root: Path) -> list[Path]:
-    """README.md, MODEL_CARD.md and docs/*.md."""
+    """Paths of the documents: README.md, MODEL_CARD.md and docs/*.md."""
     return [root / 'README.md', root / 'MODEL_CARD.md', *sorted((root / 'docs').glob('*.md'))]
 
 
 def render(text: str, root: Path) -> str:
-    """`text` with what stands between <!-- NAME --> and <!-- /NAME --> made anew from the files under `root`."""
+    """Regenerate the tables between <!-- NAME --> and <!-- /NAME --> in `text` from the files under `root`."""
     for name, section in SECTIONS.items():
         pattern = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
         if pattern.search(text):

@@ -1,4 +1,4 @@
-"""Tables of what gpu_report.py and benchmark.py ops measured on GPUs: a table for each card, and the targets."""
+"""Tables of GPU measurements by gpu_report.py and benchmark.py ops: a table for each card, and the targets."""
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,12 +8,12 @@ from coatnet_train.report.tables import NOT_MEASURED, read_csv, table
 __all__ = ['gpu_checks', 'gpu_targets', 'models_gpu', 'ops_gpu']
 
 GRAPH = 'CUDA graph'
-BACKENDS = ('eager', 'compiled', 'triton', 'direct', 'band')  # columns of the tables, where they were measured
+BACKENDS = ('eager', 'compiled', 'triton', 'direct', 'band')  # columns of the tables, if measured
 TIMERS = {GRAPH: 'replayed as a CUDA graph over several sets of inputs', 'wall clock': 'wall clock, launches included'}
 
 
 def _rows(root: Path, kind: str) -> list[dict[str, str]]:
-    """Rows of every card; earlier ones do not name their timer."""
+    """Rows of one kind of file for every card; old rows without a timer were timed by wall clock."""
     return [{'timer': 'wall clock'} | row for path in sorted((root / 'results').glob(f'{kind}_*.csv'))
             for row in read_csv(path) if row.get('device', 'cuda') == 'cuda']
 
@@ -34,7 +34,7 @@ def _shown(value: float | None, digits: int = 2) -> str:
 
 
 def _operator_tables(rows: Sequence[dict[str, str]]) -> str:
-    """Times beside `F.conv2d`, a table for each machine, batch, dtype, version and timer."""
+    """Tables of times relative to `F.conv2d`, one for each machine, batch size, dtype, torch version and timer."""
     tables = []
     groups = _grouped(rows, 'hardware', 'batch_size', 'dtype', 'torch', 'timer')
     for (hardware, batch, dtype, torch, timer), cells in groups.items():
@@ -57,13 +57,13 @@ def _operator_tables(rows: Sequence[dict[str, str]]) -> str:
 
 
 def ops_gpu(root: Path) -> str:
-    """The operators on every GPU that there is a file of; replays of a graph come first."""
+    """Tables of the operators on every GPU with a results file; CUDA graph timings come first."""
     rows = sorted(_rows(root, 'ops'), key=lambda row: row['timer'] != GRAPH)
     return _operator_tables(rows) or 'The operators on a GPU: not measured.'
 
 
 def models_gpu(root: Path) -> str:
-    """Models that took turns on a GPU."""
+    """Tables of throughput and memory of models on GPUs."""
     tables = []
     for (hardware, precision, batch, size), rows in _grouped(
             _rows(root, 'models'), 'hardware', 'precision', 'batch_size', 'img_size').items():
@@ -76,7 +76,7 @@ def models_gpu(root: Path) -> str:
 
 
 def gpu_checks(root: Path) -> str:
-    """How each step of gpu_report.py ended on each card, and every check that failed."""
+    """Tables of the outcome of each step of gpu_report.py on each card, with every failed check."""
     tables = []
     for (hardware,), rows in _grouped(_rows(root, 'checks'), 'hardware').items():
         steps = _grouped(rows, 'step')
@@ -93,7 +93,7 @@ def gpu_checks(root: Path) -> str:
 
 
 class Cells(NamedTuple):
-    """Rows of one card by what they measure: operators replayed as graphs in bfloat16, and models."""
+    """Rows of one card by their keys: operators timed as CUDA graphs in bfloat16, and models."""
 
     ops: dict[tuple[str, ...], dict[str, str]]
     models: dict[tuple[str, ...], dict[str, str]]
@@ -110,12 +110,13 @@ Figure = Callable[[Cells], float | None]
 
 
 def floor_share(side: int, channels: int) -> Figure:
-    """Floor of DynamicConv 7 x 7 forward over its time, in percent."""
+    """Percentage of the floor of DynamicConv 7 x 7 forward: 100 * floor / time."""
     return lambda cells: cells.figure('percent_of_floor', 'dynamic', str(side), str(channels), '7', 'forward', 'triton')
 
 
 def backward_share(side: int, channels: int) -> Figure:
-    """The same of backward alone: time, bytes and multiply-adds of both passes less those of the forward one."""
+    """Percentage of the floor of the backward pass: time, bytes and multiply-adds are forward + backward minus forward.
+    """
     def figure(cells: Cells) -> float | None:
         def less(column: str) -> float | None:
             both, forward = (cells.figure(column, 'dynamic', str(side), str(channels), '7', passes, 'triton')
@@ -128,7 +129,7 @@ def backward_share(side: int, channels: int) -> Figure:
 
 
 def speedup(op: str, kernel: int, rivals: tuple[str, ...]) -> Figure:
-    """Time of the fastest rival over Triton's, forward + backward: the least over the maps."""
+    """Time of the fastest rival over Triton's time, forward + backward; the minimum over the maps."""
     def figure(cells: Cells) -> float | None:
         found = []
         for place in cells.maps(op, str(kernel)):
@@ -142,7 +143,7 @@ def speedup(op: str, kernel: int, rivals: tuple[str, ...]) -> Figure:
 
 
 def memory(cells: Cells) -> float | None:
-    """Memory of Triton's calls with their inputs over inputs, outputs and gradients: the most over all rows."""
+    """Peak memory of Triton's calls, inputs included, over the size of inputs, outputs and gradients; the maximum."""
     found = []
     for (*_, passes, backend), row in cells.ops.items():
         peak = _number(row['peak_mib'])
@@ -150,13 +151,13 @@ def memory(cells: Cells) -> float | None:
             image = 2 * int(row['batch_size']) * int(row['channels']) * int(row['side']) ** 2 / 2**20
             tensors = float(row['tensors_mib'])
             operand = tensors - 2 * image if passes == 'forward' else tensors / 2 - 2 * image
-            inputs = image + operand + (image if passes == 'forward_backward' else 0)  # the output's gradient too
+            inputs = image + operand + (image if passes == 'forward_backward' else 0)  # plus the output's gradient
             found.append((inputs + peak) / tensors)
     return max(found, default=None)
 
 
 def throughput(model: str, against: str, mode: str) -> Figure:
-    """Images/s of one model over another's, both eager."""
+    """Ratio of the images/s of two models, both in eager."""
     def figure(cells: Cells) -> float | None:
         ours, theirs = (_number(cells.models.get((name, mode, 'eager'), {}).get('images_per_second'))
                         for name in (model, against))
@@ -164,7 +165,7 @@ def throughput(model: str, against: str, mode: str) -> Figure:
     return figure
 
 
-# what, how to get it, and its target: at least that much, at most where it is negative
+# description, figure, and target: a minimum, or, if negative, minus a maximum
 TARGETS: tuple[tuple[str, Figure, float], ...] = (
     ('DynamicConv 7 x 7 forward at 56 x 56 x 96, % of the floor', floor_share(56, 96), 60),
     ('the same at 14 x 14 x 384', floor_share(14, 384), 45),
@@ -184,7 +185,7 @@ TARGETS: tuple[tuple[str, Figure, float], ...] = (
 
 
 def gpu_targets(root: Path) -> str:
-    """What the kernels and models are to reach, and what every card says."""
+    """Table of the targets for kernels and models, and the measured value on every card."""
     ops = [row for row in _rows(root, 'ops') if row['timer'] == GRAPH and row['dtype'] == 'bfloat16'
            and row['batch_size'] == '128']
     models = [row for row in _rows(root, 'models') if row['precision'] == 'bfloat16 autocast']

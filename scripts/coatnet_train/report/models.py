@@ -1,11 +1,11 @@
-"""Tables of the architectures: all by size, and which one to take."""
+"""Tables of the architectures: all models by size, and a recommended model for each task."""
 from pathlib import Path
 
 from coatnet_train.report.tables import read_json, table
 
 __all__ = ['choices', 'count_models', 'models']
 
-# One row each in the table of README: the task, and the name that fits it.
+# Rows of the table in README: a task, and the model recommended for it.
 CHOICES = (
     ('ImageNet-1k weights, at 224 px', 'coatnet_0_kecam'),
     ('images of 32 to 96 px', 'coatnet_pico_64'),
@@ -20,14 +20,14 @@ DOWNLOADED = ('coatnet_0_kecam',)  # names whose weights come from their publish
 
 
 def count_models() -> dict:
-    """Parameters and multiply-adds of every name of the zoo, at its own image size, on the meta device."""
-    import coatnet_zoo  # these take seconds, and only --count needs them
+    """Count parameters and multiply-adds of every model of the zoo at its default image size, on the meta device."""
+    import coatnet_zoo  # imported here, because it takes seconds and only --count needs it
     from coatnet_train.models.model_size import model_size
     from coatnet_train.runtime.provenance import provenance
 
     counts = {}
     for name in coatnet_zoo.list_models():
-        parameters, multiply_adds, model = model_size(name, num_classes=1000)  # whatever is released for it
+        parameters, multiply_adds, model = model_size(name, num_classes=1000)  # also where released weights have others
         counts[name] = dict(
             layout=model.cfg.layout, parameters=parameters, multiply_adds=multiply_adds, img_size=model.img_size[0],
             strides=[level['reduction'] for level in model.feature_info])
@@ -35,7 +35,7 @@ def count_models() -> dict:
 
 
 def models(root: Path) -> str:
-    """All names by number of parameters."""
+    """Table of all models by number of parameters."""
     counts = read_json(root / 'results' / 'models.json')['models']
     rows = [
         [f'`{name}`', row['layout'], f'{row["parameters"] / 1e6:.2f}', f'{row["multiply_adds"] / 1e9:.2f}',
@@ -46,7 +46,7 @@ def models(root: Path) -> str:
 
 
 def choices(root: Path) -> str:
-    """One name a task, with its size and whether weights of it are released."""
+    """Table of the recommended model for each task, with its size and whether weights are released."""
     counts = read_json(root / 'results' / 'models.json')['models']
     released = {name.partition('.')[0] for name in read_json(root / 'coatnet_zoo' / 'weights' / 'releases.json')}
     rows = [

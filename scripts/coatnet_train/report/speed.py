@@ -1,16 +1,16 @@
-"""Tables of time and memory: models, operators, image sizes, reading of images, the paper's recipes."""
+"""Tables of time and memory: models, operators, image sizes, image loading, the paper's recipes."""
 from pathlib import Path
 
 from coatnet_train.report.tables import NOT_MEASURED, read_csv, read_json, table, threads_of
 
 __all__ = ['budget', 'inference_form', 'kernel_budgets', 'loader', 'make_times', 'ops', 'runtimes', 'scaling', 'speed']
 
-# epochs and images of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and of its 21k set
+# epochs and images of the CoAtNet paper's runs: appendix A.2, and the sizes of ImageNet-1k and ImageNet-21k
 PAPER_RUNS = {'ImageNet-1k, 300 epochs': (300, 1_281_167), 'ImageNet-21k, 90 epochs': (90, 14_197_122)}
 
 
 def speed(root: Path) -> str:
-    """Every pair of models that was timed."""
+    """Table of all pairs of models that were timed against each other."""
     rows, origins, devices = [], {}, set()
     for file in sorted((root / 'results').glob('benchmark_*.json')):
         report = read_json(file)
@@ -37,7 +37,7 @@ def speed(root: Path) -> str:
 
 
 def inference_form(root: Path) -> str:
-    """The inference form without one of its optimisations each."""
+    """Table of the inference form and its variants, each with one optimisation changed."""
     file = root / 'results' / 'inference_form_cpu.json'
     if not file.exists():
         return 'Optimisations of the inference form: not measured.'
@@ -52,7 +52,7 @@ def inference_form(root: Path) -> str:
 
 
 def runtimes(root: Path) -> str:
-    """The inference form in every runtime, beside the eager form of the first model."""
+    """Table of the inference form in every runtime, relative to the first model in eager."""
     file = root / 'results' / 'runtimes_cpu.json'
     if not file.exists():
         return 'The inference form in other runtimes: not measured.'
@@ -72,7 +72,7 @@ def runtimes(root: Path) -> str:
 
 
 def scaling(root: Path) -> str:
-    """Time over image size."""
+    """Table of time over image size."""
     file = root / 'results' / 'scaling_cpu.json'
     if not file.exists():
         return 'Time over image size: not measured.'
@@ -86,7 +86,7 @@ def scaling(root: Path) -> str:
 
 
 def ops(root: Path) -> str:
-    """The 7 x 7 operators on a CPU beside a depthwise convolution of the same shape."""
+    """Table of the 7 x 7 operators on a CPU, relative to a depthwise convolution of the same shape."""
     file = root / 'results' / 'ops_cpu.csv'
     return _ops_table(file, ('eager', 'compiled')) if file.exists() else 'Speed of the operators: not measured.'
 
@@ -111,7 +111,7 @@ def _ops_table(file: Path, backends: tuple[str, ...]) -> str:
 
 
 def kernel_budgets(root: Path) -> str:
-    """Instructions, registers and memory of the band kernels at one shape, compiled without a GPU."""
+    """Table of instructions, registers and memory of the band kernels at one shape, compiled without a GPU."""
     file = root / 'results' / 'kernel_budgets.csv'
     if not file.exists():
         return 'Machine code of the band kernels: not measured.'
@@ -127,7 +127,7 @@ def kernel_budgets(root: Path) -> str:
 
 
 def loader(root: Path) -> str:
-    """Images a second that are read, and that are trained on."""
+    """Table of image throughput: reading by several numbers of workers, and training."""
     file = root / 'results' / 'loader_cpu.json'
     if not file.exists():
         return 'Reading of images: not measured.'
@@ -139,7 +139,7 @@ def loader(root: Path) -> str:
 
 
 def budget(root: Path) -> str:
-    """Cost of the paper's recipes for each CoAtNet: memory of the state, and time from every recorded throughput."""
+    """Table of the cost of the paper's recipes for each CoAtNet: state memory, and time from measured throughput."""
     measured: dict[str, dict] = {}
     for file in sorted((root / 'results').glob('benchmark_*.json')):
         report = read_json(file)
@@ -168,7 +168,7 @@ def budget(root: Path) -> str:
 
 
 def make_times(root: Path) -> str:
-    """Time of each target of make that tests/time_targets.py was run for."""
+    """Table of the make targets timed by tests/time_targets.py."""
     file = root / 'results' / 'make_cpu.json'
     if not file.exists():
         return f'`make test`, `make demo`: {NOT_MEASURED}.'

@@ -1,4 +1,4 @@
-"""Markdown tables, and the files that they are made from."""
+"""Helpers for Markdown tables, and for the results files that they are made from."""
 import csv
 import json
 import statistics
@@ -20,13 +20,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; columns with a cell that begins with a digit are aligned to the right."""
+    """Markdown table; columns with a cell that begins with a digit are right-aligned."""
     alignment = ['-:' if any(cell[:1].isdigit() for cell in column) else '-' for column in zip(*rows, strict=True)]
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in (header, alignment, *rows))
 
 
 def spread(cell: dict | None, deviation: str = 'deviation', digits: int = 1) -> str:
-    """'80.0 ± 1.3' of a cell of results with `top1` and a deviation, which may be "not measured"."""
+    """Format a cell of results as '80.0 ± 1.3' from its `top1` and deviation, which may be "not measured"."""
     if cell is None:
         return NOT_MEASURED
     around = '' if isinstance(cell[deviation], str) else f' ± {cell[deviation]:.{digits}f}'
@@ -42,7 +42,7 @@ def hardware_of(rows: Sequence[dict]) -> str:
 
 
 def epochs_of(root: Path, patterns: Sequence[str], column: str) -> str:
-    """Mean of a column's last row over the files found under results/, with range, seeds and epochs."""
+    """Mean of a column's last value over the files of `patterns` under results/, with range, seeds and epochs."""
     found = [read_csv(path)[-1] for pattern in patterns for path in sorted((root / 'results').glob(pattern))]
     if not found:
         return NOT_MEASURED

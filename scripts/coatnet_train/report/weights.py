@@ -5,14 +5,14 @@ from coatnet_train.report.tables import NOT_MEASURED, epochs_of, read_csv, read_
 
 __all__ = ['distilled', 'previews', 'released', 'weights']
 
-# the small models of the zoo and timm's of like size, which are to be trained alike on Tiny-ImageNet-200
+# small models of the zoo and timm models of similar size, to be trained alike on Tiny-ImageNet-200
 COMPARED_MODELS = (
     'coatnet_pico_64', 'lightconvnet_pico_64', 'dynamicconvnet_pico_64', 'coatnet_pico_ccdd_64', 'convnextv2_femto',
     'resnet18', 'coatnet_pico_rw_224')
 
 
 def weights(root: Path) -> str:
-    """All released weights, from coatnet_zoo/weights/releases.json."""
+    """Table of all released weights, from coatnet_zoo/weights/releases.json."""
     releases = _releases(root)
     if not releases:
         return ('No weights are released yet: models start from random initialisation, or from weights of your own, '
@@ -30,7 +30,7 @@ def weights(root: Path) -> str:
 
 
 def released(root: Path) -> str:
-    """One line a release, for README."""
+    """Short table of the released weights, for README."""
     releases = _releases(root)
     if not releases:
         return 'No weights are released yet.'
@@ -43,7 +43,7 @@ def released(root: Path) -> str:
 
 
 def distilled(root: Path) -> str:
-    """The teacher and the models distilled from it: results/tin200_dist."""
+    """Table of the teacher and the models distilled from it, from results/tin200_dist."""
     rows = []
     for path in sorted((root / 'results' / 'tin200_dist').glob('*/summary.json'),
                        key=lambda path: (path.parent.name != 'teacher', path.parent.name)):
@@ -62,7 +62,7 @@ def distilled(root: Path) -> str:
 
 
 def previews(root: Path) -> str:
-    """Runs on labels alone after the last epoch of each recipe: results/tin200_preview and results/tin200."""
+    """Table of runs on labels alone after the last epoch, from results/tin200_preview and results/tin200."""
     def reached(name: str, file: str, column: str = 'eval_top1') -> str:
         return epochs_of(root, (f'tin200_preview/{name}/{file}', f'tin200_preview/{name}-seed*/{file}'), column)
 

@@ -1,1 +1,1 @@
-"""Command lines, files, devices and provenance; nothing here knows images or models."""
+"""Command lines, files, devices and provenance, independent of images and models."""

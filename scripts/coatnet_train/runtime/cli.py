@@ -1,6 +1,6 @@
 """Command lines: flags in groups, error messages that say what to do, and exit codes.
 
-Nothing here imports torch or timm, which take seconds: --help and a wrong value are answered before they are loaded.
+Imports neither torch nor timm, which take seconds: --help and wrong values are handled before they are loaded.
 """
 import ast
 import dataclasses
@@ -60,7 +60,7 @@ def one_line(error: Exception) -> str:
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """'; did you mean A or B?' if something known is close to `name`."""
+    """'; did you mean A or B?' if a known name is close to `name`, else ''."""
     close = difflib.get_close_matches(name, known, n=3)
     return f'; did you mean {" or ".join(close)}?' if close else ''
 
@@ -78,7 +78,7 @@ def check_range(settings: object, name: str, minimum: float, maximum: float) -> 
 
 
 def check_output(path: Path) -> None:
-    """Raise ConfigError for a path of --output that cannot be looked up: a name too long, a folder without access."""
+    """Raise ConfigError if the path of --output cannot be accessed: name too long, or no permission."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -92,7 +92,7 @@ def earlier_results(results_file: str, *keys: str) -> dict | None:
 
     Args:
         results_file: Name of a JSON file.
-        keys: What the script wrote into it.
+        keys: Keys that a file written by this script must have.
     """
     path = Path(results_file)
     if path.suffix != '.json':
@@ -167,7 +167,7 @@ def parse_flags(
 def run_cli(script: str, main: Callable[[], object]) -> None:
     """Run a command; a ConfigError goes to stderr as 'SCRIPT: message', and the exit code is 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # a log file shows each line when it is printed, and names of files that are no UTF-8 as stderr shows them
+        # flush log files after each line; escape file names that are not UTF-8, as stderr does
         sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
     try:
         main()
@@ -176,14 +176,14 @@ def run_cli(script: str, main: Callable[[], object]) -> None:
         sys.exit(2)
     except ModuleNotFoundError as error:
         sys.exit(explain_missing_module(error))
-    except BrokenPipeError:  # the reader of stdout has gone, as with `| head`; nothing more can be said there
+    except BrokenPipeError:  # the reader of stdout has closed it, as `| head` does; discard the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 @contextmanager
 def exits_at_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT end this process by SystemExit, so that `finally` ends what it has started."""
+    """Turn SIGTERM and SIGINT into SystemExit, so that `finally` blocks can end the processes started here."""
     def stop(number: int, _: object) -> NoReturn:
         sys.exit(128 + number)
 

@@ -1,4 +1,4 @@
-"""Files written under a temporary name first, so that none is ever half there."""
+"""Atomic writes: a file is written under a temporary name and then renamed, so no partial file is ever seen."""
 import csv
 import json
 import os
@@ -14,14 +14,14 @@ __all__ = ['replace_dir', 'write_csv', 'write_figure', 'write_file', 'write_json
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, force it to disk and give it its name."""
+    """Let `write` fill a temporary file beside `path`, sync it to disk and rename it to `path`."""
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
         write(temporary)
         with temporary.open('rb+') as file:
             os.fsync(file.fileno())
     except Exception:
-        temporary.unlink(missing_ok=True)  # a full disk should not stay full of halves
+        temporary.unlink(missing_ok=True)  # partial files should not fill up the disk
         raise
     os.replace(temporary, path)
 
@@ -45,7 +45,7 @@ def write_figure(path: Path, figure: 'Figure') -> None:
 
 
 def replace_dir(temporary: Path, output: Path) -> None:
-    """Give the finished folder its name, in the place of an earlier one."""
+    """Rename the finished folder to `output`, replacing an earlier one, which stays in place on failure."""
     old = output.with_name(f'.{output.name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():

@@ -1,11 +1,11 @@
-"""Which extra of the package brings what the scripts import."""
+"""The extras of the package, and the modules that each provides to the scripts."""
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 __all__ = ['EXTRAS', 'explain_missing_module', 'is_installed']
 
-# extra of pyproject.toml: top-level modules; the first one brings the package and its dependencies too
+# extra of pyproject.toml: top-level modules; the first extra also lists the package and its dependencies
 EXTRAS = {
     'scripts': ('tyro', 'accelerate', 'matplotlib', 'PIL', 'tqdm', 'coatnet_zoo', 'huggingface_hub', 'numpy',
                 'safetensors', 'timm', 'torch', 'torchvision'),
@@ -25,9 +25,9 @@ def is_installed(module: str) -> bool:
 
 
 def explain_missing_module(error: ModuleNotFoundError) -> int:
-    """Say on stderr which extra brings a module that is not installed, and return the exit code 2.
+    """Print to stderr which extra provides a module that is not installed, and return the exit code 2.
 
-    Raises the error itself for any other module: that is a fault of the code.
+    Raises the error again for any other module, which is a bug in the code.
     """
     module = (error.name or '').partition('.')[0]
     extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)

@@ -1,4 +1,4 @@
-"""Files packed into parts of a limited size, with checksums, and joined again, where no large file can be sent."""
+"""Pack files into parts of a limited size with checksums, and join them again, where large files cannot be sent."""
 import hashlib
 import json
 import os
@@ -16,7 +16,7 @@ MANIFEST = 'parts.json'
 
 
 def read_manifest(folder: Path) -> dict:
-    """The digest of each part and the names of the files; raises ConfigError where `write_parts` did not write it."""
+    """Digests of the parts and names of the files; raises ConfigError unless `write_parts` wrote the manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
@@ -30,7 +30,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def earlier_parts(folder: Path) -> set[str]:
-    """Names of the parts in a folder; raises ConfigError if it holds anything else. Halves of a killed call go."""
+    """Names of the parts in a folder, after temporary files are removed; raises ConfigError if it holds other files."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f'--pack {folder} must be a folder, but is a file; name another.')
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,9 +47,11 @@ def write_parts(files: Mapping[str, Path], folder: Path, part_bytes: int) -> lis
     """Pack files into folder/part-000, part-001, ... and a manifest; returns the parts.
 
     Args:
-        files: Where each file goes, relative to what `join_parts` is given, and where it is.
-        folder: New or empty folder, or one with earlier parts, which are replaced once the new ones are whole.
-        part_bytes: Largest size of a part.
+        files: Path of each file by its name in the archive, relative to the destination of `join_parts`.
+        folder: New or empty folder, or one with earlier parts, which are replaced once the new ones are complete.
+        part_bytes: Maximum size of a part.
+
+    Raises ConfigError if the folder holds other files or cannot be written.
     """
     digests: dict[str, str] = {}
     try:
@@ -70,13 +72,13 @@ def write_parts(files: Mapping[str, Path], folder: Path, part_bytes: int) -> lis
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         for name in digests:
-            (folder / f'.{name}.tmp').unlink(missing_ok=True)  # a full disk should not stay full of halves
+            (folder / f'.{name}.tmp').unlink(missing_ok=True)  # partial files should not fill up the disk
         raise ConfigError(f'--pack {folder} cannot be written: {one_line(error)}; name another.') from error
     return [folder / name for name in digests]
 
 
 def join_parts(folder: Path, destination: Path) -> list[str]:
-    """Unpack what `write_parts` packed, once every part is there as it was written; returns the names of the files."""
+    """Verify every part, unpack the files and return their names; raises ConfigError for a missing or changed part."""
     manifest = read_manifest(folder)
     with tempfile.TemporaryFile() as packed:
         for name, digest in manifest['parts'].items():

@@ -1,4 +1,4 @@
-"""The progress bar of all scripts: on a terminal alone, so that log files hold whole lines and nothing else."""
+"""Progress bar of all scripts: shown on a terminal only, so that log files hold plain lines."""
 from collections.abc import Iterable
 
 from tqdm import tqdm
@@ -10,8 +10,8 @@ def progress_bar(iterable: Iterable | None = None, quiet: bool = False, **option
     """A bar on stderr if that is a terminal; its `write` prints a line in any case.
 
     Args:
-        iterable: What is counted, or None for `update`.
-        quiet: No bar on a terminal either, for processes that are not the first.
+        iterable: Iterable to count, or None to count by `update`.
+        quiet: Show no bar on a terminal either, for processes other than the main one.
         options: Keyword arguments of tqdm.
     """
     options = dict(dynamic_ncols=True, mininterval=0.5, unit_scale=options.get('unit') == 'img') | options

@@ -32,9 +32,9 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(['git', *arguments], capture_output=True, text=True, cwd=root).stdout.strip()
 
-    if bundled := os.environ.get('COATNET_ZOO_COMMIT'):  # a copy of the code without its history
+    if bundled := os.environ.get('COATNET_ZOO_COMMIT'):  # a copy of the code without git history
         return bundled
-    if (written := root / 'COMMIT').is_file():  # by bundle.py; git would answer for a checkout around the copy
+    if (written := root / 'COMMIT').is_file():  # by bundle.py; git might describe a checkout around the copy
         return written.read_text(encoding='utf-8').strip()
     if shutil.which('git') is None:
         return 'not in a checkout'

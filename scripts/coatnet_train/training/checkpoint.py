@@ -1,4 +1,4 @@
-"""Checkpoints: progress of a run, and the resume signature, which must be the same when it goes on."""
+"""Checkpoints: progress of a run, and the resume signature, which must be the same on resuming."""
 import json
 import pickle
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from coatnet_train.training.config import RESUME_IGNORED_FIELDS, FinetuneSetting
 
 __all__ = ['Progress', 'check_resume_signature', 'read_checkpoint', 'resume_signature', 'write_state']
 
-# Entries of a resume signature that stand for the images of a split: names, labels and content.
+# Entries of a resume signature that are digests of a split: names, labels and contents of its images.
 DIGESTS = {'digest_of_train_images': 'training', 'digest_of_val_images': 'held-out'}
 
 
@@ -24,11 +24,11 @@ DIGESTS = {'digest_of_train_images': 'training', 'digest_of_val_images': 'held-o
 class Progress:
     """Progress of a run: the part of a checkpoint that is neither weights nor optimizer."""
 
-    epoch: int = 1  # the current one
-    batch: int = 0  # finished batches of it
-    updates: int = 0  # of the weights, since the start
-    lr: float = 0.0  # of the last update
-    loss_sum: float = 0.0  # over the images of this epoch
+    epoch: int = 1  # current epoch
+    batch: int = 0  # finished batches of this epoch
+    updates: int = 0  # weight updates since the start
+    lr: float = 0.0  # learning rate of the last update
+    loss_sum: float = 0.0  # sum of the loss over the images of this epoch
     epoch_seconds: float = 0.0
     train_seconds: float = 0.0
     history: list[dict] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Progress:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Read the state of a run; one saved under earlier names of settings is brought to those of today."""
+    """Read a checkpoint and rename its settings to the present field names; raises ConfigError if it is unreadable."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
@@ -49,19 +49,19 @@ def read_checkpoint(path: Path) -> dict:
 def resume_signature(settings: FinetuneSettings, train_set: Dataset, val_set: Dataset, class_names: list[str],
                      accelerator: Accelerator) -> dict[str, object]:
     """Everything that the result of a run depends on: settings, data and the number of processes."""
-    # streams divide their shards among the workers
+    # streams divide their shards among the workers, so their order depends on the number of workers
     ignored = (*RESUME_IGNORED_FIELDS, *(() if is_stream(settings) else ('workers',)))
     signature = {name: value for name, value in asdict(settings).items() if name not in ignored}
     signature |= {f'digest_of_{name}_images': data_digest(dataset, class_names, accelerator)
                   for name, dataset in (('train', train_set), ('val', val_set))}
     signature |= {'classes': class_names, 'train_images': len(train_set), 'val_images': len(val_set),
-                  'teacher_outputs': '',  # the digest of those that are used
+                  'teacher_outputs': '',  # replaced by their digest if any are used
                   'processes': accelerator.num_processes, 'sharded': accelerator.is_fsdp2}
     return json.loads(json.dumps(signature))  # tuples become lists, as in the file
 
 
 def check_resume_signature(checkpoint: dict, run_dir: Path, signature: dict[str, object]) -> None:
-    """Raise ConfigError for a checkpoint that was saved under another signature."""
+    """Raise ConfigError if the checkpoint was saved under another resume signature."""
     saved = checkpoint['resume_signature']
     if [name for name in DIGESTS if name not in saved]:
         warn('--resume: the run began before data were compared by their content; make sure yourself that --data-dir '
@@ -77,5 +77,5 @@ def check_resume_signature(checkpoint: dict, run_dir: Path, signature: dict[str,
 
 
 def write_state(state: dict, path: Path) -> None:
-    with path.open('wb') as file:  # to a path of its own torch.save hides a full disk behind a RuntimeError
+    with path.open('wb') as file:  # given a path, torch.save would turn a full disk into a RuntimeError
         torch.save(state, file)

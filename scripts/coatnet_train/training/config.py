@@ -73,7 +73,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAugmentationSettings:
-    """Augmentation of each image by itself: with a seed, what a view of it follows from."""
+    """Augmentation of single images, which with a seed determines every view of an image."""
 
     scale: tuple[float, float] = (0.08, 1.0)  # Area of the random crop, as a fraction of the image.
     hflip: float = 0.5  # Probability of a horizontal flip.
@@ -122,23 +122,23 @@ class FinetuneSettings(RunSettings, AugmentationSettings, TrainingSettings, Mode
     """All settings of finetune.py."""
 
 
-# Fields that may differ when a run is resumed: they change where it runs, not what it computes. The images of
-# --data-dir and --class-map are compared by a digest instead, as is what is in --teacher-outputs.
+# Fields that may differ when a run is resumed: they change where it runs, not what it computes. The contents of
+# --data-dir, --class-map and --teacher-outputs are compared by digests instead.
 RESUME_IGNORED_FIELDS = (
     'recipe', 'amp_if_native', 'last_epoch', 'teacher_outputs', 'data_dir', 'dataset_download', 'class_map', 'output',
     'experiment', 'resume', 'device', 'recovery_interval', 'tracker', 'max_bad_images')
 
-# Fields by the names that earlier run folders have them under.
+# Present names of fields by the names in earlier run folders.
 RENAMED_FIELDS = {'decode_once': 'cache_images'}
 
 
 def upgrade_fields(fields: dict[str, object]) -> dict[str, object]:
-    """Return the settings of an earlier run under the names of today."""
+    """Rename the settings of an earlier run to the present field names."""
     return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
 
 
 def check_augmentation(settings: ImageAugmentationSettings, cache_images: bool) -> None:
-    """Raise ConfigError for an augmentation of single images that cannot work."""
+    """Raise ConfigError for values of the single-image augmentation that cannot work."""
     for name, maximum in (('hflip', 1), ('reprob', 1), ('color_jitter', 10)):
         check_range(settings, name, 0, maximum)
     if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
@@ -149,7 +149,10 @@ def check_augmentation(settings: ImageAugmentationSettings, cache_images: bool) 
 
 
 def check_values(settings: FinetuneSettings) -> None:
-    """Raise ConfigError for single values that cannot work; None is checked once the images are counted."""
+    """Raise ConfigError for values and combinations that cannot work.
+
+    Fields that are None until the images are counted are checked by a second call.
+    """
     epochs = math.inf if settings.epochs is None else settings.epochs
     for name, value in asdict(settings).items():
         if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Distillation: the teacher, checked against the data of the student, and the loss of its stored outputs."""
+"""Distillation: the teacher, its checks against the student's data, and the loss from stored outputs."""
 from collections.abc import Sequence
 
 import torch
@@ -16,9 +16,9 @@ __all__ = ['BatchMixup', 'ResizedInput', 'StoredLogitDistillationTask', 'check_t
 
 
 class ResizedInput(nn.Module):
-    """A model that sees its images resized to a square of `size` pixels: (B, C, H, W) -> its output.
+    """Resize images (B, C, H, W) to a square of `size` pixels and apply `model`.
 
-    Bicubic and antialiased, which is timm's default way to evaluate.
+    The resize is bicubic and antialiased, as in timm's default evaluation.
     """
 
     def __init__(self, model: nn.Module, size: int):
@@ -33,12 +33,14 @@ class ResizedInput(nn.Module):
 
 
 def create_teacher(name: str, *, img_size: int | None = None, in_chans: int | None = None) -> tuple[nn.Module, dict]:
-    """The model of --teacher with weights, and its data settings.
+    """Create the model of --teacher with its weights; returns it with its data settings.
+
+    Raises ConfigError if it cannot be opened.
 
     Args:
-        name: As --teacher names it.
-        img_size: Size in pixels that images are resized to for it (--teacher-img-size).
-        in_chans: As --in-chans.
+        name: Name given by --teacher.
+        img_size: Height and width in pixels that its images are resized to (--teacher-img-size).
+        in_chans: Input channels (--in-chans).
     """
     try:
         teacher, data_config = open_model(
@@ -48,7 +50,7 @@ def create_teacher(name: str, *, img_size: int | None = None, in_chans: int | No
         raise ConfigError(f'--teacher {name} cannot be opened with weights: {reason}') from error
     if img_size:
         teacher = ResizedInput(teacher, img_size)
-    # timm's task normalises with these, and they must have a value for each channel that the teacher has now
+    # timm's task normalises with these, so they need one value for each input channel of the teacher
     teacher.pretrained_cfg = {**teacher.pretrained_cfg, 'mean': data_config['mean'], 'std': data_config['std']}
     return teacher, data_config
 
@@ -56,15 +58,15 @@ def create_teacher(name: str, *, img_size: int | None = None, in_chans: int | No
 def check_teacher_input(
         teacher: nn.Module, name: str, channels: int, input_size: tuple[int, int, int],
         try_sizes: tuple[int, ...] = (), student: str = '') -> None:
-    """Raise ConfigError for a teacher that does not take the images.
+    """Raise ConfigError for a teacher that does not accept the student's images.
 
     Args:
         teacher: What `create_teacher` returned.
-        name: As --teacher names it.
-        channels: That the teacher takes.
+        name: Name given by --teacher.
+        channels: Input channels of the teacher.
         input_size: (C, H, W) of the images.
-        try_sizes: Other sizes in pixels that they will have.
-        student: As --model names it, for messages.
+        try_sizes: Other image sizes in pixels that training uses.
+        student: Name given by --model, for messages.
     """
     try:
         if channels != input_size[0]:
@@ -79,7 +81,7 @@ def check_teacher_input(
 
 
 def check_teacher_classes(teacher: nn.Module, name: str, class_names: list[str]) -> None:
-    """Raise ConfigError for a teacher of other classes, or of another order, than the data's `class_names`."""
+    """Raise ConfigError unless the teacher has the classes `class_names` of the data, in this order."""
     if teacher.num_classes != len(class_names):
         raise ConfigError(f'--teacher {name} has {teacher.num_classes} classes, the data have '
                           f'{len(class_names)}; fine-tune it on them first.')
@@ -90,7 +92,7 @@ def check_teacher_classes(teacher: nn.Module, name: str, class_names: list[str])
 
 
 class BatchMixup(Mixup):
-    """timm's mixup and cutmix of whole batches; `lam` is the fraction that the last images kept of their own."""
+    """timm's mixup and cutmix of whole batches; `lam` holds the mixing coefficient of the last batch."""
 
     def _mix_batch(self, images: torch.Tensor) -> float:
         self.lam = super()._mix_batch(images)
@@ -98,13 +100,13 @@ class BatchMixup(Mixup):
 
 
 def stored_kl_div(logits: torch.Tensor, stored: Sequence[torch.Tensor], temperature: float) -> torch.Tensor:
-    """T^2 KL(p || q), p of the teacher and q = softmax(logits / T) of the student, the mean over a batch: a scalar.
+    """T^2 KL(p || q), the mean over a batch (a scalar): p of the teacher, q = softmax(logits / T) of the student.
 
     Args:
-        logits: Of the student, (B, C).
-        stored: Logits of the teacher for all classes (B, C); or for the k largest (B, k), their classes (B, k), and
-            the logsumexp of the others divided by T (B,). Then all others together are one class, in p and q alike.
-        temperature: T.
+        logits: Logits (B, C) of the student.
+        stored: Logits (B, C) of the teacher; or its k largest logits (B, k), their classes (B, k), and the logsumexp of
+            the other logits / T (B,). In the second case all other classes are merged into one, in both p and q.
+        temperature: Temperature T.
     """
     student, teacher = F.log_softmax(logits.float() / temperature, 1), stored[0].float() / temperature
     if len(stored) > 1:
@@ -120,16 +122,16 @@ def stored_kl_div(logits: torch.Tensor, stored: Sequence[torch.Tensor], temperat
 class StoredLogitDistillationTask(ClassificationTask):
     """timm's LogitDistillationTask, with stored logits in place of a teacher.
 
-    A mixed image is taught by both of its images: lam KL(p1 || q) + (1 - lam) KL(p2 || q), with lambda and permutation
-    of its labels. That has the gradients of KL(lam p1 + (1 - lam) p2 || q), from which it differs by what no weight
-    changes, and it also holds where p1 and p2 name different classes.
+    A mixed image has the loss lam KL(p1 || q) + (1 - lam) KL(p2 || q), with the lam and the permutation of its labels.
+    Its gradients are those of KL(lam p1 + (1 - lam) p2 || q), from which it differs by a term without weights, and it
+    is also defined where the top k of p1 and p2 are different classes.
 
     Args:
         model: The student.
-        criterion_kwargs: Of timm's `create_classification_loss`.
-        kd_loss_weight: Weight of the teacher; the labels have the rest.
-        temperature: Divides the logits of both.
-        device: Of the loss.
+        criterion_kwargs: Keyword arguments of timm's `create_classification_loss`.
+        kd_loss_weight: Weight of the distillation loss; that of the label loss is 1 - kd_loss_weight.
+        temperature: Temperature of both softmaxes.
+        device: Device of the loss.
     """
 
     def __init__(self, model: nn.Module, criterion_kwargs: dict, kd_loss_weight: float, temperature: float,
@@ -139,7 +141,14 @@ class StoredLogitDistillationTask(ClassificationTask):
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor, stored: Sequence[torch.Tensor],
                 lam: float = 1.) -> dict[str, torch.Tensor]:
-        """Loss of images (B, C, H, W), already mixed, and of what is stored for them unmixed (`stored_kl_div`)."""
+        """Losses and output for mixed images (B, C, H, W), given the stored outputs of the unmixed images.
+
+        Args:
+            images: Images after mixup and cutmix.
+            targets: Labels (B,), or soft targets (B, C) if images are mixed.
+            stored: Stored outputs, as in `stored_kl_div`.
+            lam: Mixing coefficient; 1 for images that are not mixed.
+        """
         result = super().forward(images, targets)
         kd_loss = stored_kl_div(result['output'], stored, self.temperature)
         if lam != 1:

@@ -1,4 +1,4 @@
-"""FSDP: full (unsharded) state dicts, where each process holds only a shard of the weights."""
+"""FSDP: full (unsharded) state dicts while each process holds only a shard of the weights."""
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -17,7 +17,7 @@ __all__ = ['check_fsdp', 'gather_training_state', 'gather_weights', 'prepare_mod
 
 
 def check_fsdp(settings: FinetuneSettings, accelerator: Accelerator) -> None:
-    """Raise ConfigError for settings that need all weights at once in every step."""
+    """Raise ConfigError for settings that need the full weights in every step."""
     if accelerator.is_fsdp2 and settings.model_ema:
         raise ConfigError('--model-ema averages full weights after every step, which FSDP never holds; leave one '
                           'of them out.')
@@ -25,8 +25,11 @@ def check_fsdp(settings: FinetuneSettings, accelerator: Accelerator) -> None:
 
 def prepare_model(accelerator: Accelerator, model: nn.Module,
                   optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Wrap (DDP) or shard (FSDP) model and optimizer through accelerate."""
-    if accelerator.is_fsdp2:  # BatchNorm's weights stay float32, as its statistics do; autocast is what --amp asks for
+    """Wrap (DDP) or shard (FSDP) model and optimizer through accelerate.
+
+    Raises ConfigError if the accelerate configuration names a layer class that the model lacks.
+    """
+    if accelerator.is_fsdp2:  # keep weights (and BatchNorm) in float32: --amp means autocast alone
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         model.register_forward_hook(lambda module, images, logits: logits.float())  # as accelerate's DDP does
     try:
@@ -34,7 +37,7 @@ def prepare_model(accelerator: Accelerator, model: nn.Module,
     except ValueError as error:
         if not accelerator.is_fsdp2:
             raise
-        # a class that this model does not have
+        # the layer class to wrap is not in this model
         raise ConfigError(f'the accelerate configuration does not fit this model: {one_line(error)} See '
                           f'fsdp_transformer_layer_cls_to_wrap.') from error
 
@@ -45,7 +48,7 @@ def gather_weights(sharded: nn.Module, full_model: nn.Module) -> None:
 
 
 def gather_training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Weights and optimizer, gathered on the CPU of the first process; every process must take part."""
+    """Gather weights and optimizer state on the CPU of the main process; every process must take part."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     return {'state_dict': weights, 'optimizer': moments}

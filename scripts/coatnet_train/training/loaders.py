@@ -1,4 +1,4 @@
-"""Datasets and loaders of finetune.py: both splits with their classes checked, and the loaders over them."""
+"""Datasets and loaders of finetune.py: both splits, with their classes checked, and the loaders over them."""
 from collections.abc import Callable
 
 from accelerate import Accelerator
@@ -20,7 +20,10 @@ __all__ = ['create_datasets', 'create_loaders', 'create_train_images', 'training
 
 
 def create_datasets(settings: FinetuneSettings) -> tuple[Dataset, Dataset, list[str]]:
-    """Open both splits and check that their classes agree with each other and with --num-classes."""
+    """Open both splits; returns (training set, validation set, class names in label order).
+
+    Raises ConfigError unless the classes of the splits agree with each other and with --num-classes.
+    """
     shared = dict(batch_size=settings.batch_size, seed=settings.seed, num_classes=settings.num_classes)
     train_set, class_names = create_dataset(
         settings, settings.train_split, is_training=True, num_samples=settings.train_num_samples, **shared)
@@ -44,7 +47,7 @@ def create_datasets(settings: FinetuneSettings) -> tuple[Dataset, Dataset, list[
 
 def training_transform(
         settings: FinetuneSettings | TeachSettings, data_config: dict, size: int | None = None) -> Callable:
-    """timm's augmentation, or that of cached images, at the model's size or at a size in pixels."""
+    """timm's augmentation, or that of cached images; `size` in pixels replaces the model's size."""
     if settings.cache_images:
         return Augmentation(
             size or data_config['input_size'][-1], data_config['mean'], data_config['std'], settings.scale,
@@ -59,10 +62,11 @@ def training_transform(
 def create_loaders(settings: FinetuneSettings, train_set: Dataset, val_set: Dataset, data_config: dict,
                    accelerator: Accelerator, outputs: TeacherOutputs | None = None,
                    ) -> tuple[DataLoader, DataLoader, EpochSampler | None]:
-    """Create loaders over both splits, whose batches the processes share, and the sampler of the training order.
+    """Create the training and validation loaders, which split every batch over the processes, and the training sampler.
 
-    The sampler is None for streams. With --cache-images the datasets of the loaders have a load(), to be called once
-    everything else is known to work. With stored outputs of a teacher training sees the views that they are of.
+    The sampler is None for streams. With --cache-images the datasets of the loaders have a load(), to be called after
+    all other checks. With `outputs` the training images are the views for which the teacher's outputs are stored.
+    Raises ConfigError for settings of the images or batches that cannot work.
     """
     try:
         transforms = training_transform(settings, data_config), create_transform(**data_config)
@@ -88,7 +92,7 @@ def create_loaders(settings: FinetuneSettings, train_set: Dataset, val_set: Data
 
 def stream_loaders(settings: FinetuneSettings, train_set: Dataset, val_set: Dataset,
                    transforms: tuple[Callable, Callable], mode: str, accelerator: Accelerator) -> list[DataLoader]:
-    """Loaders over streams, which divide their images among the processes themselves."""
+    """Training and validation loaders over streams, which themselves divide the images among the processes."""
     batch_sizes = settings.batch_size, settings.validation_batch_size or settings.batch_size
     return [create_loader(
         StreamingImageDataset(dataset, transform, settings.seed, accelerator.process_index, mode), None, batch_size,
@@ -114,15 +118,17 @@ def create_train_images(
         settings: FinetuneSettings | TeachSettings, dataset: Dataset, data_config: dict, accelerator: Accelerator,
         sizes: tuple[int, ...] = (), outputs: TeacherOutputs | None = None,
 ) -> IndexedImageDataset | DeviceImageCache:
-    """Augmented training images by (epoch, index), or by (view, index) of stored outputs.
+    """Augmented training images by (epoch, index), or by (view, index) with stored outputs.
 
     Args:
         settings: Augmentation, --cache-images, --workers and --seed.
         dataset: What `create_dataset` returned.
         data_config: Input size, normalisation and interpolation.
-        accelerator: Whose device keeps cached images.
-        sizes: Other sizes in pixels that training will use.
+        accelerator: Accelerator whose device keeps cached images.
+        sizes: Other image sizes in pixels that training uses.
         outputs: Stored outputs of a teacher.
+
+    Raises ConfigError for cached images that are not square.
     """
     seed, mode = outputs.seed if outputs else settings.seed, image_mode(data_config)
     transform = training_transform(settings, data_config)
@@ -132,7 +138,7 @@ def create_train_images(
     if height != width:
         raise ConfigError(f'--cache-images keeps squares, and the model takes images of {height} x {width}; give '
                           f'--no-cache-images, or an --img-size.')
-    # training crops on the device, so the whole image is cached at the largest size that training will use
+    # training crops on the device, so the whole image is cached at the largest size that training uses
     size = max((height, *sizes))
     whole_image = data_config | dict(input_size=(channels, size, size), crop_pct=1.0, crop_mode='squash')
     source = IndexedImageDataset(
@@ -143,7 +149,7 @@ def create_train_images(
 
 def indexed_loaders(settings: FinetuneSettings, train: IndexedImageDataset, val_set: Dataset, transform: Callable,
                     data_config: dict, sampler: EpochSampler, accelerator: Accelerator) -> list[DataLoader]:
-    """Loaders that decode and augment each image in a worker."""
+    """Training and validation loaders that decode and augment each image in a worker process."""
     train_batch, val_batch, drop_last = total_batch_sizes(settings, len(train), accelerator.num_processes)
     pin_memory = accelerator.device.type == 'cuda'
     val = IndexedImageDataset(val_set, transform, settings.seed, image_mode(data_config))
@@ -153,7 +159,7 @@ def indexed_loaders(settings: FinetuneSettings, train: IndexedImageDataset, val_
 
 def cached_loaders(settings: FinetuneSettings, train: DeviceImageCache, val_set: Dataset, _: Callable,
                    data_config: dict, sampler: EpochSampler, accelerator: Accelerator) -> list[DataLoader]:
-    """Loaders over images that are decoded once and stay on the device."""
+    """Training and validation loaders over images that are decoded once and stay on the device."""
     train_batch, val_batch, drop_last = total_batch_sizes(settings, len(train), accelerator.num_processes)
     whole = IndexedImageDataset(
         val_set, create_transform(**data_config, normalize=False), settings.seed, image_mode(data_config))

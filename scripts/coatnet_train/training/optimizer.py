@@ -1,4 +1,4 @@
-"""The optimizer, and its learning rate for each part of the model."""
+"""The optimizer, with the learning rate of each part of the model."""
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
@@ -15,8 +15,10 @@ def build_optimizer(settings: FinetuneSettings, model: nn.Module, batch_size: in
 
     Args:
         settings: Settings of finetune.py.
-        model: On its device.
+        model: Model on its device.
         batch_size: Images of a step over all processes.
+
+    Raises ConfigError for an optimizer that timm does not know, or that needs second derivatives.
     """
     lr = settings.lr
     if settings.lr_base_size is not None:

@@ -1,7 +1,7 @@
-"""Settings of finetune.py by name: `--recipe NAME` sets these, and flags given beside it win.
+"""Recipes: settings of finetune.py by name. `--recipe NAME` sets them, and flags on the command line override them.
 
---batch-size counts images of one process. --lr is meant for --lr-base-size images a step, and is scaled to what a
-step really has, as in timm's train.py; so a recipe is the same on one GPU and on sixty-four.
+--batch-size counts the images of one process. --lr holds for --lr-base-size images a weight update and is scaled to the
+actual number, as in timm's train.py, so that a recipe works on one GPU and on sixty-four.
 """
 
 import argparse
@@ -145,7 +145,7 @@ RECIPES = {
 
 
 def recipe_settings(recipe: str, model: str) -> dict[str, object]:
-    """The settings of a recipe for a model: what depends on the model's name is looked up, or left alone."""
+    """Settings of a recipe for a model; a setting that depends on the architecture is left out if it lists none."""
     found = {}
     for name, value in RECIPES[recipe].items():
         if isinstance(value, dict):
@@ -157,10 +157,10 @@ def recipe_settings(recipe: str, model: str) -> dict[str, object]:
 
 
 def recipe_defaults(arguments: list[str]) -> dict[str, object]:
-    """The settings of the --recipe that a command line names, to be read over; none without one.
+    """Defaults for a command line from the --recipe that it names; {} without one.
 
-    The flags that a recipe depends on are read first: --recipe, --model, and --amp, which a CPU without bfloat16
-    overrides unless it was given.
+    Reads --recipe and --model, and whether --amp is given: without it, a CPU without bfloat16 instructions overrides
+    the recipe's mixed precision. Raises ConfigError for an unknown recipe.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--recipe', default='')

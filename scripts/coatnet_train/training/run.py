@@ -1,4 +1,4 @@
-"""A fine-tuning run: settings -> datasets -> loaders -> model and task -> trainer -> files of the run directory."""
+"""A fine-tuning run: settings -> datasets, loaders, model and task -> trainer -> files of the run directory."""
 import copy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ __all__ = ['finetune']
 
 
 def finetune(settings: FinetuneSettings) -> dict:
-    """Fine-tune as `settings` say, and return the summary that is also written to summary.json."""
+    """Fine-tune a model, and return the summary that is also written to summary.json."""
     check_values(settings)
     check_tracker(settings)
     run_dir, last = find_run(settings)
@@ -76,7 +76,7 @@ def check_tracker(settings: FinetuneSettings) -> None:
 
 
 def keep_precision(settings: FinetuneSettings, checkpoint: dict | None) -> FinetuneSettings:
-    """Resume in the precision that the run began in, whatever its recipe takes on this machine."""
+    """Resume in the precision that the run began in, even if the recipe would take another on this machine."""
     if checkpoint is None or not settings.amp_if_native:
         return settings
     amp = checkpoint['resume_signature']['amp']
@@ -137,7 +137,7 @@ def create_trainer(settings: FinetuneSettings, accelerator: Accelerator, run_dir
         model.set_grad_checkpointing()
     task = build_task(settings, model, teacher, data_config, accelerator.device)
     if settings.model_ema:
-        task.setup_ema(settings.model_ema_decay, use_warmup=True)  # so that a short run is not stuck near its start
+        task.setup_ema(settings.model_ema_decay, use_warmup=True)  # warm-up for the sake of short runs
     full_model = copy.deepcopy(model) if accelerator.is_fsdp2 else None
     task.trainable_module, optimizer = prepare_model(accelerator, task.trainable_module, optimizer)
     if settings.cache_images:

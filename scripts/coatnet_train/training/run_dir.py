@@ -1,4 +1,4 @@
-"""The run directory of finetune.py: which one to use, and the files it gets."""
+"""The run directory of finetune.py: its choice, and the files written to it."""
 import json
 import tempfile
 from pathlib import Path
@@ -22,12 +22,12 @@ __all__ = [
 
 
 def write_config(path: Path, model: nn.Module, class_names: list[str], data_config: dict) -> None:
-    """Write timm's config.json for this run: its own classes and data settings, nothing of the base weights."""
+    """Write timm's config.json with the classes and data settings of this run, without metadata of the base weights."""
     described = {
         'tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes', 'label_names',
         'label_descriptions', 'label_offset', 'test_input_size', 'test_crop_pct', 'test_pool_size'}
     model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in described}
-    with tempfile.TemporaryDirectory(prefix='.config', dir=path.parent) as scratch:  # timm writes weights beside it
+    with tempfile.TemporaryDirectory(prefix='.config', dir=path.parent) as scratch:  # timm writes the weights too
         save_for_hf(model, scratch, {'label_names': class_names}, data_config=data_config, safe_serialization=True)
         config = json.loads((Path(scratch) / 'config.json').read_text(encoding='utf-8'))
     write_json(path, config)
@@ -66,7 +66,7 @@ def write_predictions(run_dir: Path, files: list[str], class_names: list[str], p
 
 
 def loading_line(run_dir: Path) -> str:
-    """A line of Python that loads the model of a run, as it stands."""
+    """Python line that loads the model of a run, ready to paste."""
     return f'import timm, coatnet_zoo; model = timm.create_model({f"local-dir:{run_dir}"!r}, pretrained=True)'
 
 

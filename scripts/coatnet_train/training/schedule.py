@@ -1,4 +1,4 @@
-"""Length of a run: batch size and epochs from the number of images, and advice on a run that is too short."""
+"""Length of a run: batch size and epochs from the number of images, and advice on runs that are too short."""
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -7,15 +7,15 @@ from coatnet_train.training.config import FinetuneSettings
 
 __all__ = ['MIN_UPDATES', 'advice', 'with_schedule']
 
-MIN_UPDATES = 300  # of the weights: fewer leave a new classifier, and BatchNorm's statistics, half way
-MIN_EPOCHS = 10  # of a schedule that follows from the number of images
+MIN_UPDATES = 300  # weight updates of a run; with fewer, a new classifier and BatchNorm's statistics do not settle
+MIN_EPOCHS = 10  # epochs of a schedule that is derived from the number of images
 
 
 def with_schedule(settings: FinetuneSettings, images: int, processes: int = 1) -> FinetuneSettings:
     """Fill in --batch-size, --epochs and --warmup-epochs where they are None.
 
-    The batch is a power of two near a twentieth of the images, from 8 to 64 over all processes; the epochs are those
-    of MIN_UPDATES, and at least MIN_EPOCHS; a tenth of them is warm-up.
+    The batch over all processes is a power of two near a twentieth of the images, from 8 to 64. The epochs give at
+    least MIN_UPDATES weight updates and are at least MIN_EPOCHS. A tenth of the epochs is warm-up.
 
     Args:
         settings: Settings of finetune.py.
@@ -35,19 +35,19 @@ def with_schedule(settings: FinetuneSettings, images: int, processes: int = 1) -
 
 def advice(images: int, used: int, updates: int, batch_size: int, shared: int = 1, step: int = 1,
            scheduled: bool = False) -> Iterator[str]:
-    """Advice on a run that leaves images out, or is short.
+    """Advice on a run that leaves images out of its epochs, or makes few weight updates.
 
     Args:
         images: Number of training images.
-        used: Number of these in an epoch.
+        used: Images used in an epoch.
         updates: Weight updates in the whole run.
         batch_size: Batch size of a process.
-        shared: Processes times steps whose gradients are added up.
-        step: What a batch size must be a multiple of, 2 where images are mixed in pairs.
-        scheduled: Whether `with_schedule` chose batch size and epochs, which no advice should contradict.
+        shared: Processes times gradient accumulation steps.
+        step: Divisor of valid batch sizes, 2 where images are mixed in pairs.
+        scheduled: Whether `with_schedule` chose batch size and epochs, so that the advice must not contradict it.
     """
     if used < images:
-        # the largest of those that leave out fewest, and not much smaller
+        # of the sizes above half the batch size, the largest that leaves out the fewest images
         better = min(range(batch_size, batch_size // 2, -step), key=lambda size: images % (size * shared))
         fewer = images % (better * shared)
         advised = fewer < images - used and not scheduled

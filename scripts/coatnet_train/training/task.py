@@ -1,4 +1,4 @@
-"""The training task: timm's, with loss and teacher; frozen trunks and BatchNorm's momentum."""
+"""timm's training task with loss and teacher, and helpers for frozen trunks and BatchNorm's momentum."""
 import copy
 
 import torch
@@ -14,7 +14,7 @@ __all__ = ['build_task', 'check_training', 'classifier_of', 'freeze_trunk', 'set
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
-    """The last layer; refuses models that have none of their own, or several."""
+    """The classifier of a model; raises ConfigError if it has no single classifier with weights."""
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Module) or not list(classifier.parameters()):
         raise ConfigError('--freeze-trunk and --head-lr-scale need a model with one classifier that has weights.')
@@ -22,30 +22,30 @@ def classifier_of(model: nn.Module) -> nn.Module:
 
 
 def freeze_trunk(model: nn.Module) -> None:
-    """Let nothing but the classifier learn."""
+    """Freeze all weights but those of the classifier."""
     classifier = classifier_of(model)
     model.requires_grad_(False)
     classifier.requires_grad_(True)
 
 
 def set_trunk_to_eval(model: nn.Module) -> None:
-    """Keep the statistics of a frozen trunk's BatchNorms, and its dropout off; the classifier trains."""
+    """Put a frozen trunk into eval mode (fixed BatchNorm statistics, no dropout) and the classifier into train mode."""
     model.eval()
     classifier_of(model).train()
 
 
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
-    """Set the weight of a batch in BatchNorm's running statistics; no config records it."""
+    """Set the momentum of every BatchNorm (weight of a batch in the running statistics); no config records it."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.momentum = momentum
 
 
 def check_training(settings: FinetuneSettings, model: nn.Module, data_config: dict) -> None:
-    """Raise ConfigError for what would fail in the first step."""
+    """Raise ConfigError for a batch of one image, if a BatchNorm of the model cannot train on it."""
     if settings.batch_size > 1:
         return
-    # statistics of BatchNorm need two values, which a map of 1 x 1 gives only from two images
+    # BatchNorm needs two values a channel; a 1 x 1 map of one image has a single one
     try:
         copy.deepcopy(model).train()(torch.zeros(1, *data_config['input_size']))
     except ValueError as error:
@@ -61,7 +61,7 @@ def build_task(settings: FinetuneSettings, model: nn.Module, teacher: nn.Module 
         return StoredLogitDistillationTask(model, loss, settings.kd_loss_weight, settings.kd_temperature, device)
     if teacher is None:
         return ClassificationTask(model, criterion_kwargs=loss, device=device, verbose=False)
-    # the task reads there what it takes the student's normalisation back with
+    # the task inverts the student's normalisation with these
     model.pretrained_cfg = {**model.pretrained_cfg, 'mean': data_config['mean'], 'std': data_config['std']}
     teacher.to(device, memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format)
     if settings.torchcompile:

@@ -14,7 +14,7 @@ __all__ = ['TeachSettings', 'check_values', 'read_settings']
 
 @dataclass(frozen=True, kw_only=True)
 class TaughtDataSettings(DataSettings):
-    """Images to look at: the training images of the students."""
+    """Training images of the students."""
 
     train_split: str = 'train'  # Name of the training split.
     max_bad_images: float = 0.001  # Fraction of unreadable images to skip before the run ends.
@@ -23,7 +23,7 @@ class TaughtDataSettings(DataSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
-    """Who looks at them."""
+    """Teacher whose outputs are stored."""
 
     teacher: str  # Name as --model of finetune.py takes it: with weights, and with the data's classes.
     teacher_img_size: int | None = None  # Resize its images to this height and width (--img-size if not given).
@@ -32,7 +32,7 @@ class TeacherSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationSettings(ImageAugmentationSettings):
-    """Augmentation, that of the students."""
+    """Augmentation, which must be that of the students."""
 
     img_size: int | None = None  # Height and width of a view in pixels (the teacher's own if not given).
     interpolation: str = 'bicubic'  # Resizing method; that of the students.
@@ -43,7 +43,7 @@ class AugmentationSettings(ImageAugmentationSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """What is stored."""
+    """Stored outputs."""
 
     output: str = 'output/teacher_outputs'  # Folder for the shards and manifest.json.
     views: int = 4  # Augmented views of every image.
@@ -70,7 +70,7 @@ class TeachSettings(RunSettings, OutputSettings, AugmentationSettings, TeacherSe
     """All settings of teach.py."""
 
 
-# What a recipe says of the images; the rest of it is about training.
+# Fields that a recipe may set here: those about the images, not those about training.
 RECIPE_FIELDS = {field.name for field in fields(AugmentationSettings)} | {'cache_images', 'teacher_img_size'}
 
 
@@ -87,7 +87,7 @@ def check_values(settings: TeachSettings) -> None:
     if settings.interpolation not in INTERPOLATIONS:
         raise ConfigError(f'--interpolation must be one of {", ".join(INTERPOLATIONS)}, got '
                           f'{settings.interpolation!r}.')
-    # within these, float16 holds logits divided by them
+    # in this range, logits / temperature fit into float16
     if not settings.temperatures or not all(0.05 <= value <= 100 for value in settings.temperatures):
         raise ConfigError(f'--temperatures must be one or more from 0.05 to 100, got {settings.temperatures}.')
     if is_stream(settings):
@@ -96,7 +96,7 @@ def check_values(settings: TeachSettings) -> None:
 
 
 def read_settings(arguments: list[str] | None = None, description: str | None = None) -> TeachSettings:
-    """Read the command line of teach.py, over what --recipe says of the images.
+    """Read the command line of teach.py; a --recipe sets the defaults of RECIPE_FIELDS.
 
     Args:
         arguments: Command line; sys.argv if not given.

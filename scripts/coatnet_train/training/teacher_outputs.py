@@ -1,17 +1,17 @@
-"""Stored outputs of a teacher: shards of float16 logits for views of every training image, and what they belong to.
+"""Stored outputs of a teacher: shards of float16 logits for views of every training image, and a manifest.
 
-A folder holds manifest.json and shards NNNNN-of-NNNNN.safetensors, each of some images in the order of the data, with
-all V views of them. Without --top-k a shard has
+A folder holds manifest.json and shards NNNNN-of-NNNNN.safetensors. A shard holds n consecutive images with all V views
+of each. Without --top-k its columns are
 
-    logits   (n, V, C) float16   minus the largest of each view, which no softmax shows
+    logits   (n, V, C) float16   logits minus their maximum in each view, which leaves every softmax unchanged
 
-and with it, where p is the softmax at temperature T,
+and with --top-k, where T is the number of stored temperatures,
 
-    logits   (n, V, k) float16   the k largest, minus the largest
-    classes  (n, V, k) int16     whose they are (int32 above 32,767 classes)
-    rest     (n, V, T) float16   logsumexp of the others' logits (less the largest) / temperature, for each one stored
+    logits   (n, V, k) float16   the k largest logits, minus the maximum
+    classes  (n, V, k) int16     their classes (int32 above 32,767 classes)
+    rest     (n, V, T) float16   logsumexp((other logits - maximum) / temperature)
 
-The manifest says by `signature` which images, views and teacher these are, and has the SHA-256 of every shard.
+The manifest has a `signature` that identifies images, views and teacher, and the SHA-256 of every shard.
 """
 import hashlib
 import json
@@ -35,10 +35,11 @@ COLUMNS = ('logits', 'classes', 'rest')
 
 def view_signature(
         settings: FinetuneSettings | TeachSettings, data_config: dict, device: torch.device) -> dict[str, object]:
-    """What view v of an image follows from, beside the image, the seed and v.
+    """Settings that, with the image, the seed and v, determine view v of an image.
 
-    The size is no part of it, as the crop is the same at every size, except where random erasing draws pixels; nor is
-    the normalisation, which the teacher takes back, except where it colours what is drawn.
+    The size is left out, because the crop is the same at every size, unless random erasing draws pixels. The
+    normalisation is left out, because the teacher inverts it, unless --aa or --reprob is set, whose fill
+    values depend on it.
     """
     names = 'cache_images', 'scale', 'hflip', 'color_jitter', 'aa', 'reprob'
     signature = {name: getattr(settings, name) for name in names} | {
@@ -48,12 +49,12 @@ def view_signature(
     if settings.reprob:
         signature['img_size'] = data_config['input_size'][-1]
         if settings.cache_images:
-            signature['device'] = device.type  # which draws the noise
+            signature['device'] = device.type  # the device that draws the noise of random erasing
     return json.loads(json.dumps(signature))  # tuples become lists, as in the file
 
 
 def differences(stored: dict[str, object], expected: dict[str, object]) -> str:
-    """'NAME is A there and B here' for all that differs, '' if nothing does; digests by their first characters."""
+    """'NAME is A there and B here' for every entry that differs, '' if none does; digests are abbreviated."""
     def short(value: object) -> object:
         return f'{value[:12]}...' if isinstance(value, str) and len(value) == 64 else value
 
@@ -63,7 +64,7 @@ def differences(stored: dict[str, object], expected: dict[str, object]) -> str:
 
 
 def compress(logits: torch.Tensor, top_k: int | None, temperatures: tuple[float, ...]) -> dict[str, torch.Tensor]:
-    """Logits (B, C) -> the columns of a shard for one view: (B, C), or (B, k), (B, k) and (B, T)."""
+    """Logits (B, C) -> columns of a shard for one view: (B, C); or (B, k), (B, k) and (B, T) with `top_k`."""
     logits = logits.float() - logits.float().amax(1, keepdim=True)
     if top_k is None:
         return {'logits': logits.half()}
@@ -91,7 +92,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_manifest(folder: Path, option: str) -> dict:
-    """The manifest in a folder; raises ConfigError where there is none that can be read."""
+    """Read the manifest in a folder; raises ConfigError, naming `option`, if it is missing or invalid."""
     try:
         manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
         if not isinstance(manifest, dict) or not manifest.keys() >= {'signature', 'shards', 'complete', 'teacher'}:
@@ -103,18 +104,18 @@ def read_manifest(folder: Path, option: str) -> dict:
 
 
 class TeacherOutputs:
-    """Outputs of a teacher for view v of image i, read from shards that stay on disk until they are needed.
+    """Outputs of a teacher for view v of image i, opened from the shards of a folder.
 
     Args:
-        folder: With the shards.
-        manifest: Of them, complete.
-        temperature: At which the classes outside the top k are one.
+        folder: Folder with the shards.
+        manifest: Complete manifest of the folder.
+        temperature: Temperature for which `rest` is read, if the shards hold the top k.
 
     Attributes:
         views: Number V of views.
-        seed: Of the views: view v of image i is what the key (v, i) gives in a dataset with this seed.
-        teacher: Its name.
-        digest: SHA-256 that stands for all of it.
+        seed: Seed of the views: view v of image i is the item (v, i) of a dataset with this seed.
+        teacher: Name of the teacher.
+        digest: SHA-256 over the signature and the digests of all shards.
     """
 
     def __init__(self, folder: Path, manifest: dict, temperature: float):
@@ -138,7 +139,7 @@ class TeacherOutputs:
         return tuple(column[place, view] for column in self.shards[shard])
 
     def load(self, device: torch.device) -> None:
-        """Put all on a device, for `rows`; raises ConfigError where it has no room."""
+        """Copy all columns to a device, for `rows`; raises ConfigError if it is out of memory."""
         try:
             self.columns = [torch.cat(parts).to(device) for parts in zip(*self.shards, strict=True)]
         except RuntimeError as error:
@@ -153,14 +154,14 @@ class TeacherOutputs:
 
 def open_outputs(settings: FinetuneSettings, data_config: dict, class_names: list[str], data: str,
                  accelerator: Accelerator) -> TeacherOutputs:
-    """Open --teacher-outputs, once it is clear that they are whole and of these images and views.
+    """Open --teacher-outputs; raises ConfigError unless they are complete, undamaged and of these images and views.
 
     Args:
         settings: Settings of finetune.py.
         data_config: Data settings of the student.
         class_names: In label order.
         data: Digest of the training images.
-        accelerator: Of the run.
+        accelerator: Accelerator of the run.
     """
     folder = Path(settings.teacher_outputs)
     manifest = read_manifest(folder, '--teacher-outputs')
@@ -170,7 +171,7 @@ def open_outputs(settings: FinetuneSettings, data_config: dict, class_names: lis
         raise ConfigError(f'{where} has {len(manifest["shards"])} of {len(members)} shards; run teach.py again, which '
                           f'goes on, or give another.')
     expected = {'training_images': data, 'classes': len(class_names)}
-    if settings.teacher_img_size:  # which may be left out
+    if settings.teacher_img_size:  # optional
         expected['teacher_img_size'] = settings.teacher_img_size
     expected |= view_signature(settings, data_config, accelerator.device)
     if changed := differences(stored, expected):
@@ -193,6 +194,6 @@ def open_outputs(settings: FinetuneSettings, data_config: dict, class_names: lis
 
 
 def find_damaged(folder: Path, shards: dict[str, str]) -> list[str]:
-    """Names of shards that are missing, or whose SHA-256 is another."""
+    """Names of shards that are missing or have another SHA-256."""
     return [name for name, digest in shards.items()
             if not (folder / name).is_file() or file_digest(folder / name) != digest]

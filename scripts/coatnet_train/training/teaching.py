@@ -1,4 +1,4 @@
-"""Storing what a teacher says: settings -> images and teacher -> shards of its outputs, and their manifest."""
+"""Storing the outputs of a teacher: settings -> images and teacher -> shards of outputs, and their manifest."""
 import json
 import time
 from collections.abc import Iterator
@@ -43,8 +43,8 @@ class Teacher:
 
     Args:
         model: What `create_teacher` returned.
-        data_config: Whose mean and std the images are normalised with.
-        accelerator: Its device and precision.
+        data_config: Data settings with the mean and std of the images' normalisation.
+        accelerator: Device and precision to use.
     """
 
     def __init__(self, model: torch.nn.Module, data_config: dict, accelerator: Accelerator):
@@ -61,13 +61,13 @@ class Teacher:
 
 
 def teach(settings: TeachSettings) -> dict:
-    """Store the outputs of a teacher as `settings` say, and return the manifest that is written beside them."""
+    """Store the outputs of a teacher, and return the manifest that is written beside them."""
     check_values(settings)
     check_utf8(settings.output, '--output')
     folder = Path(settings.output)
     check_output(folder)
     if folder.is_dir() and not (folder / 'manifest.json').is_file() and any(
-            path.name != '.manifest.json.tmp' for path in folder.iterdir()):  # which a kill may leave
+            path.name != '.manifest.json.tmp' for path in folder.iterdir()):  # a killed call may leave it
         raise ConfigError(f'--output {folder} must be new, empty, or outputs that teach.py began, but holds other '
                           f'files; name another folder.')
     accelerator = create_accelerator(settings.device, settings.amp, settings.amp_dtype)
@@ -128,7 +128,7 @@ def teach(settings: TeachSettings) -> dict:
 
 
 def finished_shards(folder: Path, signature: dict) -> dict[str, str]:
-    """SHA-256 of the shards that an earlier call wrote; raises ConfigError for those of other settings or data."""
+    """SHA-256 of the intact shards of an earlier call; raises ConfigError if its settings, data or teacher differ."""
     if not (folder / 'manifest.json').exists():
         return {}
     manifest = read_manifest(folder, '--output')
@@ -141,7 +141,7 @@ def finished_shards(folder: Path, signature: dict) -> dict[str, str]:
 
 def write_shards(settings: TeachSettings, folder: Path, manifest: dict, shards: dict[str, range], images: Dataset,
                  teacher: Teacher) -> None:
-    """Write these shards, one a process at a time, and each of them into the manifest."""
+    """Write the given shards, one per process at a time, and record each in the manifest."""
     accelerator = teacher.accelerator
     names, processes = list(shards), accelerator.num_processes
     own = names[accelerator.process_index::processes]
@@ -178,7 +178,7 @@ def write_shards(settings: TeachSettings, folder: Path, manifest: dict, shards: 
 
 
 def batches_of(images: range, settings: TeachSettings) -> Iterator[list[tuple[int, int]]]:
-    """(view, index) of each batch of a shard, view after view; a batch is of one view."""
+    """(view, index) keys of each batch of a shard, view by view; a batch holds a single view."""
     for view in range(settings.views):
         for first in range(0, len(images), settings.batch_size):
             yield [(view, index) for index in images[first:first + settings.batch_size]]

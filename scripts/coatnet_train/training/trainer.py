@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps, evaluation, and checkpoints from which a run goes on bit for bit."""
+"""The training loop: steps, evaluation, and checkpoints from which a run resumes with identical results."""
 import math
 import signal
 import time
@@ -37,7 +37,7 @@ from coatnet_train.training.task import set_trunk_to_eval
 
 __all__ = ['Trainer']
 
-CURVES_SECONDS = 60  # least time between two drawings of curves.png: one takes as long as a short epoch
+CURVES_SECONDS = 60  # minimum time between two drawings of curves.png, as one takes as long as a short epoch
 
 
 class Trainer:
@@ -46,15 +46,15 @@ class Trainer:
     Args:
         settings: Settings of finetune.py.
         accelerator: What `create_accelerator` returned.
-        task: Model, loss and average of the weights; its model is prepared by the accelerator.
-        full_model: Where that model is sharded (FSDP), a full copy to evaluate and release.
+        task: Model, loss and averaged weights; its model is prepared by the accelerator.
+        full_model: If that model is sharded (FSDP), a full copy to evaluate and release, else None.
         optimizer: Prepared by the accelerator.
         loaders: What `create_loaders` returned.
         data_config: Input size, normalisation and crop of the model.
         num_classes: Number of classes in the data.
         run_dir: Where weights, metrics and checkpoints go.
-        resume_signature: What must be the same when the run is resumed.
-        checkpoint: What `read_checkpoint` returned, to go on from; None starts at the first epoch.
+        resume_signature: Settings and digests that must be the same when the run is resumed.
+        checkpoint: What `read_checkpoint` returned, to resume from; None starts at the first epoch.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Trainer:
                                   (self.val_loader, self.progress.bad_val)))
 
     def restore(self, checkpoint: dict) -> None:
-        """Load weights, optimizer, schedule and progress out of a checkpoint."""
+        """Load weights, optimizer, schedule and progress from a checkpoint."""
         if self.sharded:
             restore_training_state(self.task.trainable_module, self.optimizer.optimizer, checkpoint)
         else:
@@ -120,7 +120,7 @@ class Trainer:
         self.progress = Progress(**checkpoint['progress'])
 
     def save(self) -> None:
-        """Write the checkpoint, last of all files: if the process dies earlier, the work is repeated identically."""
+        """Write the checkpoint after all other files: if the process dies before, the work is repeated identically."""
         self.progress.bad_train = sorted(self.unreadable_train.found)
         self.progress.bad_val = sorted(self.unreadable_val.found)
         if self.sharded:
@@ -148,7 +148,7 @@ class Trainer:
 
         Raises:
             Preempted: After a SIGTERM; everything is saved.
-            FloatingPointError: A loss or gradient is not finite; the last checkpoint was saved before.
+            FloatingPointError: A loss or gradient is not finite; the last checkpoint is from before that step.
         """
         self.log(summary_line)
         self.log_advice()
@@ -158,14 +158,14 @@ class Trainer:
                 self.end_epoch()
             if self.is_main_process:
                 write_curves(self.run_dir, self.progress.history)
-            # the released file is read back from disk, so that predictions and figures show what it does
+            # read the released file back from disk, so that predictions and figures are those of the file
             self.eval_model.load_state_dict(load_file(self.run_dir / 'model.safetensors'))
             return max(self.progress.history, key=score_key), self.evaluate(keep_wrong=24)
 
     def log_advice(self) -> None:
-        """Say which images an epoch leaves out, and whether the run is too short."""
+        """Log how many images an epoch leaves out, and whether the run is too short."""
         settings, images = self.settings, len(self.train_loader.dataset)
-        indexed = self.sampler is not None and not settings.class_balanced  # others draw as they like
+        indexed = self.sampler is not None and not settings.class_balanced  # otherwise no fixed set of images
         for line in advice(images, self.images_per_epoch if indexed else images, self.updates, settings.batch_size,
                            self.accelerator.num_processes * settings.grad_accum_steps,
                            step=2 if settings.mixup or settings.cutmix else 1,
@@ -174,7 +174,7 @@ class Trainer:
 
     @contextmanager
     def sigterm_at_next_update(self) -> Iterator[None]:
-        """Let a SIGTERM wait until the weights have been updated; close the progress bar at the end."""
+        """Defer SIGTERM to the next weight update; close the progress bar at the end."""
         previous = signal.signal(signal.SIGTERM, lambda *_: self.accelerator.set_trigger())
         try:
             yield
@@ -231,7 +231,7 @@ class Trainer:
         Args:
             images: (B, C, H, W).
             targets: Labels (B,).
-            stored: What --teacher-outputs holds for these images.
+            stored: Stored teacher outputs for these images (--teacher-outputs).
         """
         progress, accelerator = self.progress, self.accelerator
         check_labels(targets, self.num_classes, min_label=0)
@@ -253,7 +253,7 @@ class Trainer:
             accelerator.backward(loss)
             if self.settings.clip_grad is not None and accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(self.task.get_clip_parameters(), self.settings.clip_grad)
-                if not accelerator.scaler:  # which would leave this step out
+                if not accelerator.scaler:  # a gradient scaler skips such a step itself
                     self.check_finite(float(norm), 'gradient norm of the training loss', progress.batch + 1)
             progress.lr = max(group['lr'] for group in self.optimizer.param_groups)
             self.optimizer.step()
@@ -265,7 +265,7 @@ class Trainer:
         self.bar.update(count)
 
     def end_epoch(self) -> None:
-        """Evaluate if it is due, and save."""
+        """Evaluate the epoch if it is due, and save; raises Preempted after a SIGTERM."""
         progress, epoch = self.progress, self.progress.epoch
         progress.train_seconds += progress.epoch_seconds
         if epoch % self.settings.val_interval == 0 or epoch == self.last_epoch:
@@ -276,7 +276,7 @@ class Trainer:
             raise Preempted(f'stopped by SIGTERM, saved after epoch {epoch}')
 
     def score_epoch(self) -> None:
-        """Evaluate, and write the metrics, at times their curves and, if they are the best, the weights."""
+        """Evaluate, and write the metrics, their curves at intervals, and the weights if they are the best so far."""
         progress, epoch = self.progress, self.progress.epoch
         if self.sharded:
             gather_weights(self.task.trainable_module, self.eval_model)
@@ -303,8 +303,8 @@ class Trainer:
 
     def evaluate(self, keep_wrong: int = 0) -> Predictions:
         for buffer in self.eval_model.buffers() if self.accelerator.num_processes > 1 else ():
-            broadcast(buffer)  # what the first process releases
-        # the bare model: DDP would wait for a process that has fewer batches
+            broadcast(buffer)  # evaluate the buffers of the main process, which it releases
+        # the unwrapped model: DDP would wait for a process that has fewer batches
         return predict(self.eval_model, self.val_loader, self.accelerator, on_batch=self.unreadable_val.add,
                        keep_wrong=keep_wrong)
 
