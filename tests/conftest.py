@@ -1,6 +1,7 @@
 """Fixtures of all tests: random weights that expose mistakes, names of parametrised tests, and cheap figures."""
 import gc
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,16 @@ def randomize() -> Callable[[nn.Module], nn.Module]:
         return model
 
     return fill
+
+
+@pytest.fixture(autouse=True)
+def empty_figures_of_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training runs draw empty figures, unless the test is marked draws_figures: axes take half of a short run."""
+    modules = [sys.modules.get(f'coatnet_train.training.{name}') for name in ('run', 'run_dir')]
+    if None not in modules and not request.node.get_closest_marker('draws_figures'):
+        for module, name in zip([modules[0], *modules], ('confusion_figure', 'misclassified_figure', 'curves_figure'),
+                                strict=True):
+            monkeypatch.setattr(module, name, lambda *args: Figure())
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ def test_table_is_of_the_last_epoch_over_all_seeds(tmp_path, runs):
     assert len({(run.lr, run.epochs, run.batch_size, run.scale) for run in runs}) == 1
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(tmp_path, runs):
     ablation.main(settings(tmp_path))
     again = ablation.main(settings(tmp_path, seeds=(0, 1)))

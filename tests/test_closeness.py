@@ -8,6 +8,8 @@ import torch
 from coatnet_zoo import releases
 from support.closeness import assert_same_up_to_rounding, same_up_to_rounding
 
+PACKAGED = sorted(name for name, entry in releases.RELEASES.items() if entry['packaged'])
+
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -22,7 +24,8 @@ def test_order_of_summation_passes_and_other_values_do_not():
         assert_same_up_to_rounding(values.sum(1) * (1 + 1e-4), values.sum(1))
 
 
-@pytest.mark.parametrize('name', sorted(name for name, entry in releases.RELEASES.items() if entry['packaged']))
+@pytest.mark.parametrize('name', [
+    PACKAGED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PACKAGED[1:])])
 @torch.no_grad()
 def test_each_wrong_tensor_of_a_released_model_is_seen(name):
     """Wrong tensors are kernels shifted by one tap, and weights, biases and statistics of the next channel."""

@@ -64,6 +64,7 @@ def test_python_block_runs(path, number, tmp_path, monkeypatch, no_network):
     exec(compile(block, f'{path.name}, block {number}', 'exec'), {})
 
 
+@pytest.mark.slow
 def test_notebook_prints_what_it_shows(tmp_path, monkeypatch, no_network):
     """Cells run in order in one namespace; printed words must equal those stored, numbers may differ between CPUs."""
     monkeypatch.chdir(tmp_path)

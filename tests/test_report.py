@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import timm
 
 from coatnet_train.benchmarks.rows import write_rows
@@ -25,6 +26,7 @@ def test_stale_table_is_noticed_and_mended():
     assert stale != text and render(stale, ROOT) == text == render(text, ROOT)
 
 
+@pytest.mark.slow
 def test_counts_are_of_today():
     recorded = json.loads((ROOT / 'results' / 'models.json').read_text())['models']
     assert recorded == models.count_models()['models'] and list(recorded) == sorted(

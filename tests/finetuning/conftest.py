@@ -2,21 +2,14 @@
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 import finetune
-from coatnet_train.training import run as training_run
-from coatnet_train.training import run_dir
 from support.images import write_images
 
 
 @pytest.fixture(autouse=True)
-def plain_figures_of_runs(plain_figures, request, monkeypatch) -> None:
-    """Tests in this folder draw empty figures and save them as a pixel, unless they are marked draws_figures."""
-    if not request.node.get_closest_marker('draws_figures'):
-        for name in ('confusion_figure', 'misclassified_figure'):
-            monkeypatch.setattr(training_run, name, lambda *args: Figure())
-        monkeypatch.setattr(run_dir, 'curves_figure', lambda history: Figure())
+def plain_figures_of_runs(plain_figures) -> None:
+    """Tests in this folder save every figure as a pixel."""
 
 
 @pytest.fixture(scope='session')

@@ -44,6 +44,7 @@ def train(data: Path, output: Path, processes: int, batch_size: int, *flags: str
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_first_20_losses_equal_those_of_one_process(tmp_path):
     # a batch is the whole set, so that an epoch is one step and its loss that of the step
     data = write_images(tmp_path / 'images', train=8, val=5)

@@ -211,7 +211,8 @@ def stop() -> None:
     raise SimulatedCrash
 
 
-@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.slow
 def test_run_killed_at_random_moments_resumes_to_the_same_weights(settings, monkeypatch, workers):
     options = dict(drop=0.2, reprob=0.3, mixup=0.5, epochs=3, grad_accum_steps=2, model_ema=True, workers=workers,
                    batch_size=4)
@@ -263,8 +264,8 @@ def start_process(settings: finetune.FinetuneSettings, **changes) -> subprocess.
 
 
 @pytest.mark.parametrize(('number', 'code'), [
-    pytest.param(signal.SIGKILL, -9, id='SIGKILL', marks=pytest.mark.slow),
-    pytest.param(signal.SIGTERM, finetune.PREEMPTED, id='SIGTERM')])
+    pytest.param(signal.SIGKILL, -9, id='SIGKILL'), pytest.param(signal.SIGTERM, finetune.PREEMPTED, id='SIGTERM')])
+@pytest.mark.slow
 def test_killed_process_resumes_to_the_same_weights(settings, number, code):
     settings = dataclasses.replace(settings, epochs=5, workers=1)
     process = start_process(settings, recovery_interval=1)

@@ -18,6 +18,7 @@ from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training import recipes, trainer
 from coatnet_train.training import run as training_run
 from support.closeness import assert_same_up_to_rounding
+from support.commands import run_main
 from support.constants import CLASSES
 from support.finetune_runs import assert_everything_loads, read_checkpoint, read_metrics, run, run_command
 
@@ -145,7 +146,7 @@ def test_help_explains_each_setting():
         assert text in said
 
 
-def test_command_trains_and_a_bad_one_ends_with_code_2(settings):
+def test_command_trains_and_a_bad_one_ends_with_code_2(settings, monkeypatch, capsys):
     arguments = ['--data-dir', settings.data_dir, '--model', 'test_resnet', '--img-size', '32', '--epochs', '1',
                  '--batch-size', '8', '--workers', '0', '--no-channels-last', '--scale', '0.5', '1.0', '--model-kwargs',
                  'zero_init_last=False', '--output', settings.output]
@@ -153,9 +154,9 @@ def test_command_trains_and_a_bad_one_ends_with_code_2(settings):
     assert result.returncode == 0, result.stderr
     assert 'epoch   1/1' in result.stdout and '\r' not in result.stdout + result.stderr  # no bar in a log
     assert assert_everything_loads(Path(settings.output) / 'test_resnet') == 10
-    again = run_command(*arguments)
-    assert again.returncode == 2 and again.stdout == ''
-    assert again.stderr.startswith('finetune.py: --output') and again.stderr.count('\n') == 1
+    assert run_main(monkeypatch, 'finetune.py', *arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == '' and said.err.startswith('finetune.py: --output') and said.err.count('\n') == 1
 
 
 # Recipes

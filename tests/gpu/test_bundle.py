@@ -114,6 +114,7 @@ def test_an_earlier_bundle_stays_until_the_new_one_is_whole(tmp_path):
     assert not list((tmp_path / 'b' / 'data').iterdir()) and [path.name for path in tmp_path.iterdir()] == ['b']
 
 
+@pytest.mark.slow
 def test_the_run_line_works_without_git_network_and_checkout(tmp_path, shelf):
     pack(tmp_path / 'made', wheels=('carried_one',), wheels_from=str(shelf))
     there = tmp_path / 'elsewhere' / 'bundle'

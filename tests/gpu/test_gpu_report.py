@@ -78,6 +78,7 @@ def dry_run(tmp_path_factory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_a_dry_run_leaves_every_kind_of_row(dry_run):
     folder, printed = dry_run
     assert '6 of 6 steps ended well, 0 checks failed' in printed
@@ -248,6 +249,7 @@ def test_other():
     ('cuda', f'FAILS = True\n{FOUND_TESTS}', 'failed', '1'), ('cpu', f'FAILS = False\n{FOUND_TESTS}', 'passed', '2'),
     ('cpu', f'FAILS = False\n{FOUND_TESTS}pytestmark = [pytestmark, pytest.mark.skip]', 'skipped', '0')],
     ids=['failed', 'passed', 'skipped'])
+@pytest.mark.slow
 def test_kernel_tests_are_counted_line_by_line(tmp_path, monkeypatch, device, text, result, value):
     from coatnet_train.benchmarks import gpu_steps
     (tmp_path / 'tests' / 'ops').mkdir(parents=True)

@@ -97,6 +97,7 @@ if 'dynamicconv' in flags['--model'] and not (folder / 'last' / 'checkpoint.pt')
 '''
 
 
+@pytest.mark.slow
 def test_a_session_saves_what_is_not_through_and_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
     (tmp_path / 'scripts').mkdir()
     for name in ('finetune.py', 'teach.py'):

@@ -1,6 +1,6 @@
 """A short, real run of scripts/finetune.py and its export; the loopback Hub, and the real client connected to it."""
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -9,9 +9,27 @@ from huggingface_hub import constants
 
 import export
 import finetune
+import model_card
+from coatnet_train.models import model_size
 from support.constants import RELEASE_NAME as NAME
 from support.hub_server import OWNER_TOKEN, HubServer
 from support.images import write_images
+
+
+@pytest.fixture(scope='session', autouse=True)
+def sizes_counted_once() -> Iterator[None]:
+    """Count parameters and multiply-adds of an architecture for one card only."""
+    counted = {}
+
+    def count(*args, **kwargs):
+        key = repr((args, sorted(kwargs.items())))
+        if key not in counted:
+            counted[key] = model_size.model_size(*args, **kwargs)
+        return counted[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_card, 'model_size', count)
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -115,12 +115,13 @@ def test_config_is_of_these_weights_alone(exported, run_settings):
     assert model.pretrained_cfg['tag'] == 'colours' and list(model.pretrained_cfg['label_names']) == list(CLASSES)
 
 
-def test_synsets_are_described_and_the_card_prints_words(run_dir, exported):
+def test_synsets_are_described_and_the_card_prints_words(run_dir, exported, monkeypatch):
     synsets = ['n01440764', 'n02123045', 'n07920052']
     change_json(run_dir / 'config.json', label_names=synsets)
     made = make(run_dir)
     words = json.loads((made / 'config.json').read_text())['label_descriptions']
     assert words == dict(zip(synsets, ('tench, Tinca tinca', 'tabby, tabby cat', 'espresso'), strict=True))
+    monkeypatch.setattr(verification, 'check_in_fresh_process', lambda folder: verification.check_answers(folder)[0])
     verification.verify(made)
     assert timm.create_model(f'local-dir:{made}', pretrained=True).pretrained_cfg['label_descriptions'] == words
     assert '{words[names[index]]}' in (made / 'README.md').read_text()

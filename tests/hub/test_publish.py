@@ -175,7 +175,7 @@ def test_interrupted_at_any_step_it_ends_in_the_same_state(hub, client, settings
 @pytest.mark.parametrize(('method', 'path'), [
     ('GET', '/whoami'), ('POST', '/repos/create'), ('GET', '/refs'), ('POST', '/preupload/'), ('POST', 'objects/batch'),
     ('PUT', '/lfs/'), ('POST', '/commit/'), ('POST', '/tag/'), ('HEAD', '/resolve/'), ('GET', '/cdn/')])
-@pytest.mark.parametrize('kind', ['before', 'answer'])
+@pytest.mark.parametrize('kind', [pytest.param('before', marks=pytest.mark.slow), 'answer'])
 def test_a_connection_that_breaks_for_good_is_a_sentence_and_is_made_up_for(
         hub, settings, monkeypatch, method, path, kind):
     monkeypatch.setattr('time.sleep', lambda seconds: None)  # between the client's retries

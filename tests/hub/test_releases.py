@@ -182,6 +182,7 @@ def test_sources_of_the_user_are_theirs(hub, client, released, weights, tmp_path
         assert_same(model, other)
 
 
+@pytest.mark.slow
 def test_a_damaged_index_says_so_when_the_package_is_imported(weights, tmp_path):
     path = tmp_path / 'releases.json'
     path.write_text(json.dumps({NAME: entry_for(weights, packaged='small.safetensors')}))

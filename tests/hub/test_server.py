@@ -235,6 +235,7 @@ def test_timm_pushes_and_loads_bit_for_bit(hub, client, tmp_path):
     assert sorted(hub.repos[REPO].files()) == ['.gitattributes', 'README.md', 'config.json', 'model.safetensors']
 
 
+@pytest.mark.slow
 def test_transformers_loads_what_timm_reads(hub, client, environment, tmp_path):
     pytest.importorskip('transformers')
     model = timm.create_model('test_resnet', num_classes=3).eval()

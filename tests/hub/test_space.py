@@ -174,6 +174,7 @@ def connect(client_server):
     return lambda title, file: client.submit(title, handle_file(str(file)), api_name='/predict')
 
 
+@pytest.mark.slow
 def test_several_users_wait_in_a_queue_and_get_their_own(connect, models, runs, tmp_path, monkeypatch):
     inside, most, asked = [], [], []
     real, connection = answer.answer, socket.socket.connect

@@ -129,7 +129,8 @@ def test_torchscript(form):
         scripted(torch.randn(1, 3, 30, 32) if model.cfg.layout.endswith('T') else torch.randn(1, 3, 15, 32))
 
 
-@pytest.mark.parametrize('folded', [False, True], ids=['eager', 'folded'])
+@pytest.mark.parametrize('folded', [
+    pytest.param(False, marks=pytest.mark.slow, id='eager'), pytest.param(True, id='folded')])
 def test_choices_of_kecam_leave_eager_mode_too(folded, randomize):
     model = randomize(small(pool='max', se_act='act', head_norm='none', inner_width='input', head_hidden_size=0)).eval()
     with torch.no_grad():
@@ -148,7 +149,8 @@ def test_torch_compile_fullgraph(form):
         torch.testing.assert_close(compiled(IMAGES), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('layout', slow_unless_cldt(['CCTT', 'CLDT', 'LLDD']))
+@pytest.mark.parametrize('layout', ['CCTT', 'CLDT', 'LLDD'])
+@pytest.mark.slow
 def test_torch_compile_fullgraph_trains(layout):
     model = small(layout=layout, drop_path_rate=.1, dropconnect=.1).train()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
@@ -156,7 +158,8 @@ def test_torch_compile_fullgraph_trains(layout):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize('layout', slow_unless_cldt(['CCTT', 'CLDT', 'LLDD']))
+@pytest.mark.slow
+@pytest.mark.parametrize('layout', ['CCTT', 'CLDT', 'LLDD'])
 def test_torch_compile_with_inductor(layout, randomize):
     # 64 pixels: the kernels that torch 2.8 generates for the head's pooling of a 2x2 map corrupt the heap
     model = reparameterize_model(randomize(small(layout=layout, depths=(1, 1, 1, 1), img_size=64)).eval())
@@ -165,6 +168,7 @@ def test_torch_compile_with_inductor(layout, randomize):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), model(images), rtol=0, atol=1e-4)
 
 
+@slow_forms
 def test_torch_export_with_dynamic_batch(form):
     model, expected = form
     exported = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: BATCH},)).module()
@@ -173,7 +177,7 @@ def test_torch_export_with_dynamic_batch(form):
         torch.testing.assert_close(exported(IMAGES.repeat(3, 1, 1, 1))[2:4], expected, rtol=0, atol=1e-4)
 
 
-@slow_forms
+@pytest.mark.slow
 def test_onnx_runtime_agrees(form, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime comes with the test extra')
     model, expected = form
@@ -186,6 +190,7 @@ def test_onnx_runtime_agrees(form, tmp_path):
     np.testing.assert_allclose(logits[:2], expected.numpy(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_agrees_at_odd_sizes(tmp_path, randomize):
     """Pooling in ceil mode: ONNX Runtime 1.20 must not count positions outside of the map."""
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime comes with the test extra')

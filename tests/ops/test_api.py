@@ -194,6 +194,7 @@ def test_compiles_without_a_break(call):
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_inductor_fuses_the_sum_into_one_loop():
     """Inductor fuses the multiply-adds of all taps into one kernel and stores no tap."""
     from torch._inductor.utils import run_and_get_code

@@ -80,6 +80,7 @@ def test_kernels_refuse_an_unknown_name_and_plain_cpus():
         lightconv2d_triton(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1), None, 'none', 0., None)
 
 
+@pytest.mark.slow
 def test_kernels_are_operators_of_torch():
     in_interpreter('-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider',
                    'tests/ops/interpreted_operators.py', 'tests/ops/interpreted_projection_op.py')
