@@ -27,7 +27,7 @@ COMPUTING = $(addprefix tests/,test_closeness.py models blocks hub/test_export.p
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-demo: $(VENV)/.demo  ## two photographs and a fine-tune, 3 minutes on 2 CPU cores
+demo: $(VENV)/.demo  ## two photographs and a fine-tune, about 4 minutes on 2 CPU cores
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.test  ## ruff, and all tests but those marked slow

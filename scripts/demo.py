@@ -4,7 +4,7 @@
     python scripts/demo.py --results-file results/demo_cpu.json
 
 The photographs are scikit-image's cup of coffee and cat, the digits scikit-learn's 1,797. Both trainings have the same
-settings and seed. Takes 2 to 3 minutes on 2 CPU cores, and writes output/demo/demo.png. The exit code is 1 if the
+settings and seed. Takes about 4 minutes on 2 CPU cores, and writes output/demo/demo.png. The exit code is 1 if the
 pretrained model has an accuracy below 97 % on the held-out digits, or another accuracy once reloaded.
 """
 import sys
