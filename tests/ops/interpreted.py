@@ -283,6 +283,17 @@ def check_mask() -> None:
     assert torch.equal(out, (_mix(h ^ (index >> 32) ^ (seed >> 32)) >= 2 ** 31).float())
 
 
+def check_infinite_logits() -> None:
+    """Taps that are switched off by logits of -inf, a whole kernel row of them first."""
+    generator = torch.Generator().manual_seed(0)
+    for kernels, dtype in (('direct', f32), ('band', f16)):
+        x, logits = (torch.randn(1, 3, 5, n, generator=generator).to(dtype).permute(0, 3, 1, 2) for n in (32, 9))
+        logits[:, :3] = float('-inf')
+        ours = dynamicconv2d_triton(x, logits, (3, 3), None, 'softmax', 0., None, kernels=kernels)
+        expected = dynamicconv2d_naive(x.double(), logits.double(), (3, 3), None, 'softmax', 0., None)
+        assert distance(ours, expected) <= 4 * torch.finfo(dtype).eps, kernels
+
+
 def check_edges() -> None:
     """Empty batches, gradients of some inputs only, and the compiler over the interpreted kernels."""
     for B in (0, 2):
@@ -361,6 +372,7 @@ def run_part(part: str) -> None:
         check_wide()
     else:
         check_mask()
+        check_infinite_logits()
         print_shifted()  # the last, as it leaves the kernels changed
 
 

@@ -6,7 +6,8 @@
 
 DropConnect multiplies w and dw by its factors. A program has one head, a tile of its channels and a strip of one image;
 a tile is BLOCK_P positions by BLOCK_C channels, channels innermost, in float32. Taps read x and the logits again
-through the caches; normalised weights never reach memory. Forward saves the maximum and the reciprocal of the sum of
+through the caches; normalised weights never reach memory. Strides of channels and columns are constants: the taps of a
+kernel row lie at fixed offsets then. Forward saves the maximum and the reciprocal of the sum of
 each softmax, apart: their log-sum-exp would lose the digits that large logits need.
 """
 import torch
@@ -45,12 +46,13 @@ def channels_of_head(tile, HEAD: tl.constexpr, BLOCK_C: tl.constexpr):
 @jit
 def _dynamicconv2d_fwd_kernel(
         x_ptr, logits_ptr, bias_ptr, seed_ptr, out_ptr, stats_ptr,
-        x_b, x_c, x_h, x_w, logits_b, logits_c, logits_h, logits_w, out_b, out_c, out_h, out_w,
+        x_b, x_c: tl.constexpr, x_h, x_w: tl.constexpr, logits_b, logits_c: tl.constexpr, logits_h,
+        logits_w: tl.constexpr, out_b, out_c: tl.constexpr, out_h, out_w: tl.constexpr,
         G, H, W, tiles, across, down, width, height, threshold, scale,
         Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SOFTMAX: tl.constexpr, INT64: tl.constexpr,
-        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Forward. stats (B, H, W, G, 2): maximum and reciprocal sum."""
+    """Forward, TAPS the power of two from Kw on. stats (B, H, W, G, 2): maximum and reciprocal sum."""
     image, tile, top, left, columns, count = strip_of_program(
         tl.program_id(0), H, W, tiles, across, down, width, height)
     head, channel, mask_c = channels_of_head(tile, HEAD, BLOCK_C)
@@ -70,18 +72,20 @@ def _dynamicconv2d_fwd_kernel(
     for start in range(0, count, BLOCK_P):
         row, column, mask_p = positions_of_chunk(start, count, top, left, columns, INT64, BLOCK_P)
         index = (row * W + column) * G + head
-        logits = logits_ptr + (row * logits_h + column * logits_w)
+        logits = logits_ptr + (row * logits_h + column * logits_w + first * logits_c)
         if SOFTMAX:
+            # a kernel row of taps at once; the sum is rescaled to the largest logit so far, as in flash attention
             row_max = tl.full((BLOCK_P,), float('-inf'), tl.float32)
-            for tap in range(Kh * Kw):
-                row_max = tl.maximum(row_max, tl.load(logits + (first + tap) * logits_c).to(tl.float32))
             row_sum = tl.zeros((BLOCK_P,), tl.float32)
+            tap = tl.arange(0, TAPS)
             for u in range(Kh):
-                partial_sum = tl.zeros((BLOCK_P,), tl.float32)  # a sum of sums rounds less
-                for v in range(Kw):
-                    logit = tl.load(logits + (first + (u * Kw + v)) * logits_c).to(tl.float32)
-                    partial_sum += tl.exp2((logit - row_max) * LOG2E)
-                row_sum += partial_sum
+                logit = tl.load(logits[:, None] + ((u * Kw + tap) * logits_c)[None, :], mask=(tap < Kw)[None, :],
+                                other=float('-inf')).to(tl.float32)
+                largest = tl.maximum(row_max, tl.max(logit, 1))
+                base = tl.where(largest == float('-inf'), 0.0, largest)  # -inf - -inf is no number
+                row_sum *= tl.exp2((row_max - base) * LOG2E)
+                row_sum += tl.sum(tl.exp2((logit - base[:, None]) * LOG2E), 1)
+                row_max = largest
             tl.store(stats_ptr + index * 2, row_max, mask=mask_p)
             tl.store(stats_ptr + index * 2 + 1, 1 / row_sum, mask=mask_p)
             # read back in the layout of acc: else the weights of each tap would pass through shared memory
@@ -89,17 +93,17 @@ def _dynamicconv2d_fwd_kernel(
             row_max = tl.load(stats_ptr + index * 2)
             norm = tl.load(stats_ptr + index * 2 + 1)
 
-        x_offs = (row * x_h + column * x_w)[:, None] + (channel * x_c)[None, :]
+        x_offs = x_ptr + ((row * x_h + column * x_w)[:, None] + (channel * x_c)[None, :])
         acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for u in range(Kh):
             dy = offset(u, Kh)
             row_inside = within(row + dy, H)
-            for v in range(Kw):
+            for v in tl.range(0, Kw, loop_unroll_factor=Kw if Kw <= 7 else 4):
                 dx = offset(v, Kw)
                 inside = row_inside & within(column + dx, W)
-                window = tl.load(x_ptr + shift(dy, dx, x_h, x_w) + x_offs,
+                window = tl.load(x_offs + shift(dy, dx, x_h, x_w),
                                  mask=inside[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-                weight = tl.load(logits + (first + (u * Kw + v)) * logits_c).to(tl.float32)
+                weight = tl.load(logits + (u * Kw + v) * logits_c).to(tl.float32)
                 if SOFTMAX:
                     weight = tl.exp2((weight - row_max) * LOG2E)
                 if seed_ptr is not None:
@@ -116,8 +120,9 @@ def _dynamicconv2d_fwd_kernel(
 @jit
 def _dynamicconv2d_bwd_input_kernel(
         grad_ptr, logits_ptr, stats_ptr, seed_ptr, out_ptr,
-        grad_b, grad_c, grad_h, grad_w, logits_b, logits_c, logits_h, logits_w, out_b, out_c, out_h, out_w,
-        G, H, W, tiles, across, down, width, height, threshold, scale,
+        grad_b, grad_c: tl.constexpr, grad_h, grad_w: tl.constexpr, logits_b, logits_c: tl.constexpr, logits_h,
+        logits_w: tl.constexpr, out_b, out_c: tl.constexpr, out_h, out_w: tl.constexpr,
+        G: tl.constexpr, H, W, tiles, across, down, width, height, threshold, scale,
         Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SOFTMAX: tl.constexpr, INT64: tl.constexpr,
         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -140,27 +145,27 @@ def _dynamicconv2d_bwd_input_kernel(
 
     for start in range(0, count, BLOCK_P):
         row, column, mask_p = positions_of_chunk(start, count, top, left, columns, INT64, BLOCK_P)
-        grad_offs = (row * grad_h + column * grad_w)[:, None] + (channel * grad_c)[None, :]
-        logits_offs = row * logits_h + column * logits_w + first * logits_c
+        grad_offs = grad_ptr + ((row * grad_h + column * grad_w)[:, None] + (channel * grad_c)[None, :])
+        logits_offs = logits_ptr + (row * logits_h + column * logits_w + first * logits_c)
         index = (row * W + column) * G + head
         acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for u in range(Kh):
             dy = -offset(u, Kh)
             row_inside = within(row + dy, H)
-            for v in range(Kw):
+            for v in tl.range(0, Kw, loop_unroll_factor=Kw if Kw <= 7 else 4):
                 dx = -offset(v, Kw)
                 inside = row_inside & within(column + dx, W)
-                window = tl.load(grad_ptr + shift(dy, dx, grad_h, grad_w) + grad_offs,
+                window = tl.load(grad_offs + shift(dy, dx, grad_h, grad_w),
                                  mask=inside[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
                 # outside the image any finite weight will do: what it weighs is zero there
                 at_tap = shift(dy, dx, logits_h, logits_w) + tl.cast(u * Kw + v, tl.int64) * logits_c
-                weight = tl.load(logits_ptr + at_tap + logits_offs, mask=inside, other=0.0).to(tl.float32)
+                weight = tl.load(logits_offs + at_tap, mask=inside, other=0.0).to(tl.float32)
                 away = shift(dy, dx, W * G, G)
                 if SOFTMAX:
-                    stats = stats_ptr + away * 2
-                    row_max = tl.load(stats + index * 2, mask=inside, other=0.0)
+                    stats = stats_ptr + index * 2 + away * 2
+                    row_max = tl.load(stats, mask=inside, other=0.0)
                     weight = tl.exp2((weight - row_max) * LOG2E)
-                    weight *= tl.load(stats + 1 + index * 2, mask=inside, other=0.0)
+                    weight *= tl.load(stats + 1, mask=inside, other=0.0)
                 if seed_ptr is not None:
                     there = before + away + index
                     weight *= dropconnect_factor(there * (Kh * Kw) + (u * Kw + v), seed, threshold, scale)
@@ -172,8 +177,8 @@ def _dynamicconv2d_bwd_input_kernel(
 @jit
 def _dynamicconv2d_bwd_logits_kernel(
         grad_ptr, x_ptr, logits_ptr, stats_ptr, seed_ptr, out_ptr,
-        grad_b, grad_c, grad_h, grad_w, x_b, x_c, x_h, x_w, logits_b, logits_c, logits_h, logits_w,
-        G, H, W, across, down, width, height, threshold, scale,
+        grad_b, grad_c: tl.constexpr, grad_h, grad_w: tl.constexpr, x_b, x_c: tl.constexpr, x_h, x_w: tl.constexpr,
+        logits_b, logits_c: tl.constexpr, logits_h, logits_w: tl.constexpr, G, H, W, across, down, width, height, threshold, scale,
         Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SOFTMAX: tl.constexpr, INT64: tl.constexpr,
         TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
@@ -249,7 +254,7 @@ def launch_fwd(
         _dynamicconv2d_fwd_kernel[B * strip.across * strip.down * tiles,](
             x, logits, bias, seed, out, stats, *x.stride(), *logits.stride(), *out.stride(), G, H, W, tiles, *strip,
             threshold(dropconnect), 1 / (1 - dropconnect), Kh=Kh, Kw=Kw, HEAD=C // G, SOFTMAX=softmax,
-            INT64=needs_int64(x, logits, out, stats), BLOCK_P=block_p,
+            INT64=needs_int64(x, logits, out, stats), TAPS=next_power_of_2(Kw), BLOCK_P=block_p,
             BLOCK_C=block_c, **OPTIONS)
     return out, stats
 

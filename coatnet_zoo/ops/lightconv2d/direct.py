@@ -52,7 +52,8 @@ def channels_of_tile(tile, C, HEAD: tl.constexpr, ONE_HEAD: tl.constexpr, BLOCK_
 @jit
 def _lightconv2d_fwd_kernel(
         x_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr,
-        x_b, x_c, x_h, x_w, weight_g, weight_u, weight_v, out_b, out_c, out_h, out_w,
+        x_b, x_c: tl.constexpr, x_h, x_w: tl.constexpr, weight_g, weight_u: tl.constexpr, weight_v: tl.constexpr,
+        out_b, out_c: tl.constexpr, out_h, out_w: tl.constexpr,
         C, H, W, tiles, across, down, width, height, threshold, scale,
         Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SOFTMAX: tl.constexpr, TRANSPOSED: tl.constexpr,
         ONE_HEAD: tl.constexpr, INT64: tl.constexpr, TAPS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -93,7 +94,7 @@ def _lightconv2d_fwd_kernel(
 
     for start in range(0, count, BLOCK_P):
         row, column, mask_p = positions_of_chunk(start, count, top, left, columns, INT64, BLOCK_P)
-        x_offs = (row * x_h + column * x_w)[:, None] + (channel * x_c)[None, :]
+        x_offs = x_ptr + ((row * x_h + column * x_w)[:, None] + (channel * x_c)[None, :])
         acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for u in range(Kh):
             dy = -offset(u, Kh) if TRANSPOSED else offset(u, Kh)
@@ -102,7 +103,7 @@ def _lightconv2d_fwd_kernel(
             for v in tl.range(0, Kw, loop_unroll_factor=UNROLL):
                 dx = -offset(v, Kw) if TRANSPOSED else offset(v, Kw)
                 inside = row_inside & within(column + dx, W)
-                window = tl.load(x_ptr + shift(dy, dx, x_h, x_w) + x_offs,
+                window = tl.load(x_offs + shift(dy, dx, x_h, x_w),
                                  mask=inside[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
                 weight = tl.load(weight_ptr + u * weight_u + v * weight_v).to(tl.float32)
                 if SOFTMAX:
@@ -120,8 +121,8 @@ def _lightconv2d_fwd_kernel(
 
 @jit
 def _lightconv2d_bwd_weight_partial_kernel(
-        x_ptr, grad_ptr, partial_ptr, x_b, x_c, x_h, x_w, grad_b, grad_c, grad_h, grad_w,
-        C, H, W, tiles, groups, rows, chunks, share, chunks_per_row,
+        x_ptr, grad_ptr, partial_ptr, x_b, x_c: tl.constexpr, x_h, x_w: tl.constexpr, grad_b, grad_c: tl.constexpr,
+        grad_h, grad_w: tl.constexpr, C, H, W, tiles, groups, rows, chunks, share, chunks_per_row,
         Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, ONE_HEAD: tl.constexpr, INT64: tl.constexpr,
         TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
