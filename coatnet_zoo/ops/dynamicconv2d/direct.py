@@ -7,8 +7,8 @@
 DropConnect multiplies w and dw by its factors. A program has one head, a tile of its channels and a strip of one image;
 a tile is BLOCK_P positions by BLOCK_C channels, channels innermost, in float32. Taps read x and the logits again
 through the caches; normalised weights never reach memory. Strides of channels and columns are constants: the taps of a
-kernel row lie at fixed offsets then. Forward saves the maximum and the reciprocal of the sum of
-each softmax, apart: their log-sum-exp would lose the digits that large logits need.
+kernel row lie at fixed offsets then. Forward saves the maximum and the reciprocal of the sum of each softmax, apart:
+their log-sum-exp would lose the digits that large logits need.
 """
 import torch
 import triton.language as tl
@@ -178,7 +178,8 @@ def _dynamicconv2d_bwd_input_kernel(
 def _dynamicconv2d_bwd_logits_kernel(
         grad_ptr, x_ptr, logits_ptr, stats_ptr, seed_ptr, out_ptr,
         grad_b, grad_c: tl.constexpr, grad_h, grad_w: tl.constexpr, x_b, x_c: tl.constexpr, x_h, x_w: tl.constexpr,
-        logits_b, logits_c: tl.constexpr, logits_h, logits_w: tl.constexpr, G, H, W, across, down, width, height, threshold, scale,
+        logits_b, logits_c: tl.constexpr, logits_h, logits_w: tl.constexpr,
+        G, H, W, across, down, width, height, threshold, scale,
         Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SOFTMAX: tl.constexpr, INT64: tl.constexpr,
         TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
