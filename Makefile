@@ -45,7 +45,7 @@ test-plain-cpu: $(VENV)/.test  ## the tests that compute, with the plainest kern
 
 # timm's own model tests over every name of this package; ARGS='--max-params 45e6' leaves out the large ones
 conformance: $(VENV)/.test  ## timm's own model tests over every name of this package
-	$(BIN)/python tests/conformance.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance.py $(ARGS)
 
 test-lowest:  ## the tests on the lowest versions of the dependencies
 	$(MAKE) VENV=.venv-lowest PYTHON=$(PYTHON_LOWEST) EXTRAS=test CONSTRAINT='-c tests/lowest.txt' .venv-lowest/.test
