@@ -34,7 +34,7 @@ def _replace(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
 
 @torch.no_grad()
 def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
-    """Fold `norm` into `conv` before it, in place, as norm(conv(x)); return the module to put in its place.
+    """Fold `norm` into `conv` before it, in place, as norm(conv(x)); return the replacement of `norm`.
 
     This is an identity, or `norm` itself, not folded, if it is no BatchNorm2d.
     """
@@ -48,7 +48,7 @@ def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_norm_into_next(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
-    """Fold `norm` into the 1x1 `conv` after it, in place, as conv(norm(x)); return the module to put in its place.
+    """Fold `norm` into the 1x1 `conv` after it, in place, as conv(norm(x)); return the replacement of `norm`.
 
     Exact since a 1x1 convolution has no padding: the zeros of a padding are not shifted by the norm.
     """
@@ -64,7 +64,7 @@ def fold_norm_into_next(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
 
 @torch.no_grad()
 def fold_scale_into_previous(linear: nn.Linear, scale: nn.Module) -> nn.Module:
-    """Fold a LayerScale into `linear` before it, in place; return the module to put in its place."""
+    """Fold a LayerScale into `linear` before it, in place; return the replacement of `scale`."""
     if not isinstance(scale, LayerScale):
         return scale
     gamma = scale.gamma.double()

@@ -35,7 +35,7 @@ def refuse_legacy_onnx() -> None:
 
 @torch.fx.wrap
 def resize_bias_table(table: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
-    """Resize a bias table (heads, h, w) bilinearly to (heads, 2H - 1, 2W - 1) for maps (H, W) (official)."""
+    """Resize a bias table (heads, h, w) to (heads, 2H - 1, 2W - 1) for maps (H, W); bilinear, as in official code."""
     size = [2 * feat_size[0] - 1, 2 * feat_size[1] - 1]
     if size[0] == table.shape[1] and size[1] == table.shape[2]:
         return table

@@ -34,7 +34,7 @@ from .config import BackboneCfg
 
 __all__ = []  # register_model appends the names
 
-# Narrow models use timm's initialisation: N(0, 0.02) suits widths of 96 and more (results/weight_init_*.json).
+# Narrow models use timm's initialisation: N(0, 0.02) is meant for widths of 96 and more (results/weight_init_*.json).
 _narrow = BackboneCfg(weight_init='vit_eff')
 # The paper's table of the family, S0 to S4. pico and nano are this zoo's; head_dim divides their widths in every stage.
 model_cfgs = {

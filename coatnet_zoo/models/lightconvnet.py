@@ -38,7 +38,7 @@ model_cfgs = {
     'lightconvnet_base': replace(_plain, depths=(1, 2, 18, 3), embed_dim=(128, 256, 512, 1024), stem_width=64),
     'lightconvnet_pico_64': replace(_plain, depths=(2, 2, 3, 2), embed_dim=(32, 64, 192, 320), stem_stride=1),
 }
-# The same widths, DynamicConv in S3 and S4, and fewer blocks to make up for the parameters that predict the kernels.
+# The same widths, DynamicConv in S3 and S4, and from nano on fewer blocks: predicting the kernels takes parameters.
 model_cfgs |= {
     'dynamicconvnet_pico': replace(model_cfgs['lightconvnet_pico'], layout='LLDD'),
     'dynamicconvnet_nano': replace(model_cfgs['lightconvnet_nano'], layout='LLDD', depths=(2, 3, 5, 3)),

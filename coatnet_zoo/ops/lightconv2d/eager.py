@@ -22,10 +22,10 @@ def lightconv2d_eager(
         kernel = kernel.flatten(1).softmax(1).view(G, Kh, Kw)
     if seed is not None:
         kernel = kernel * dropconnect_scale(seed, G * Kh * Kw, dropconnect, dtype).view(G, Kh, Kw)
-    # CPUs convolve float16 slowly. In torch 2.15, bfloat16 convolutions of 2 to 16 channels hang on AVX-512 CPUs with
-    # kernel sides from 15 up and maps wider than 30
+    # CPUs convolve float16 slowly. With torch 2.15 on an AVX-512 CPU, bfloat16 convolutions of 2 to 16 channels hang
+    # for kernel sides from 15 up and maps wider than 30
     stuck = C <= 16 and max(Kh, Kw) > 13
-    # the weight gradient of a bfloat16 kernel of 5 x 5 or more takes several times as long as in float32 on CPUs
+    # there, the gradient of a bfloat16 kernel of 5 x 5 or more takes several times as long as in float32
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) and max(Kh, Kw) > 3
     widen = x.is_cpu and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and (stuck or learns)))
     compute = torch.float32 if widen else x.dtype
