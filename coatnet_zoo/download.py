@@ -1,4 +1,4 @@
-"""Downloads that go on where they were cut, and checksums of files."""
+"""Resumable downloads, and checksums of files."""
 import hashlib
 import os
 from http.client import HTTPException
@@ -11,7 +11,7 @@ from huggingface_hub.utils import tqdm
 
 __all__ = ['digest_of', 'download', 'sha256_of']
 
-TIMEOUT = 60  # seconds without a byte
+TIMEOUT = 60  # seconds without data
 
 
 def digest_of(path: Path, algorithm: str) -> str:
@@ -29,10 +29,10 @@ def sha256_of(path: Path) -> str:
 
 
 def download(url: str, path: Path, md5: str) -> None:
-    """Download a file with a progress bar, and give it its name once its size and MD5 are right.
+    """Download a file with a progress bar, and move it to `path` once its size and MD5 are verified.
 
-    What has come of an interrupted download stays beside it as PATH.part, and the next call asks for the rest alone.
-    The caller sees to it that only one process downloads at a time.
+    An interrupted download is kept as PATH.part, and the next call requests only the rest. The caller must ensure that
+    only one process downloads a file at a time.
 
     Args:
         url: Address, by http or https.
@@ -40,7 +40,7 @@ def download(url: str, path: Path, md5: str) -> None:
         md5: Hexadecimal MD5 that the publisher states.
 
     Raises:
-        RuntimeError: The file cannot be had, or is another; the message says what to do.
+        RuntimeError: The download fails, or the MD5 is another; the message says what to do.
     """
     partial = path.with_name(f'{path.name}.part')
     if constants.HF_HUB_OFFLINE:
@@ -66,7 +66,10 @@ def download(url: str, path: Path, md5: str) -> None:
 
 
 def _download_rest(url: str, partial: Path) -> None:
-    """Append to `partial` what it lacks; a server that knows no ranges gives the whole file anew."""
+    """Append the missing bytes to `partial`, or download all again if the server does not support ranges.
+
+    Raises ConnectionError if the response is cut short.
+    """
     begin = partial.stat().st_size if partial.exists() else 0
     headers = {'User-Agent': 'coatnet_zoo', 'Accept-Encoding': 'identity'}
     if begin:
@@ -74,7 +77,7 @@ def _download_rest(url: str, partial: Path) -> None:
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
-        if error.code == 416 and begin:  # nothing beyond what is there: the MD5 decides
+        if error.code == 416 and begin:  # no bytes are missing; the MD5 decides
             return
         raise
     with response:

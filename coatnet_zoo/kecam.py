@@ -1,8 +1,8 @@
 """CoAtNet weights of keras_cv_attention_models (kecam), downloaded from their publisher and converted on this machine.
 
-kecam (https://github.com/leondgarse/keras_cv_attention_models) trained the one public set of weights for the table of
-the CoAtNet paper: CoAtNet0 on ImageNet-1k, as Keras .h5 files. They are not re-hosted: its author says of the weights
-that the licence of the data set applies (ImageNet: non-commercial research).
+kecam (https://github.com/leondgarse/keras_cv_attention_models) published the only public weights for a variant of the
+CoAtNet paper's table: CoAtNet0 on ImageNet-1k, as Keras .h5 files. They are not re-hosted: its author states that the
+licence of the data set applies to the weights (ImageNet: non-commercial research).
 
 A file of `save_weights` or `model.save` holds group LAYER with the attribute `weight_names` and the datasets
 LAYER/LAYER/NAME:0, under `model_weights` in the second case. Convolutions are (Kh, Kw, in, out), depthwise ones
@@ -47,13 +47,13 @@ class KecamWeights:
     top1: float | None = None
 
 
-# a file of data, for scripts that list weights without importing torch
+# in a data file, so that scripts can list the weights without importing torch
 WEIGHTS = {name: KecamWeights(**entry) for name, entry in json.loads(
     Path(__file__).with_name('weights').joinpath('kecam.json').read_text(encoding='utf-8')).items()}
 # terms of the weights as their author states them: those of the data set
 LICENSE = {'license': 'other', 'license_name': 'imagenet-non-commercial',
            'license_link': 'https://www.image-net.org/download.php'}
-# fields of BackboneCfg in which kecam reads the paper differently, or sets what the paper leaves open
+# fields of BackboneCfg in which kecam interprets the paper differently, or sets what the paper leaves open
 CHOICES: dict[str, Any] = dict(
     pool='max', se_act='act', inner_width='input', head_norm='none', head_hidden_size=0, conv_stride='depthwise',
     act='gelu', conv_norm='batch', conv_norm_eps=1e-5, conv_norm_momentum=0.1, norm_eps=1e-5, stem_bias=False)
@@ -68,7 +68,7 @@ _MBCONV = {
 _TRANSFORMER = {
     'shortcut_conv': 'shortcut', 'preact_ln': 'norm1', 'mhsa_qkv_conv': 'attn.qkv', 'mhsa_pos_emb': 'attn.rel_bias',
     'mhsa_output': 'attn.proj', 'ffn_preact_ln': 'norm2', 'ffn_1_conv': 'mlp.fc1', 'ffn_2_conv': 'mlp.fc2'}
-# Keras' names, and those of kecam's own torch backend
+# parameter names of Keras and of kecam's torch backend -> names here
 _PARAMETERS = {
     'kernel': 'weight', 'depthwise_kernel': 'weight', 'weight': 'weight', 'gamma': 'weight', 'beta': 'bias',
     'bias': 'bias', 'moving_mean': 'running_mean', 'moving_variance': 'running_var', 'running_mean': 'running_mean',
@@ -77,9 +77,9 @@ _WITHOUT_BIAS = ('shortcut.proj', 'project', 'shortcut', 'attn.qkv', 'attn.proj'
 
 
 def weights_name(cfg: dict[str, Any]) -> str | None:
-    """NAME.TAG of the published file that a pretrained cfg loads, None if it is another source.
+    """NAME.TAG of the published file that a pretrained cfg loads; None for any other source.
 
-    The file is known by its name, so that a mirror may serve it: its MD5 is checked in any case.
+    The file is recognised by its name, so that a mirror may serve it; its MD5 is verified in any case.
     """
     if any(cfg.get(key) for key in ('state_dict', 'file', 'hf_hub_id')) or not cfg.get('url'):
         return None
@@ -90,19 +90,19 @@ def weights_name(cfg: dict[str, Any]) -> str | None:
 def fetch_weights(
         name: str, url: str, check: Callable[[dict[str, torch.Tensor]], None],
         cache_dir: str | Path | None = None) -> Path:
-    """Path of the converted and verified weights, downloaded and converted at the first call.
+    """Path of the converted and verified weights; the first call downloads and converts them.
 
-    The second call needs neither a network nor h5py: the safetensors file stays in the cache beside its own sha256.
+    Later calls need neither network nor h5py: the safetensors file stays in the cache, beside its sha256.
 
     Args:
         name: NAME.TAG out of `WEIGHTS`.
         url: Address of the .h5 file.
-        check: Raises if the converted weights do not fit their architecture; they are not cached then.
+        check: Raises if the converted weights do not fit their architecture; they are then not cached.
         cache_dir: Cache folder, torch.hub's `checkpoints` if None.
 
     Raises:
         ModuleNotFoundError: h5py is needed and not installed.
-        RuntimeError: The file cannot be had, is not what was published, or was damaged in the cache.
+        RuntimeError: The download fails, the file is not the published one, or the cached file is corrupted.
     """
     path = cached_path(name, cache_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,11 +124,11 @@ def fetch_weights(
 
 
 def cached_weights(name: str, cache_dir: str | Path | None = None) -> Path:
-    """Path of the converted weights in the cache, verified against the sha256 that was taken at conversion.
+    """Path of the converted weights in the cache, verified against the sha256 recorded at conversion.
 
     Raises:
         FileNotFoundError: They are not in the cache.
-        RuntimeError: The file has changed since.
+        RuntimeError: The file has changed since conversion.
     """
     path = cached_path(name, cache_dir)
     if not is_cached(name, cache_dir):
@@ -143,13 +143,13 @@ def cached_weights(name: str, cache_dir: str | Path | None = None) -> Path:
 
 
 def cached_path(name: str, cache_dir: str | Path | None = None) -> Path:
-    """Where the converted weights are or will be."""
+    """Path of the converted weights in the cache, whether or not they exist."""
     folder = Path(torch.hub.get_dir(), 'checkpoints') if cache_dir is None else Path(cache_dir)
     return folder / f'{name.replace(".", "-")}-{WEIGHTS[name].md5[:8]}.safetensors'
 
 
 def is_cached(name: str, cache_dir: str | Path | None = None) -> bool:
-    """Whether the converted weights are in the cache, and so load without a network; they are not verified."""
+    """Whether the converted weights are in the cache, so that they load without network; does not verify them."""
     path = cached_path(name, cache_dir)
     return path.is_file() and _checksum_file(path).is_file()
 
@@ -162,8 +162,8 @@ def read_h5(path: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         ModuleNotFoundError: h5py is not installed.
-        RuntimeError: The file is truncated, no Keras file or of another architecture, or has widths that kecam chooses
-            by rules of its own.
+        RuntimeError: The file is truncated, no Keras file or of another architecture, or has widths by rules of kecam
+            that this package lacks.
     """
     h5py = import_h5py()
     try:
@@ -181,13 +181,13 @@ def read_h5(path: Path) -> dict[str, torch.Tensor]:
     try:
         state_dict = convert_weights(weights)
         _check_widths(state_dict)
-    except (ValueError, IndexError, TypeError) as error:  # the latter two for tensors of too few dimensions
+    except (ValueError, IndexError, TypeError) as error:  # the last two: tensors with too few dimensions
         raise RuntimeError(f'{path} is no CoAtNet of kecam that can be converted: {error}') from error
     return state_dict
 
 
 def convert_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict of `Backbone` from tensors by Keras' names, LAYER/NAME.
+    """Convert tensors keyed by Keras' names, LAYER/NAME, to a state dict of `Backbone`.
 
     Raises:
         ValueError: Unknown layers, or a tensor whose shape its layer cannot have.
@@ -236,7 +236,7 @@ def _convert_tensor(name: str, tensor: torch.Tensor, is_attention: bool) -> torc
 
 
 def _check_widths(state_dict: dict[str, torch.Tensor]) -> None:
-    """Refuse the widths for which kecam has rules that this package lacks, which a misfit would not explain."""
+    """Raise ValueError for widths by rules of kecam that this package lacks; a misfit would not show the reason."""
     ratios = {}
     for key, weight in state_dict.items():
         if key.endswith('.se.reduce.weight'):
@@ -253,14 +253,14 @@ def _check_widths(state_dict: dict[str, torch.Tensor]) -> None:
 
 
 def check_choices(cfg: Any, explicit: set[str]) -> None:
-    """Refuse to load a file of kecam into a model that would compute something else from it.
+    """Raise RuntimeError if a model would compute something else from a file of kecam than kecam does.
 
     Args:
         cfg: BackboneCfg of the model.
-        explicit: Fields that the caller has set by keyword, which stay the caller's choice.
+        explicit: Fields that the caller has set by keyword; they are not checked.
 
     Raises:
-        RuntimeError: A field differs from `CHOICES` by the default of the name alone.
+        RuntimeError: A field that the caller has not set differs from `CHOICES`.
     """
     wrong = [f'{name}={value!r}' for name, value in CHOICES.items()
              if name not in explicit and getattr(cfg, name) != value]
@@ -271,7 +271,7 @@ def check_choices(cfg: Any, explicit: set[str]) -> None:
 
 
 def import_h5py() -> Any:
-    """The module h5py, or an error that names the extra."""
+    """Import h5py; ModuleNotFoundError names the extra that installs it."""
     try:
         import h5py
     except ModuleNotFoundError as error:
@@ -286,7 +286,7 @@ def _checksum_file(path: Path) -> Path:
 
 
 def _write(path: Path, state_dict: dict[str, torch.Tensor], weights: KecamWeights) -> None:
-    """Write the weights, then their sha256: without the second file, the conversion is done again."""
+    """Write the weights, then their sha256; if the process dies in between, the conversion is repeated."""
     checksum = _checksum_file(path)
     checksum.unlink(missing_ok=True)
     temporary = path.with_name(f'{path.name}.tmp')

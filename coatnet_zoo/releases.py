@@ -1,4 +1,4 @@
-"""Released weights: which names have some, where the files are, and the check that a file is the one released.
+"""Released weights: names, location of the files, and verification of a file against the released SHA-256.
 
 `weights/releases.json` has an entry for each NAME.TAG: `repo`, `commit` and `file` on the Hub (null if it is not
 there), `packaged` (a file of `weights/`, or null), `sha256`, `size`, `pretrained_cfg`, and where the numbers come from.
@@ -29,10 +29,10 @@ WEIGHTS = Path(__file__).with_name('weights')
 
 
 def read_releases(path: Path) -> dict[str, dict[str, Any]]:
-    """Read and check a releases.json: each entry says where its weights are and what they must be.
+    """Read and validate a releases.json; the module docstring lists the fields of an entry.
 
     Raises:
-        ValueError: The file cannot be read, is no JSON, or has an entry that hub/publish.py would not write.
+        ValueError: The file cannot be read, is no JSON, or has an invalid entry.
     """
     try:
         releases = json.loads(path.read_text(encoding='utf-8'))
@@ -57,7 +57,7 @@ def read_releases(path: Path) -> dict[str, dict[str, Any]]:
 
 RELEASES = read_releases(WEIGHTS / 'releases.json')
 
-# pretrained_cfg fields that a tag may set; shapes and names of layers are the architecture's
+# pretrained_cfg fields that a tag may set; input size and layer names belong to the architecture
 _TAG_FIELDS = (
     'num_classes', 'label_names', 'label_descriptions', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std',
     'test_input_size', 'test_crop_pct', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
@@ -73,7 +73,7 @@ def add_released_tags(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for name, entry in RELEASES.items():
         untrained = cfgs.get(f'{name.partition(".")[0]}.untrained')
         if untrained is None:
-            continue  # an architecture of another file
+            continue  # an architecture of another family
         fields = {key: tuple(value) if isinstance(value, list) else value
                   for key, value in entry['pretrained_cfg'].items() if key in _TAG_FIELDS}
         source = {'file': str(WEIGHTS / entry['packaged'])} if entry['packaged'] else {
@@ -83,10 +83,9 @@ def add_released_tags(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_release(name: str, cfg: dict[str, Any], default_cfg: dict[str, Any]) -> None:
-    """Refuse weights that would change the default input size or number of classes of their architecture.
+    """Raise ValueError for weights that would change the default input size or number of classes of their architecture.
 
-    timm takes number of classes and input size of an architecture from its first tag with weights, even for
-    `pretrained=False`.
+    timm takes both defaults of an architecture from its first tag with weights, even for `pretrained=False`.
 
     Args:
         name: NAME.TAG.
@@ -119,15 +118,15 @@ def find_release(cfg: dict[str, Any]) -> str | None:
 
 
 def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
-    """Path of the verified file of a release: in the package, or in the Hub's cache, downloaded if it is not there.
+    """Path of the verified file of a release, in the package or in the Hub's cache; downloads it if need be.
 
     Args:
         name: NAME.TAG of `weights/releases.json`.
         cache_dir: Cache folder of the Hub's files; None for the Hub's default.
 
     Raises:
-        FileNotFoundError: A file of the package is gone.
-        RuntimeError: The Hub does not give the file, or its sha256 is another.
+        FileNotFoundError: A packaged file is missing.
+        RuntimeError: The download fails, or the file is not the released one by its sha256.
     """
     entry = RELEASES[name]
     if entry['packaged']:
@@ -136,7 +135,7 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
         try:
             path = Path(hf_hub_download(
                 entry['repo'], entry['file'], revision=entry['commit'], cache_dir=cache_dir))
-        except Exception as error:  # the transport below the client, and so its errors, differs between versions
+        except Exception as error:  # the HTTP library below huggingface_hub, and so its errors, differs by version
             raise RuntimeError(f'{name}: {_hub_error_message(entry, error)}') from error
     _check_sha256(name, entry, path)
     return path
@@ -155,7 +154,7 @@ def verify_weights(name: str, cache_dir: str | Path | None = None) -> Path:
     Raises:
         ValueError: Nothing of that name is released.
         FileNotFoundError: The file is neither in the package nor in the cache.
-        RuntimeError: The file is not what was released.
+        RuntimeError: The file is not the released one.
     """
     names = (*RELEASES, *kecam.WEIGHTS)
     known = next((known for known in names if name in (known, known.partition('.')[0])), None)
@@ -191,14 +190,14 @@ def _packaged(name: str, entry: dict[str, Any]) -> Path:
 def _check_sha256(name: str, entry: dict[str, Any], path: Path) -> None:
     if (found := sha256_of(path)) != entry['sha256']:
         way_out = 'reinstall coatnet_zoo' if entry['packaged'] else (
-            f'delete {path.resolve()} and load {name} again')  # resolved, or the damaged file would stay
+            f'delete {path.resolve()} and load {name} again')  # resolved: the path is a link in the cache
         raise RuntimeError(
             f'{name}: {path} is damaged and was not loaded: its sha256 is {found}, released was {entry["sha256"]}; '
             f'{way_out}.')
 
 
 def _hub_error_message(entry: dict[str, Any], error: Exception) -> str:
-    """Error message for a failed download: what went wrong at the Hub and the way out."""
+    """Error message for a failed download: cause and remedy."""
     repo, status = entry['repo'], getattr(getattr(error, 'response', None), 'status_code', None)
     local_file = 'pretrained_cfg_overlay=dict(file=...) loads a file of your own'
     if isinstance(error, LocalEntryNotFoundError):

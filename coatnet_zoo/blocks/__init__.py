@@ -1,4 +1,4 @@
-"""The blocks of the four block types, one file each, and what they share."""
+"""The four block types, one file each, the stems, and the modules that they share."""
 from torch import nn
 
 from .activation import GELU
@@ -11,5 +11,5 @@ from .transformer import TransformerBlock
 __all__ = ['BLOCKS', 'GELU', 'ConvStem', 'DynamicConv2d', 'DynamicConvBlock', 'LightConv2d', 'LightConvBlock', 'MBConv',
            'PatchStem', 'TransformerBlock']
 
-# block type, as a layout names it, and its block
+# block type in a layout -> block class
 BLOCKS: dict[str, type[nn.Module]] = {'C': MBConv, 'T': TransformerBlock, 'L': LightConvBlock, 'D': DynamicConvBlock}

@@ -1,4 +1,4 @@
-"""GELU in the two forms in use."""
+"""GELU: the tanh approximation and the exact form."""
 import torch
 import torch.nn.functional as F
 from torch import nn

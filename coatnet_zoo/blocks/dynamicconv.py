@@ -1,7 +1,7 @@
 """Block type D: the DynamicConv block, Pay Less Attention section 4.
 
-The block of type L, its kernel predicted at each position i from the input of the convolution there and nowhere
-else, by one linear layer without bias: W_i = Linear(x_i), d to heads * K * K.
+The block of type L, with a kernel for each position i. One linear layer without bias predicts it from the input x_i of
+the convolution at that position alone: W_i = Linear(x_i), d to heads * K * K.
 """
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from .lightconv import LightConv2d, LightConvBlock, conv_heads
 
 __all__ = ['DynamicConv2d', 'DynamicConvBlock']
 
-torch.fx.wrap('dynamicconv2d')  # one node for every tracer: its checks look at tensors
+torch.fx.wrap('dynamicconv2d')  # one node in fx graphs: its checks need tensors
 
 
 @register_notrace_module
@@ -29,10 +29,12 @@ class DynamicConv2d(nn.Module):
     Args:
         dim: Channels.
         kernel_size: Side of the square kernel, odd.
-        head_dim: Channels that share a kernel; a narrower `dim` shares one. Divides `dim`.
+        head_dim: Channels that share a kernel. Divides `dim`, or exceeds it: then all channels share one kernel.
         dropconnect: Probability of dropping a normalised weight in training.
         normalize: 'softmax' or 'none'.
         static_branch: Add a learned depthwise convolution of the same size, one kernel a channel.
+
+    Raises ValueError for an even kernel size or a `head_dim` that does not fit.
     """
 
     def __init__(
@@ -72,9 +74,9 @@ class DynamicConv2d(nn.Module):
         return out if self.static is None else out + self.static(x)
 
     def fuses_projection(self, x: torch.Tensor) -> bool:
-        """Whether `logits` and convolution are one kernel: it runs for x, and the layer is a plain one without hooks.
+        """Whether `logits` and convolution run as one kernel: if it takes x and `logits` is nn.Linear without hooks.
 
-        A tracer's x is no tensor; its graph keeps both steps.
+        False under torch.fx, whose x is a proxy: the graph keeps both steps.
         """
         layer = self.logits
         plain = type(layer) is nn.Linear and layer.bias is None and 'forward' not in vars(layer) and not (

@@ -1,7 +1,7 @@
-"""Parts of the inference form, which `timm.utils.reparameterize_model` makes of a model.
+"""Parts of the inference (reparameterised) form of a model, which `timm.utils.reparameterize_model` makes.
 
-- Exact folding of what is affine in evaluation into the convolution or linear layer before or after it.
-- `InplaceGELU` and `inplace_mul`, which overwrite an input that nothing else refers to.
+- Exact folding of BatchNorm and LayerScale, affine in evaluation, into the convolution or linear layer next to them.
+- `InplaceGELU` and `inplace_mul`, which overwrite their input; nothing else may use it.
 """
 import math
 
@@ -34,7 +34,10 @@ def _replace(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
 
 @torch.no_grad()
 def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
-    """Make `conv` compute norm(conv(x)); returns what takes the place of `norm` (itself if it is no BatchNorm)."""
+    """Fold `norm` into `conv` before it, in place, as norm(conv(x)); return the replacement of `norm`.
+
+    This is an identity, or `norm` itself, not folded, if it is no BatchNorm2d.
+    """
     if not isinstance(norm, nn.BatchNorm2d):
         return norm
     scale, shift = _scale_shift(norm)
@@ -45,9 +48,9 @@ def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_norm_into_next(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
-    """Make the 1x1 `conv` compute conv(norm(x)); returns what takes the place of `norm`.
+    """Fold `norm` into the 1x1 `conv` after it, in place, as conv(norm(x)); return the replacement of `norm`.
 
-    Exact because a 1x1 convolution has no padding: a padded kernel would meet zeros that the norm never shifted.
+    Exact since a 1x1 convolution has no padding: the zeros of a padding are not shifted by the norm.
     """
     if not isinstance(norm, nn.BatchNorm2d):
         return norm
@@ -61,7 +64,7 @@ def fold_norm_into_next(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
 
 @torch.no_grad()
 def fold_scale_into_previous(linear: nn.Linear, scale: nn.Module) -> nn.Module:
-    """Make `linear` compute scale(linear(x)); returns what takes the place of `scale`."""
+    """Fold a LayerScale into `linear` before it, in place; return the replacement of `scale`."""
     if not isinstance(scale, LayerScale):
         return scale
     gamma = scale.gamma.double()
@@ -71,7 +74,7 @@ def fold_scale_into_previous(linear: nn.Linear, scale: nn.Module) -> nn.Module:
 
 
 class InplaceGELU(nn.Module):
-    """GELU that overwrites its input where autograd and graph capture leave it free to."""
+    """GELU that overwrites its input unless autograd or graph capture needs it."""
 
     def __init__(self, approximate: str):
         super().__init__()
@@ -116,7 +119,7 @@ def _is_dense(x: torch.Tensor) -> bool:
 
 
 def inplace_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """`x * gate`, in the memory of `x` unless a gradient or a traced graph needs it (one graph for both)."""
+    """`x * gate`, in the memory of `x` unless a gradient or a captured graph needs `x`."""
     captured = False
     if not torch.jit.is_scripting():
         captured = torch.compiler.is_compiling() or torch.jit.is_tracing()

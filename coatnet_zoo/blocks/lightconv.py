@@ -2,9 +2,9 @@
 
     x <- Proj(Pool(x)) + Out(LightConv(GLU(In(Pool(Norm(x))))));   x <- x + FFN(Norm(x))
 
-In takes d to 2d, GLU(a, b) = a * sigmoid(b), Out takes d to d. What differs from the authors' code (fairseq) is what a
-decade of vision models has settled on: the norm before the branch, GELU in the FFN, LayerScale (CaiT) and stochastic
-depth. The shortcut and the pooling of a stage's first block are those of block type T.
+In maps d channels to 2d, GLU(a, b) = a * sigmoid(b), Out maps d to d. Unlike the authors' code (fairseq), the block
+follows current vision models: pre-norm, GELU in the FFN, LayerScale (CaiT) and stochastic depth. The shortcut and the
+pooling of a stage's first block are those of block type T.
 """
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +26,7 @@ from .inference import fold_scale_into_previous
 
 __all__ = ['LightConv2d', 'LightConvBlock']
 
-torch.fx.wrap('lightconv2d')  # one node for every tracer: its checks look at tensors
+torch.fx.wrap('lightconv2d')  # one node in fx graphs: its checks need tensors
 
 
 @register_notrace_module
@@ -36,9 +36,11 @@ class LightConv2d(nn.Module):
     Args:
         dim: Channels.
         kernel_size: Side of the square kernel, odd.
-        head_dim: Channels that share a kernel; a narrower `dim` shares one. Divides `dim`.
+        head_dim: Channels that share a kernel. Divides `dim`, or exceeds it: then all channels share one kernel.
         dropconnect: Probability of dropping a normalised weight in training.
         normalize: 'softmax' or 'none'.
+
+    Raises ValueError for an even kernel size or a `head_dim` that does not fit.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class LightConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight[:, None])  # fairseq, whose weight is (heads, 1, width)
+        nn.init.xavier_uniform_(self.weight[:, None])  # as in fairseq, whose weight is (heads, 1, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -74,7 +76,7 @@ class LightConv2d(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        """The plain depthwise convolution that this is in evaluation."""
+        """Equivalent depthwise nn.Conv2d for evaluation."""
         heads, size, _ = self.weight.shape
         kernel = self.weight.double()
         if self.normalize == 'softmax':
@@ -91,7 +93,7 @@ class LightConv2d(nn.Module):
 
 
 def conv_heads(dim: int, head_dim: int) -> int:
-    """Heads of `head_dim` channels in `dim`, one if that is narrower."""
+    """Number of heads: dim / head_dim, or 1 if head_dim exceeds dim; ValueError if head_dim does not divide dim."""
     if head_dim < 1 or (dim > head_dim and dim % head_dim):
         raise ValueError(
             f'conv_head_dim must divide the width of its stage, or exceed it, got {head_dim}, width {dim}.')
@@ -108,13 +110,13 @@ class LightConvBlock(nn.Module):
         drop_path: Probability of dropping each of the two branches of a sample in training.
         kernel_size: Side of the kernel, odd.
         head_dim: Channels that share a kernel.
-        glu: Gate the input of the convolution; False leaves a linear layer d to d.
+        glu: Gate the input of the convolution by a GLU; False for a linear layer d to d instead.
         normalize: 'softmax' or 'none'.
         dropconnect: Probability of dropping a normalised kernel weight in training.
         mlp_ratio: Hidden channels of the FFN as a multiple of `dim_out`.
-        layer_scale: First value of the learned scale of each branch; 0 leaves it out.
+        layer_scale: Initial value of the LayerScale of each branch; 0 for none.
         pool: Pooling of shortcut and input: 'avg' or 'max'.
-        conv_layer: Makes the convolution of the block type.
+        conv_layer: Constructor of the convolution, with the arguments of `LightConv2d`.
         norm_layer: Makes a norm over the last dimension.
         act_layer: Makes an activation.
     """
@@ -171,7 +173,7 @@ class LightConvBlock(nn.Module):
         return x.permute(0, 3, 1, 2)
 
     def fuse(self) -> nn.Module:
-        """Fold both LayerScales into the linear layers before them, in place; the convolution folds itself."""
+        """Fold both LayerScales into the linear layers before them, in place; the convolution has its own `fuse`."""
         assert isinstance(self.mlp.fc2, nn.Linear)
         self.scale1 = fold_scale_into_previous(self.out_proj, self.scale1)
         self.scale2 = fold_scale_into_previous(self.mlp.fc2, self.scale2)

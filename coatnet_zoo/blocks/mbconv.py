@@ -20,7 +20,7 @@ from .inference import fold_norm_into_next, fold_norm_into_previous, inplace_mul
 
 __all__ = ['MBConv']
 
-torch.fx.wrap('inplace_mul')  # one node for every tracer; fx looks the name up where it is called
+torch.fx.wrap('inplace_mul')  # one node in fx graphs; fx looks the name up in the calling module
 
 
 class MBConv(nn.Module):
@@ -90,11 +90,11 @@ class MBConv(nn.Module):
         x = self.act1(self.norm1(self.expand(self.pre_norm(x))))
         x = self.act2(self.norm2(self.depthwise(x)))
         gate = self.se(x.mean((2, 3), keepdim=True))
-        x = inplace_mul(x, gate) if self.folded else x * gate  # folded, nothing else refers to x
+        x = inplace_mul(x, gate) if self.folded else x * gate  # once folded, nothing else uses x
         return shortcut + self.drop_path(self.project(x))
 
     def fuse(self) -> nn.Module:
-        """Fold the three BatchNorms, in place; afterwards the block is for inference."""
+        """Fold the three BatchNorms, in place; the block is then for inference only."""
         if self.folded:
             return self
         self.pre_norm = fold_norm_into_next(self.pre_norm, self.expand)

@@ -1,4 +1,4 @@
-"""The two stems of the paper, and the check of the input batch before them."""
+"""The two stems of the paper, and the validation of the input batch before them."""
 from collections.abc import Callable
 
 import torch
@@ -17,7 +17,7 @@ def check_size(height: int, width: int, total_stride: int, divisible: bool) -> N
         height: Image height.
         width: Image width.
         total_stride: Reduction of the last stage.
-        divisible: The size must be a multiple of the stride: for the bias table of attention, or the patches of a stem.
+        divisible: Require multiples of the stride, as the bias tables of attention and the patch stem do.
     """
     if height < total_stride or width < total_stride:
         raise ValueError(
@@ -29,17 +29,17 @@ def check_size(height: int, width: int, total_stride: int, divisible: bool) -> N
             f'got {height} x {width}; the next smaller size that works is {down[0]} x {down[1]}.')
 
 
-@torch.fx.wrap  # a single node for every tracer of torch.fx, not for timm's alone
+@torch.fx.wrap  # one node in the graph of every torch.fx tracer, not only timm's
 def check_input(x: torch.Tensor, in_chans: int, height: int, width: int, stride: int, rule: str) -> torch.Tensor:
-    """Return `x` if the model can take it, else raise a ValueError (a jit.Error once scripted) that says what it takes.
+    """Return `x` if the model accepts it, else raise ValueError (torch.jit.Error once scripted).
 
     Args:
-        x: Images, to be (B, in_chans, H, W) in floating point.
-        in_chans: Channels the stem was made for.
-        height: Height the model was made for, in pixels.
-        width: Width the model was made for.
+        x: Images, expected to be (B, in_chans, H, W), floating point.
+        in_chans: Image channels of the model.
+        height: Image height of the model, in pixels.
+        width: Image width of the model, in pixels.
         stride: Total stride of the model.
-        rule: 'fixed' that size alone, 'multiple' any multiple of `stride`, 'free' any size from `stride` up.
+        rule: Accepted sizes: 'fixed' height x width only, 'multiple' multiples of `stride`, 'free' `stride` and larger.
     """
     if x.dim() != 4:
         raise ValueError(f'images must be a batch (B, C, H, W), got {x.dim()} dimensions.')
@@ -73,7 +73,7 @@ class InputCheck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = check_input(x, self.in_chans, self.img_size[0], self.img_size[1], self.stride, self.rule)
-        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # no copy if it is laid out so already
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # no copy if already channels_last
 
     def extra_repr(self) -> str:
         return f'in_chans={self.in_chans}, img_size={self.img_size}, stride={self.stride}, rule={self.rule!r}'
@@ -118,7 +118,10 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """The stem of ViT_REL: one patch x patch convolution of that stride."""
+    """Stem of ViT_REL: one convolution whose kernel size and stride are `patch_size`.
+
+    (B, in_chans, H, W) -> (B, width, H / patch_size, W / patch_size).
+    """
 
     def __init__(
             self, check: InputCheck, width: int, patch_size: int = 16, bias: bool = True, device=None, dtype=None):

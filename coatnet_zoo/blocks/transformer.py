@@ -5,8 +5,8 @@
     y_i = sum_j softmax_j(x_i . x_j / sqrt(d) + w_{i-j}) x_j      rel_bias='pre', the paper's choice
     y_i = sum_j (softmax_j(x_i . x_j / sqrt(d)) + w_{i-j}) x_j    rel_bias='post', its other variant
 
-with w learned per block and head, independent of the input. The widths change in q, k, v directly, and the shortcut
-is projected only if the width changes, as in the authors' shared code (google-research/maxvit, TransformerBlock).
+with w learned per block and head, independent of the input. The layer of q, k, v changes the width, and the shortcut is
+projected only if the width changes, as in the authors' shared code (google-research/maxvit, TransformerBlock).
 """
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def refuse_legacy_onnx() -> None:
 
 @torch.fx.wrap
 def resize_bias_table(table: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
-    """A bias table (heads, ., .) made (heads, 2H - 1, 2W - 1) for a map (H, W), bilinearly as in the official code."""
+    """Resize a bias table (heads, h, w) to (heads, 2H - 1, 2W - 1) for maps (H, W); bilinear, as in official code."""
     size = [2 * feat_size[0] - 1, 2 * feat_size[1] - 1]
     if size[0] == table.shape[1] and size[1] == table.shape[2]:
         return table
@@ -51,7 +51,7 @@ class RelativeBias(nn.Module):
     Args:
         num_heads: Attention heads.
         feat_size: (H, W) of the map that the table is made for.
-        dynamic: Resize the table, bilinearly and at each call, for maps of other sizes.
+        dynamic: Accept maps of other sizes: resize the table at each call.
     """
 
     dynamic: Final[bool]
@@ -72,20 +72,20 @@ class RelativeBias(nn.Module):
                 refuse_legacy_onnx()
             table = resize_bias_table(table, (height, width))
         else:
-            height, width = self.feat_size  # the same numbers, constant where shapes are traced (legacy ONNX export)
+            height, width = self.feat_size  # the same values, but constant in traced graphs (legacy ONNX export)
         # windows[:, a, b, u, v] = table[:, H-1+a-u, W-1+b-v]: no index tensor to keep, move or go stale
         windows = table.flip(1, 2).unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)
         return windows.reshape(1, table.shape[0], height * width, height * width)
 
     @torch.no_grad()
     def set_feat_size(self, feat_size: tuple[int, int]) -> None:
-        """Resize the learned table itself."""
+        """Replace the learned table by one resized for maps (H, W)."""
         resized = resize_bias_table(self.table, feat_size).contiguous()
         self.table = nn.Parameter(resized, requires_grad=self.table.requires_grad)
         self.feat_size = feat_size
 
     def fuse(self) -> nn.Module:
-        """The bias laid out once, for maps of one size; a dynamic bias stays as it is."""
+        """Expand the bias once, as `FixedBias`, for maps of one size; a dynamic bias is returned as it is."""
         return self if self.dynamic else FixedBias(self(*self.feat_size).detach())
 
     def extra_repr(self) -> str:
@@ -94,7 +94,7 @@ class RelativeBias(nn.Module):
 
 @register_notrace_module
 class FixedBias(nn.Module):
-    """Inference form of `RelativeBias`: the laid-out (1, heads, N, N)."""
+    """Inference form of `RelativeBias`: the expanded bias (1, heads, N, N), for maps of one size."""
 
     bias: torch.Tensor
 
@@ -115,11 +115,13 @@ class RelativeAttention2d(nn.Module):
         dim_out: Output channels.
         feat_size: (H, W) of the map.
         head_dim: Channels of one head.
-        rel_bias: 'pre', 'post' or 'none', see the head of this file.
-        softmax_dtype: 'float32' takes the softmax of half-precision logits in float32, 'input' in their own dtype.
-            (torch's fused attention, used where it can be, always takes it in float32.)
+        rel_bias: 'pre', 'post' or 'none'; formulas at the top of this file.
+        softmax_dtype: 'float32' computes the softmax of half-precision logits in float32, 'input' in their own dtype.
+            (torch's fused attention, if in use, always computes it in float32.)
         dynamic: Accept maps of other sizes.
-        inner_dim: Summed width of the heads, `dim_out` if None; `head_dim` divides it.
+        inner_dim: Summed width of the heads, `dim_out` if None.
+
+    Raises ValueError if `head_dim` does not divide `inner_dim`.
     """
 
     fused_attn: Final[bool]
@@ -234,7 +236,7 @@ class TransformerBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def set_feat_size(self, feat_size: tuple[int, int]) -> None:
-        """Resize the bias table for an output map (H, W)."""
+        """Resize the bias table for an output map (H, W); RuntimeError once the model is folded."""
         if isinstance(self.attn.rel_bias, FixedBias):
             raise RuntimeError(
                 'set_input_size cannot resize a folded model: its relative bias is laid out for one size. '

@@ -1,4 +1,4 @@
-"""The families; importing them registers their names with timm."""
+"""The model families; importing them registers their names with timm."""
 from . import coatnet, lightconvnet
 from .backbone import Backbone
 from .build import list_models

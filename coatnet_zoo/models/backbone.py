@@ -7,7 +7,7 @@ Pay Less Attention with Lightweight and Dynamic Convolutions, https://arxiv.org/
     C           MBConv with squeeze-excite                                           CoAtNet
     T           Transformer block with relative attention                            CoAtNet
     L           LightConv: a softmax-normalised kernel shared by a head's channels   Pay Less Attention
-    D           DynamicConv: the same kernel, predicted afresh at each position      Pay Less Attention
+    D           DynamicConv: such a kernel, predicted at each position               Pay Less Attention
 
 `coatnet_0` has layout CCTT, `lightconvnet_tiny` LLLL. Tensors between stages are (B, C, H, W), channels_last in memory.
 """
@@ -34,22 +34,23 @@ POOLS = ('avg', 'max', 'avgmax', '')  # timm's, less 'catavgmax', which would ch
 
 
 class Backbone(nn.Module):
-    """(B, in_chans, H, W) images to (B, num_classes) logits.
+    """Image classifier: (B, in_chans, H, W) -> logits (B, num_classes).
 
     Args:
         cfg: The variant.
-        img_size: Image size in pixels, int or (H, W). A layout with attention is made for it; others take any size.
+        img_size: Image size in pixels, int or (H, W). A layout with `T` accepts this size only (see dynamic_img_size),
+            others any size of at least the total stride; `cfg.stem` 'vit' requires multiples of it.
         in_chans: Image channels.
         num_classes: Classes; 0 leaves the classifier out (the tanh layer before it stays, as in timm's CoAtNet).
         global_pool: 'avg', 'max', 'avgmax', or '' for unpooled (B, num_classes, h, w).
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth; `cfg.drop_path_schedule` says how it grows from block to block.
-        dynamic_img_size: Take another image size at every call, resizing the relative-bias tables for it.
-        device: Where parameters are created.
+        drop_path_rate: Stochastic depth rate, which grows from block to block by `cfg.drop_path_schedule`.
+        dynamic_img_size: Accept any multiple of the total stride; relative-bias tables are resized at each call.
+        device: Device of the parameters.
         dtype: Parameter dtype.
 
     Raises:
-        ValueError: An image size that the layout cannot take, or another value that no model can have.
+        ValueError: An image size that the layout cannot take, or another invalid argument.
     """
 
     if TYPE_CHECKING:  # TorchScript would read the annotation too
@@ -87,7 +88,7 @@ class Backbone(nn.Module):
             rule = 'multiple' if dynamic_img_size else 'fixed'
         else:
             rule = 'multiple' if cfg.stem == 'vit' else 'free'
-        self._traits = dict(fixed_input_size=rule == 'fixed')  # timm asks here whether img_size must be passed on
+        self._traits = dict(fixed_input_size=rule == 'fixed')  # timm reads here whether to pass on img_size
         self.img_size = self._checked_size(img_size)
 
         check = InputCheck(in_chans, self.img_size, cfg.reductions[-1], rule)
@@ -152,12 +153,12 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The relative-bias tables (official recipe: nothing named bias decays)."""
+        """Names of parameters without weight decay: the relative-bias tables (official: none named bias decays)."""
         return {name for name, _ in self.named_parameters() if name.endswith('rel_bias.table')}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for layer-wise learning-rate decay: a stage each if coarse, else a block each."""
+        """Layer groups for layer-wise learning-rate decay: one a stage if coarse, else one a block."""
         return dict(
             stem=r'^stem',
             blocks=r'^stages\.(\d+)' if coarse else [(r'^stages\.(\d+)\.blocks\.(\d+)', None)])
@@ -197,9 +198,9 @@ class Backbone(nn.Module):
             x: Images (B, in_chans, H, W).
             indices: The last n if int, all if None, else those listed.
             norm: Accepted as in timm; the only norm of the model comes after pooling, so nothing changes.
-            stop_early: Leave out the stages after the last index asked for.
-            output_fmt: 'NCHW' alone.
-            intermediates_only: Return only the list, not the final features before it.
+            stop_early: Leave out the stages after the last requested index.
+            output_fmt: 'NCHW'; ValueError for any other.
+            intermediates_only: Return the list of features only, else (final features, list).
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
@@ -219,7 +220,7 @@ class Backbone(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Drop the stages after the last index, and the head with them; returns the indices kept."""
+        """Drop the stages after the last index, and the head if any stage goes or `prune_head`; return the indices."""
         take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
         cut = max_index < len(self.stages)
         self.stages = self.stages[:max_index]
@@ -234,7 +235,7 @@ class Backbone(nn.Module):
         return self.stages(self.stem(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """(B, num_features, h, w) -> logits, or what the classifier takes (B, head_hidden_size)."""
+        """(B, num_features, h, w) -> logits, or with `pre_logits` the input of the classifier (B, head_hidden_size)."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -242,14 +243,16 @@ class Backbone(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one type at one resolution, the first of which takes the stride and the new width.
+    """Blocks of one type; the first applies the stride and changes the width.
+
+    (B, dim, H, W) -> (B, dim_out, ceil(H / stride), ceil(W / stride)).
 
     Args:
         block: Constructor of a block, called with dim, dim_out, stride and drop_path.
         dim: Input channels.
         dim_out: Output channels.
         stride: Stride of the first block.
-        drop_path: Rate of stochastic depth of each block; their number is the stage's depth.
+        drop_path: Stochastic depth rate of each block; the length of the list is the stage's depth.
     """
 
     def __init__(self, block: Callable[..., nn.Module], dim: int, dim_out: int, stride: int, drop_path: list[float]):
@@ -267,13 +270,13 @@ class Stage(nn.Module):
 
 def _block_factory(
         cfg: BackboneCfg, stage: int, feat_size: tuple[int, int], dynamic: bool, **dd: Any) -> Callable[..., nn.Module]:
-    """The block of a stage with all that `cfg` says of its type, still to be given widths, stride and drop path.
+    """Constructor of the blocks of a stage, with the options of `cfg` bound; takes widths, stride and drop path.
 
     Args:
         cfg: The variant.
         stage: Index of the stage, 0 to 3.
         feat_size: (H, W) of its maps.
-        dynamic: Take maps of other sizes too.
+        dynamic: Accept maps of other sizes too.
         **dd: Device and dtype.
     """
     block_type = cfg.layout[stage]
@@ -292,7 +295,7 @@ def _block_factory(
 
 
 def _conv_norm(cfg: BackboneCfg) -> Callable[..., nn.Module]:
-    """Constructor of the norms of stem and MBConv."""
+    """Constructor of the norms of stem and MBConv; takes the number of channels."""
     if cfg.conv_norm == 'layer':
         return partial(LayerNorm2d, eps=cfg.norm_eps)
     return partial(nn.BatchNorm2d, eps=cfg.conv_norm_eps, momentum=cfg.conv_norm_momentum)

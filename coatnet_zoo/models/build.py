@@ -1,4 +1,4 @@
-"""From a registered name and keywords to a model, with pretrained sources checked before timm reads them."""
+"""Building of a model from its registered name and keywords; pretrained sources are checked before timm reads them."""
 import dataclasses
 import difflib
 import inspect
@@ -29,11 +29,11 @@ __all__ = ['build_backbone', 'list_models']
 
 _CFG_FIELDS = ('flavor', *(field.name for field in dataclasses.fields(BackboneCfg)))
 _MODEL_ARGS = tuple(inspect.signature(Backbone).parameters)[1:]
-_BUILDER_ARGS = (  # what timm's factory and builder take out before the class is called
+_BUILDER_ARGS = (  # consumed by timm's factory and builder, not passed to the class
     'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'cache_dir',
     'features_only', 'out_indices', 'feature_cls')
 _SOURCES = ('state_dict', 'file', 'url', 'hf_hub_id')
-_RENAMED = {  # keywords that older config.json files may hold, and what to write in their place
+_RENAMED = {  # keywords that older config.json files may hold, and their replacements
     'drop_path_ramp': "'drop_path_schedule', with 'exclusive' for 'open' and 'inclusive' for 'closed'",
     'softmax': "'attn_softmax_dtype', with the same values"}
 
@@ -42,7 +42,7 @@ def list_models(pretrained: bool = False) -> list[str]:
     """Names that this package registers with timm, sorted as timm sorts.
 
     Args:
-        pretrained: List NAME.TAG of those that have weights instead.
+        pretrained: List NAME.TAG of the models with weights instead.
     """
     package = __package__.partition('.')[0]
     return [name for name in timm.list_models(pretrained=pretrained)
@@ -55,23 +55,23 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
     Args:
         variant: Name in timm's registry.
         cfg: Its configuration.
-        pretrained: Load weights; refused for a name that has none.
+        pretrained: Load weights; RuntimeError for a name that has none.
         **kwargs: Fields of `BackboneCfg`, `flavor`, arguments of `Backbone`, and what timm's factory passes.
 
     Returns:
         A `Backbone`, or timm's feature wrapper around one with `features_only=True`.
 
     Raises:
-        ValueError: A value that no model can have, an unknown tag, or `output_stride`.
+        ValueError: An invalid value, an unknown tag, or `output_stride`.
         TypeError: An unknown keyword.
-        ModuleNotFoundError: A Keras file is to be read and h5py is not installed.
+        ModuleNotFoundError: h5py, needed for a Keras file, is not installed.
         FileNotFoundError: The checkpoint file named in `pretrained_cfg_overlay` does not exist.
-        RuntimeError: No weights exist, the Hub does not give them, or the checkpoint is damaged or does not fit.
+        RuntimeError: No weights exist, their download fails, or the checkpoint is corrupted or does not fit.
     """
     _check_keywords(variant, cfg, kwargs)
     overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
     if overlay.get('hf_hub_id') or overlay.get('url'):
-        # or timm might prefer a release's own file or repository to what the user names
+        # otherwise timm might prefer the release's own file or repository to the user's source
         overlay = {'file': None, 'hf_hub_id': None, 'hf_hub_filename': None, **overlay}
     pretrained_cfg = kwargs.get('pretrained_cfg')
     source_cfg = _source_cfg(variant, pretrained_cfg, overlay)
@@ -85,7 +85,7 @@ def build_backbone(variant: str, cfg: BackboneCfg, pretrained: bool = False, /, 
         checkpoint = _find_checkpoint(name, cfg, source_cfg, kwargs.get('cache_dir'))
         if checkpoint and checkpoint.suffix == '.h5':
             kecam.check_choices(model_cfg, set(options))
-    if checkpoint:  # timm hands a state dict to the filter, where the file is read: an error there is the file's
+    if checkpoint:  # timm passes this to `adapt`, which reads the file and reports read errors
         overlay |= {'state_dict': {'file': checkpoint}, 'source': None}
 
     def adapt(state_dict: dict[str, Any], model: Backbone) -> dict[str, torch.Tensor]:
@@ -135,7 +135,7 @@ def _check_keywords(variant: str, cfg: BackboneCfg, kwargs: dict[str, Any]) -> N
 
 
 def _source_cfg(variant: str, cfg: PretrainedCfg | dict[str, Any] | str | None, overlay: dict[str, Any]) -> dict:
-    """The pretrained cfg that timm will resolve, as a dict; refuses unknown tags."""
+    """Pretrained cfg that timm will resolve, as a dict; ValueError for an unknown tag."""
     tags = get_arch_pretrained_cfgs(variant)
     if isinstance(cfg, str):
         if f'{variant}.{cfg}' not in tags:
@@ -149,9 +149,10 @@ def _source_cfg(variant: str, cfg: PretrainedCfg | dict[str, Any] | str | None, 
 
 def _find_checkpoint(
         name: str, model_cfg: BackboneCfg, cfg: dict[str, Any], cache_dir: str | Path | None) -> Path | None:
-    """The file or folder of the weights; None where timm is to fetch them itself or has them in memory.
+    """File or folder of the weights; None if timm fetches them itself or has them in memory.
 
-    Released weights are downloaded and verified here; a name without weights and a missing file are refused.
+    Downloads and verifies released weights. Raises RuntimeError for a name without weights, FileNotFoundError for a
+    missing file.
 
     Args:
         name: NAME or NAME.TAG, for messages.
@@ -180,7 +181,7 @@ def _find_checkpoint(
 
 
 def _check_fit(model_cfg: BackboneCfg, cfg: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> None:
-    """Raise RuntimeError unless a state dict is one of this architecture, size and number of classes."""
+    """Raise RuntimeError unless a state dict fits the architecture, image size and number of classes of `cfg`."""
     model = Backbone(model_cfg, cfg['input_size'][1:], num_classes=cfg['num_classes'], device='meta')
     model.pretrained_cfg = cfg
     if misfit := explain_misfit(state_dict, model):

@@ -1,4 +1,4 @@
-"""CoAtNet-0..5, and smaller ones in the same manner.
+"""CoAtNet-0 to CoAtNet-5, smaller variants, and variants with DynamicConv in place of attention.
 
 CoAtNet: Marrying Convolution and Attention for All Data Sizes
     Zihang Dai, Hanxiao Liu, Quoc V. Le, Mingxing Tan, https://arxiv.org/abs/2106.04803
@@ -11,9 +11,9 @@ CoAtNet: Marrying Convolution and Attention for All Data Sizes
   year    = {2021}
 }
 
-The authors published no CoAtNet code or weights; what the paper leaves open follows their MaxViT code, which holds
-the same blocks (google-research/maxvit). Differs from timm's maxxvit.py in the stride (in the first 1x1, the paper's
-default) and in the fields of `config.FLAVORS`; `flavor='timm'` sets timm's choices.
+The authors published no CoAtNet code or weights; what the paper leaves open follows their MaxViT code, which has
+the same blocks (google-research/maxvit). timm's maxxvit.py differs in the place of the stride (here the first 1x1, the
+paper's default) and in the other fields of `config.FLAVORS`; `flavor='timm'` sets timm's choices.
 """
 from dataclasses import replace
 from typing import Any
@@ -34,9 +34,9 @@ from .config import BackboneCfg
 
 __all__ = []  # register_model appends the names
 
-# Narrow models start from timm's scheme: N(0, 0.02) was made for widths of 96 and more (results/weight_init_*.json).
+# Narrow models use timm's initialisation: N(0, 0.02) is meant for widths of 96 and more (results/weight_init_*.json).
 _narrow = BackboneCfg(weight_init='vit_eff')
-# The paper's table of the family, S0 to S4; pico and nano are this zoo's, in widths that take attention in every stage.
+# The paper's table of the family, S0 to S4. pico and nano are this zoo's; head_dim divides their widths in every stage.
 model_cfgs = {
     'coatnet_pico': replace(_narrow, depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32),
     'coatnet_nano': replace(_narrow, depths=(2, 3, 6, 3), embed_dim=(64, 128, 256, 512), stem_width=48),
@@ -49,9 +49,9 @@ model_cfgs = {
     'coatnet_pico_64': replace(
         _narrow, depths=(2, 2, 4, 2), embed_dim=(32, 64, 160, 320), stem_width=32, stem_stride=1),  # for 64 px images
 }
-# CoAtNet-0 as keras_cv_attention_models reads it, for the weights that were trained so; in all else the paper's table.
+# CoAtNet-0 as keras_cv_attention_models implements it, for its weights; depths and widths are those of the paper.
 model_cfgs['coatnet_0_kecam'] = replace(model_cfgs['coatnet_0'], weight_init='vit_eff', **kecam.CHOICES)
-# Mixing of linear cost where CoAtNet has attention.
+# DynamicConv, linear in the number of positions, in place of attention.
 model_cfgs |= {
     'coatnet_0_ccdd': replace(model_cfgs['coatnet_0'], layout='CCDD'),
     'coatnet_1_ccdd': replace(model_cfgs['coatnet_1'], layout='CCDD'),
@@ -158,7 +158,7 @@ def coatnet_pico_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def coatnet_0_kecam(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CoAtNet-0 as keras_cv_attention_models reads the paper, with its ImageNet-1k weights."""
+    """CoAtNet-0 as keras_cv_attention_models implements it, with its ImageNet-1k weights."""
     return _create('coatnet_0_kecam', pretrained, **kwargs)
 
 

@@ -1,6 +1,6 @@
-"""BackboneCfg: what a published variant or an ablation sets. FLAVORS: two presets of what the paper leaves open.
+"""BackboneCfg: options of published variants and ablations. FLAVORS: two presets for what the paper leaves open.
 
-Each field is also a keyword of `timm.create_model`.
+Each field of BackboneCfg is also a keyword of `timm.create_model`.
 """
 import dataclasses
 import math
@@ -12,8 +12,8 @@ from ..blocks import BLOCKS
 
 __all__ = ['FLAVORS', 'BackboneCfg']
 
-# What the authors' shared code (google-research/maxvit) and timm's coatnet_N_224 do differently, field by field; the
-# reasons stand with the fields of BackboneCfg. Padding is symmetric and bias tables resize bilinearly in both: no
+# Fields in which the authors' shared code (google-research/maxvit) and timm's coatnet_N_224 differ; the comments on the
+# fields of BackboneCfg explain them. Padding is symmetric and bias tables resize bilinearly in both: no
 # official checkpoint exists that would need TensorFlow's asymmetric SAME.
 FLAVORS: dict[str, dict[str, Any]] = {
     'official': dict(
@@ -27,10 +27,10 @@ FLAVORS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class BackboneCfg:
-    """Architecture of a `Backbone`, whatever its image size, channels and classes.
+    """Architecture of a `Backbone`, independent of image size, image channels and number of classes.
 
     Raises:
-        ValueError: A value that no model can have; the message names the field, the rule and the value found.
+        ValueError: An invalid value; the message names the field, the rule and the value found.
     """
 
     # Stages S1 to S4
@@ -38,8 +38,8 @@ class BackboneCfg:
     depths: tuple[int, ...] = (2, 2, 6, 2)                  # blocks
     embed_dim: tuple[int, ...] = (96, 192, 384, 768)        # channels
     act: Literal['gelu_tanh', 'gelu'] = 'gelu_tanh'         # the official GELU is the tanh approximation
-    pool: Literal['avg', 'max'] = 'avg'                     # where a stage begins: avg in the authors' later code
-    # block i of N drops its branches at rate * i / N (official), or at rate * i / (N - 1): the last at the full rate
+    pool: Literal['avg', 'max'] = 'avg'                     # in a stage's first block; avg in the authors' later code
+    # block i of N drops its branches at rate * i / N (exclusive, official) or rate * i / (N - 1) (inclusive, timm)
     drop_path_schedule: Literal['exclusive', 'inclusive'] = 'exclusive'
 
     # Stem S0
@@ -49,11 +49,11 @@ class BackboneCfg:
     stem_bias: bool = True                                  # official stem convolutions carry a bias
 
     # C: MBConv
-    conv_stride: Literal['expand', 'depthwise'] = 'expand'  # the paper's default; 'depthwise' is its better, dearer row
+    conv_stride: Literal['expand', 'depthwise'] = 'expand'  # the paper's default; 'depthwise': better but costlier
     expand_ratio: float = 4.                                # hidden channels as a multiple of the output width
     se_ratio: float = 0.25                                  # squeeze channels as a fraction of the output width
-    se_act: Literal['silu', 'act'] = 'silu'                 # of squeeze-excite: EfficientNet's, or that of the blocks
-    # C and T: the width that expansion, squeeze and q, k, v follow (official), or as in the kecam library the input's
+    se_act: Literal['silu', 'act'] = 'silu'                 # in squeeze-excite: EfficientNet's, or the block's own
+    # C and T: width that sets those of expansion, squeeze and q, k, v: the output's (official) or the input's (kecam)
     inner_width: Literal['output', 'input'] = 'output'
 
     # T: relative attention
@@ -65,10 +65,10 @@ class BackboneCfg:
     kernel_size: tuple[int, ...] = (7, 7, 7, 7)             # side of the kernel in each stage, odd
     conv_head_dim: int = 32                                 # channels that share a kernel
     glu: bool = True                                        # gate the input of the convolution (paper)
-    normalize: Literal['softmax', 'none'] = 'softmax'       # of the kernels; D diverged without (paper)
+    normalize: Literal['softmax', 'none'] = 'softmax'       # of the kernels; without it D diverged (paper)
     dropconnect: float = 0.                                 # rate at which normalised kernel weights are dropped
-    static_branch: bool = False                             # a depthwise convolution beside that of D
-    layer_scale: float = 0.1                                # first value (CaiT, shallow models); 0 leaves it out
+    static_branch: bool = False                             # add a depthwise convolution in parallel in D
+    layer_scale: float = 0.1                                # initial value (CaiT, shallow models); 0 for none
 
     # T, L and D: feed-forward network
     mlp_ratio: float = 4.                                   # hidden channels as a multiple of the width
@@ -78,9 +78,9 @@ class BackboneCfg:
     head_hidden_size: int = -1                              # tanh layer before the classifier: -1 as wide as S4, 0 none
 
     # Norms
-    conv_norm: Literal['batch', 'layer'] = 'batch'          # of stem and C: BatchNorm is faster, as good (paper)
+    conv_norm: Literal['batch', 'layer'] = 'batch'          # of stem and C; BatchNorm: faster, as accurate (paper)
     conv_norm_eps: float = 1e-3                             # official BatchNorm follows EfficientNet on TPU
-    conv_norm_momentum: float = 0.01                        # TensorFlow's 0.99; short runs want more, say 0.1
+    conv_norm_momentum: float = 0.01                        # TensorFlow's 0.99; use about 0.1 for short runs
     norm_eps: float = 1e-5                                  # official LayerNorm; timm has 1e-6
 
     # Initialisation
@@ -107,7 +107,7 @@ class BackboneCfg:
                 f'head_hidden_size must be a width, 0 for none or -1 for that of S4, got {self.head_hidden_size!r}.')
 
     def with_options(self, flavor: str = '', **options: Any) -> 'BackboneCfg':
-        """This configuration with a preset of FLAVORS and then single fields put over it."""
+        """Copy with the fields of a preset of FLAVORS and then those of `options` replaced; ValueError if invalid."""
         if flavor not in ('', *FLAVORS):
             raise ValueError(f'flavor must be one of {", ".join(map(repr, FLAVORS))}, got {flavor!r}.')
         return dataclasses.replace(self, **{**FLAVORS.get(flavor, {}), **options})
@@ -119,14 +119,14 @@ class BackboneCfg:
 
     @property
     def reductions(self) -> tuple[int, ...]:
-        """Stride of the features after the stem and after each stage, against the image."""
+        """Total stride of the features after the stem and after each stage."""
         products = [1]
         for stride in self.strides:
             products.append(products[-1] * stride)
         return tuple(products[1:])
 
     def drop_path_rates(self, rate: float) -> list[float]:
-        """Stochastic depth of every block, growing linearly from 0 by `drop_path_schedule`."""
+        """Stochastic depth rate of every block, growing linearly from 0 by `drop_path_schedule`."""
         blocks = sum(self.depths)
         steps = blocks if self.drop_path_schedule == 'exclusive' else max(blocks - 1, 1)
         return [rate * i / steps for i in range(blocks)]

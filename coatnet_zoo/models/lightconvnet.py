@@ -11,8 +11,8 @@ Pay Less Attention with Lightweight and Dynamic Convolutions
   url       = {https://arxiv.org/abs/1901.10430}
 }
 
-The paper's models are for sequences; the four stages, the widths and the 7 x 7 kernels are this zoo's, sized beside
-ConvNeXt and Swin.
+The paper's models are for sequences; the four stages, the widths and the 7 x 7 kernels are this zoo's, in sizes close
+to those of ConvNeXt and Swin.
 """
 from dataclasses import replace
 from typing import Any
@@ -27,9 +27,9 @@ from .config import BackboneCfg
 
 __all__ = []  # register_model appends the names
 
-# Xavier-uniform linear layers as in fairseq; CoAtNet's N(0, 0.02) starts narrow stages far smaller.
+# Xavier-uniform linear layers as in fairseq; CoAtNet's N(0, 0.02) gives narrow stages far smaller initial weights.
 _plain = BackboneCfg('LLLL', act='gelu', stem_width=32, weight_init='vit_eff')
-# One block where the map is largest: a block costs as much there as in S3, and holds a sixteenth of the weights.
+# From tiny on, S1 has one block: a block costs as much there as in S3 and has a sixteenth of the parameters.
 model_cfgs = {
     'lightconvnet_pico': replace(_plain, depths=(2, 2, 3, 2), embed_dim=(32, 64, 192, 320)),
     'lightconvnet_nano': replace(_plain, depths=(2, 3, 6, 3), embed_dim=(64, 128, 256, 512)),
@@ -38,7 +38,7 @@ model_cfgs = {
     'lightconvnet_base': replace(_plain, depths=(1, 2, 18, 3), embed_dim=(128, 256, 512, 1024), stem_width=64),
     'lightconvnet_pico_64': replace(_plain, depths=(2, 2, 3, 2), embed_dim=(32, 64, 192, 320), stem_stride=1),
 }
-# The same widths; DynamicConv where the maps are small, and fewer blocks for what predicting the kernels takes.
+# The same widths, DynamicConv in S3 and S4, and from nano on fewer blocks: predicting the kernels takes parameters.
 model_cfgs |= {
     'dynamicconvnet_pico': replace(model_cfgs['lightconvnet_pico'], layout='LLDD'),
     'dynamicconvnet_nano': replace(model_cfgs['lightconvnet_nano'], layout='LLDD', depths=(2, 3, 5, 3)),

@@ -1,7 +1,7 @@
 """Conversion of state dicts: those of this package at any image size, and those of timm's coatnet_N_224.
 
-A state dict shows only the stem bias of how a timm model was built. Stride, form of GELU and epsilons leave no trace,
-so a timm model with a stem bias and other choices than the official ones needs the same choices as keywords here.
+Of the options of a timm model, its state dict shows the stem bias only. Stride, form of GELU and epsilons leave no
+trace. A timm model with a stem bias and other options than the official ones needs the same options as keywords here.
 """
 import logging
 import math
@@ -17,10 +17,10 @@ from .backbone import Backbone
 __all__ = ['checkpoint_filter_fn', 'convert_state_dict', 'explain_misfit', 'keep_other_stages']
 
 _logger = logging.getLogger(__name__)
-# a name that only blocks of this type have; L last, whose kernel D has in its static branch
+# end of a parameter name that only blocks of this type have
 _BLOCK_TYPE_KEYS = {'C': '.depthwise.weight', 'T': '.attn.qkv.weight', 'D': '.conv.logits.weight', 'L': '.conv.weight'}
 
-# timm's maxxvit.py on the left; the same tensors, named here as in the paper
+# parameter names of timm's maxxvit.py -> names here
 _FROM_TIMM = tuple((re.compile(pattern), name) for pattern, name in (
     (r'\.conv1_1x1\.', '.expand.'),
     (r'\.conv2_kxk\.', '.depthwise.'),
@@ -32,7 +32,7 @@ _FROM_TIMM = tuple((re.compile(pattern), name) for pattern, name in (
 ))
 
 
-# timm's other models of the same file, by a part of a name that no coatnet_N_224 has, each with one that has weights
+# other models of timm's maxxvit.py: part of a parameter name that identifies them, description, one that has weights
 _OTHER_TIMM = (
     ('.attn_grid.', 'a MaxViT or MaxxViT', 'maxvit_tiny_tf_224.in1k'),
     ('.conv_dw.', 'a CoAtNeXt', 'coatnext_nano_rw_224.sw_in1k'),
@@ -50,12 +50,12 @@ def checkpoint_filter_fn(
     Args:
         state_dict: Tensors by name, of this package or of timm's `coatnet_N_224`, told apart by the names.
         model: The backbone to load into.
-        fresh_stages: Leave stages as they are initialised whose block type is another in the state dict.
+        fresh_stages: Keep the initialisation of stages whose block type differs in the state dict.
         features_only: The head is about to be removed, so that the number of classes does not matter.
 
     Raises:
-        RuntimeError: The names or shapes do not fit; what is missing, unexpected and misshapen is listed. Classifier
-            and first convolution are left to timm, which adapts them to num_classes and in_chans.
+        RuntimeError: Names or shapes do not fit; the message lists missing, unexpected and misshapen tensors. Those of
+            classifier and first convolution are not checked: timm adapts them to num_classes and in_chans.
         ValueError: The state dict is of another architecture of timm.
     """
     state_dict = convert_state_dict(state_dict, model)
@@ -76,7 +76,7 @@ def convert_state_dict(state_dict: dict[str, torch.Tensor], model: Backbone) -> 
         model: The backbone to load into.
 
     Raises:
-        RuntimeError: Values are no tensors, or a timm model with other choices than `model`.
+        RuntimeError: A value is no tensor, or the timm model was built with other options than `model`.
         ValueError: The state dict is of another architecture of timm.
     """
     target = model.state_dict()
@@ -104,7 +104,7 @@ def convert_state_dict(state_dict: dict[str, torch.Tensor], model: Backbone) -> 
 def keep_other_stages(state_dict: dict[str, torch.Tensor], model: Backbone) -> dict[str, torch.Tensor]:
     """Replace the stages of a state dict that have another block type than in `model` by the model's own tensors.
 
-    For the transfer of weights into another layout; the stages that keep their initialisation are logged in one line.
+    For the transfer of weights to another layout. One log message names the stages that keep their initialisation.
     """
     kept = []
     for stage, block_type in enumerate(model.cfg.layout):
@@ -122,13 +122,13 @@ def keep_other_stages(state_dict: dict[str, torch.Tensor], model: Backbone) -> d
 
 def explain_misfit(state_dict: dict[str, torch.Tensor], model: nn.Module, max_names: int = 3,
                    adapted: tuple[str, ...] = ()) -> str:
-    """Say why a state dict does not load into a timm model, the likely reason first; '' if it loads.
+    """Explain why a state dict does not load into a timm model, the likely reason first; '' if it loads.
 
     Args:
         state_dict: Names as in `model`.
         model: The model to load into, with timm's `pretrained_cfg`.
         max_names: Number of names listed as missing, unexpected and misshapen.
-        adapted: Starts of names that are adapted afterwards: of any shape, and absent if they are the classifier's.
+        adapted: Prefixes of names that timm adapts later: any shape will do, and the classifier's may be missing.
     """
     target = model.state_dict()
     cfg: Any = model.pretrained_cfg
@@ -166,7 +166,7 @@ def explain_misfit(state_dict: dict[str, torch.Tensor], model: nn.Module, max_na
 
 
 def _check_architecture(state_dict: dict[str, torch.Tensor], model: Backbone) -> None:
-    """Raise for timm's rw, rmlp, bn and cc CoAtNets, CoAtNeXt and MaxViT: all but coatnet_N_224."""
+    """Raise ValueError for timm's rw, rmlp, bn and cc CoAtNets, CoAtNeXt and MaxViT: all but coatnet_N_224."""
     if 'norm.weight' not in state_dict and not any('.attn_grid.' in key for key in state_dict):
         return  # only coatnet_N_224 keeps its last norm in the head, before a hidden layer
     kind, example = next((kind, example) for part, kind, example in _OTHER_TIMM if any(
@@ -205,7 +205,7 @@ def _from_timm(state_dict: dict[str, torch.Tensor], model: Backbone) -> dict[str
             if value.ndim == 4 and value.shape[2:] == (1, 1):
                 value = value.flatten(1)  # 1x1 convolutions there, linear layers here
             if '.attn.qkv.' in key and len(value) % (3 * head_dim) == 0:
-                # timm keeps q, k, v of a head together, here heads come together within q, k and v
+                # output channels in timm: (head, qkv, channel); here: (qkv, head, channel)
                 value = value.unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)
         else:
             key = key.replace('.shortcut.expand.', '.shortcut.proj.')
@@ -219,7 +219,10 @@ def _attention_block(key: str, state_dict: dict[str, torch.Tensor]) -> bool:
 
 
 def _unflatten_table(key: str, table: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
-    """timm's flat ((2H-1)(2W-1), heads) to (heads, 2H-1, 2W-1); a flat table says its shape only if it is square."""
+    """Reshape timm's flat bias table ((2H-1)(2W-1), heads) to (heads, 2H-1, 2W-1).
+
+    A table that is not square takes the shape of `target`; RuntimeError if that has another size.
+    """
     if table.ndim == 3:
         return table
     side = math.isqrt(len(table))
@@ -235,10 +238,13 @@ def _unflatten_table(key: str, table: torch.Tensor, target: torch.Tensor | None)
 
 
 def _check_classes(state_dict: dict[str, torch.Tensor], model: Backbone) -> None:
-    """Keep timm from dropping a classifier that fits: it goes by the number of classes in the pretrained cfg."""
+    """Set num_classes of the pretrained cfg so that timm keeps a classifier that fits.
+
+    timm compares the cfg with the model. Raises RuntimeError if these agree but the checkpoint's classifier differs.
+    """
     weight, stated = state_dict.get('head.fc.weight'), model.pretrained_cfg['num_classes']
     if weight is not None and len(weight) == model.num_classes:
-        model.pretrained_cfg['num_classes'] = len(weight)  # timm reads it after this: weights that fit are kept
+        model.pretrained_cfg['num_classes'] = len(weight)  # read by timm after this
     elif weight is not None and model.num_classes == stated:
         raise RuntimeError(
             f'num_classes: the checkpoint has a classifier of {len(weight)} classes, the model one of {stated}. Pass '

@@ -16,7 +16,7 @@ def init_weights(model: nn.Module, scheme: str) -> None:
     'normal': N(0, 0.02) for all weights and tables, biases 0 (google-research/maxvit).
     'vit_eff': timm's for its coatnet_N_224. Convolutions N(0, sqrt(2 / fan_out)) with the fan-out of their group,
     linear layers of the stages Xavier-uniform, biases of the FFN N(0, 1e-6), others 0, tables truncated N(0, 0.02),
-    the head as torch makes it.
+    the head by torch's default. In N(mean, std) the second number is the standard deviation.
     """
     for name, module in model.named_modules():
         if isinstance(module, RelativeBias):

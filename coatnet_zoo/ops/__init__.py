@@ -1,15 +1,17 @@
-"""The maths of block types L and D as functions without parameters.
+"""LightConv and DynamicConv, the operators of block types L and D, as functions.
 
 Wu, Fan, Baevski, Dauphin, Auli: Pay Less Attention with Lightweight and Dynamic Convolutions (ICLR 2019),
-https://arxiv.org/abs/1901.10430, carried over to two dimensions. Each operator has a folder of six files:
+https://arxiv.org/abs/1901.10430, extended to two dimensions. Each operator has a folder with these files:
 
     api.py      public function: argument checks and choice of the backend
     naive.py    reference implementation, to be checked by eye against the formula
-    eager.py    fast form in torch operators, for CPUs and wherever the kernels do not reach
-    kernels.py  Triton kernels as operators of torch, from direct.py and, on tensor cores, from band.py
+    eager.py    fast implementation in torch operators, for CPUs and where the Triton kernels cannot run
+    kernels.py  Triton kernels registered as torch operators
+    direct.py   Triton kernels without tensor cores, for all other layouts, dtypes and sizes
+    band.py     Triton kernels on tensor cores, for 16-bit channels_last; LightConv also has toeplitz.py
 
-`dynamicconv2d_projected` is DynamicConv with the linear layer that predicts its logits: projected.py, projected_band.py
-and projected_kernels.py in the folder of `dynamicconv2d`.
+`dynamicconv2d_projected` computes DynamicConv and the linear layer that predicts its logits. It has the files
+projected.py, projected_kernels.py and projected_band.py in the folder of `dynamicconv2d`.
 """
 from .dynamicconv2d.api import dynamicconv2d
 from .dynamicconv2d.projected import dynamicconv2d_projected

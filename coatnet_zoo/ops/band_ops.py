@@ -1,10 +1,10 @@
-"""What the band kernels of both operators share: the geometry of a tile, its loads, the shape of a launch.
+"""Helpers shared by the band kernels of both operators: tile geometry, loads, launch configuration.
 
-A tile is 8 x 2 positions. Their windows span 16 columns, in a left and a right half, and Kh + 1 rows. Column c of the
-span is slot column c % 8 of its half: the Kw <= 7 columns that one position sees have distinct slot columns. In slot
-column s, position column px has tap v = (s - px) % 8, in the left half if s >= px, else in the right one. So the band
-matrix of a tile is (16 positions, slots) for both halves: each weight is loaded and exponentiated once. Positions and
-slots count row by row.
+A tile is 8 columns by 2 rows of output positions. Their windows span Kh + 1 rows and 16 columns, split into a left and
+a right half. Column c of the span is slot column c % 8 of its half, so the Kw <= 7 columns of one window have distinct
+slot columns. At slot column s, position column px reads tap column v = (s - px) % 8, from the left half if s >= px,
+else from the right half. One band matrix (16 positions, slots) therefore serves both halves, and each weight is loaded
+and exponentiated once. Positions and slots are numbered in row-major order.
 """
 from typing import NamedTuple
 
@@ -18,9 +18,9 @@ from .triton_ops import needs_int64
 
 HEAD_WIDTHS = (16, 32, 64)
 LOG2E = tl.constexpr(1.4426950408889634)
-MAX_KERNEL_SIZE = 7  # of the band kernels
-PROGRAMS = 4096  # programs of one warp that keep a Hopper GPU busy
-WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's dot takes bfloat16 for integers
+MAX_KERNEL_SIZE = 7  # largest kernel side that the band kernels take
+PROGRAMS = 4096  # one-warp programs that keep a Hopper GPU busy
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's tl.dot reads bfloat16 as integers
 
 
 @jit
@@ -33,19 +33,19 @@ def product(a, b, acc):
 
 @jit
 def tap_column(s, px):
-    """Tap with which position column px sees slot column s; there is none from the kernel's width on."""
+    """Tap column that position column px reads at slot column s; values from Kw on are no tap."""
     return (s - px) & 7
 
 
 @jit
 def slot_column(v, px):
-    """Slot column in which position column px has tap v."""
+    """Slot column that position column px reads with tap column v."""
     return (v + px) & 7
 
 
 @jit
 def taps_of_slots(position, slot, Kh: tl.constexpr, Kw: tl.constexpr):
-    """(u * Kw, v, whether there is such a tap) of positions and slots, broadcast; where there is none, another one."""
+    """(u * Kw, v, mask) of the tap that a position reads at a slot, broadcast; where masked, u and v are clamped."""
     u = slot // 8 - position // 8
     v = tap_column(slot % 8, position % 8)
     return tl.minimum(tl.maximum(u, 0), Kh - 1) * Kw, tl.minimum(v, Kw - 1), (u >= 0) & (u < Kh) & (v < Kw)
@@ -54,7 +54,10 @@ def taps_of_slots(position, slot, Kh: tl.constexpr, Kw: tl.constexpr):
 @jit
 def half_of_span(x, image, row, column, channel, H, W, C: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr,
                  TMA: tl.constexpr):
-    """What lies in the slots (SLOTS, BLOCK_C) of 8 columns from (row, column) on, zero outside the image."""
+    """Load half of a span, the 8 columns from (row, column) on, as (SLOTS, BLOCK_C); zero outside the image.
+
+    x: TMA descriptor if TMA, else a pointer.
+    """
     if TMA:
         return tl.reshape(x.load([image, row, column, channel]), (SLOTS, BLOCK_C))
     else:
@@ -69,7 +72,7 @@ def half_of_span(x, image, row, column, channel, H, W, C: tl.constexpr, BLOCK_C:
 
 @jit
 def strip_of_columns(program, H, tiles, across, down, height):
-    """(image, tile of the channels, left, top, bottom) of the strip that a program walks down."""
+    """Strip of a program: (image, channel tile, left column, top row, bottom row exclusive)."""
     tile = program % tiles
     program = program // tiles
     left = program % across * 8
@@ -80,7 +83,7 @@ def strip_of_columns(program, H, tiles, across, down, height):
 
 @jit
 def positions_of_tile(row, left, bottom, H, W):
-    """Offsets (16,) of a tile's positions inside their image, moved into it, and which are the program's own."""
+    """Offsets (16,) of a tile's positions, clamped to their image, and the mask of those inside strip and image."""
     i = tl.arange(0, 16)
     row += i // 8
     column = left + i % 8
@@ -88,14 +91,15 @@ def positions_of_tile(row, left, bottom, H, W):
 
 
 class Launch(NamedTuple):
-    """How a band kernel is launched.
+    """Launch configuration of a band kernel.
 
     Args:
-        tma: Whether Hopper's copy engine loads x, else ordinary loads do.
-        strips: Strips below each other in an image; None for about PROGRAMS programs in all.
+        tma: Load x by the Tensor Memory Accelerator (TMA) of Hopper GPUs instead of ordinary loads.
+        strips: Strips that an image is divided into from top to bottom, None for about PROGRAMS programs in all. The
+            weight gradient of LightConv takes it as the number of programs.
         num_warps: Warps of a program.
         num_stages: Depth of software pipelining.
-        max_registers: Registers of a thread at most, so that more programs share a multiprocessor; None for no bound.
+        max_registers: Maximum registers of a thread, so that more programs share a multiprocessor; None for no limit.
     """
 
     tma: bool = False
@@ -106,17 +110,17 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, int | None]:
-        """What Triton's launcher takes."""
+        """Keyword arguments of Triton's launcher."""
         return {'num_warps': self.num_warps, 'num_stages': self.num_stages, 'maxnreg': self.max_registers}
 
 
 def default_launch(x: torch.Tensor) -> Launch:
-    """The copy engine from compute capability 9.0 on, where x is aligned as it needs."""
+    """Launch with TMA from compute capability 9.0 on if x is aligned to 16 bytes, else with ordinary loads."""
     return Launch(tma=x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) and x.data_ptr() % 16 == 0)
 
 
 def grid(x: torch.Tensor, tiles: int, launch: Launch) -> tuple[int, int, int, int]:
-    """(programs, strips beside each other, strips below each other, their height, which is even)."""
+    """Launch grid: (programs, strips across, strips down, rows of a strip, an even number)."""
     B, _, H, W = x.shape
     across = cdiv(W, 8)
     strips = launch.strips or cdiv(PROGRAMS, B * across * tiles)
@@ -126,9 +130,9 @@ def grid(x: torch.Tensor, tiles: int, launch: Launch) -> tuple[int, int, int, in
 
 
 def takes_band(op: str, kernels: str, obstacle: str) -> bool:
-    """Whether the kernels for tensor cores run: 'auto' where there is no obstacle; 'band' and 'direct' force a choice.
+    """Whether to run the tensor-core kernels: with 'auto' if there is no obstacle; 'band' and 'direct' force a choice.
 
-    Raises ValueError if they are asked for and cannot run.
+    Raises ValueError for another value of `kernels`, and for 'band' if there is an obstacle.
     """
     if kernels not in ('auto', 'band', 'direct'):
         raise ValueError(f"{op}: kernels must be 'auto', 'band' or 'direct', got {kernels!r}.")
@@ -138,12 +142,12 @@ def takes_band(op: str, kernels: str, obstacle: str) -> bool:
 
 
 def slots_of_span(Kh: int) -> int:
-    """Slots of a tile's whole span, a power of two."""
+    """Slots of half a span: 8 columns by Kh + 1 rows, rounded up to a power of two."""
     return 8 * next_power_of_2(Kh + 1)
 
 
 def operand(x: torch.Tensor, channels: int, slots: int, launch: Launch) -> torch.Tensor | TensorDescriptor:
-    """x, or the descriptor with which the copy engine loads `slots` slots of `channels` channels."""
+    """x, or for TMA the descriptor of x that loads `slots` slots by `channels` channels."""
     if not launch.tma:
         return x
     B, C, H, W = x.shape
@@ -151,7 +155,7 @@ def operand(x: torch.Tensor, channels: int, slots: int, launch: Launch) -> torch
 
 
 def tile_obstacle(dtype: torch.dtype, width: int, kernel: tuple[int, int] = (1, 1)) -> str:
-    """What the tiles of these kernels do not cover: a dtype, a head of `width` channels, a kernel (Kh, Kw); else ''."""
+    """Reason why the tiles cannot take a dtype, a head of `width` channels or a kernel (Kh, Kw); '' if they can."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f'limited to float16 or bfloat16, got {dtype}'
     if max(kernel) > MAX_KERNEL_SIZE:
@@ -162,15 +166,15 @@ def tile_obstacle(dtype: torch.dtype, width: int, kernel: tuple[int, int] = (1, 
 
 
 def band_obstacle(x: torch.Tensor, kernel: tuple[int, int], heads: int, logits: torch.Tensor | None = None) -> str:
-    """What keeps the kernels for tensor cores from a call: '' if nothing, so that they run unless others are forced.
+    """Reason why the tensor-core kernels cannot take a call; '' if they can.
 
-    They are `band.py` of both operators up to 7 x 7, and `lightconv2d/toeplitz.py` for larger kernels.
+    These are `band.py` of both operators for kernels up to 7 x 7, and `lightconv2d/toeplitz.py` for larger ones.
 
     Args:
-        x: (B, C, H, W), whose dtype, layout, size and device decide.
+        x: (B, C, H, W); its dtype, layout, size and device decide.
         kernel: (Kh, Kw).
-        heads: G, whose width C // G decides.
-        logits: (B, G * Kh * Kw, H, W) of DynamicConv, which takes them as they are; None for LightConv.
+        heads: G; the width of a head, C // G, decides.
+        logits: (B, G * Kh * Kw, H, W) of DynamicConv, which must have the dtype of x; None for LightConv.
     """
     if logits is not None and logits.dtype != x.dtype:
         return f'x and logits must have one dtype, got {x.dtype} and {logits.dtype}'

@@ -11,7 +11,8 @@ __all__ = [
 
 BACKENDS = ('naive', 'eager', 'triton')
 TRITON = importlib.util.find_spec('triton') is not None  # looked up once, so that graphs take it as a constant
-INTERPRETED = TRITON and os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')  # on CPUs
+# Triton's interpreter runs the kernels on CPU tensors
+INTERPRETED = TRITON and os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -20,17 +21,17 @@ def _autocasts(x: torch.Tensor) -> bool:
 
 
 def dtype_for_autocast(x: torch.Tensor) -> torch.dtype:
-    """dtype that autocast gives x as the input of a convolution."""
+    """dtype to which autocast casts a convolution's input x; that of x without autocast and for float64."""
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else x.dtype
 
 
 def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
-    """x in the dtype that autocast gives a convolution's input; weights and logits keep theirs."""
+    """Cast x as autocast casts a convolution's input. The operators leave weights and logits in their own dtype."""
     return x.to(dtype_for_autocast(x)) if _autocasts(x) else x
 
 
 def autocast_off(x: torch.Tensor) -> AbstractContextManager:
-    """A context without autocast, which would change the precision that a backend chose for itself."""
+    """Context that disables autocast on the device of x: each backend chooses its own precision."""
     return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
 
 
@@ -40,7 +41,7 @@ def validate_backend(backend: str | None, op: str) -> None:
 
 
 def validate_triton(x: torch.Tensor, op: str) -> None:
-    """Raise RuntimeError without Triton, ValueError where it has no device for x, with the ways out."""
+    """Raise RuntimeError if triton is not installed, ValueError if it cannot run on the device of x."""
     if not TRITON:
         raise RuntimeError(f"{op}: backend='triton' needs the triton package; install it or use backend='eager'.")
     if not x.is_cuda and not (x.device.type == 'cpu' and INTERPRETED):
@@ -53,23 +54,23 @@ def choose_backend(
         backend: str | None, x: torch.Tensor, operand: torch.Tensor, kernel_size: tuple[int, int], max_kernel_size: int,
         op: str,
 ) -> str:
-    """Backend of a call: the requested one if it can run; without a request Triton where it runs, else eager.
+    """Choose the backend: the requested one; if None, Triton where it can run, else eager.
 
     Args:
         backend: Requested backend or None.
-        x: Input, whose device and dtype decide.
-        operand: Weight or logits.
+        x: Input; its device and dtype decide.
+        operand: Weight or logits; its dtype decides too.
         kernel_size: (Kh, Kw).
         max_kernel_size: Largest kernel side that the Triton kernels take.
         op: Operator name for error messages.
 
-    Raises ValueError or RuntimeError if 'triton' is requested where it cannot run; it never falls back.
+    Raises ValueError or RuntimeError if 'triton' is requested and cannot run; there is no fallback.
     """
     if backend in ('naive', 'eager'):
         return backend
     covered = x.dtype in KERNEL_DTYPES and operand.dtype in KERNEL_DTYPES and max(kernel_size) <= max_kernel_size
     if backend is None:
-        # a graph that is exported must run without our operators, and on any device
+        # exported graphs must run without the custom operators, and on any device
         exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
         return 'triton' if x.is_cuda and covered and not exported and TRITON else 'eager'
     validate_triton(x, op)

@@ -1,9 +1,9 @@
-"""DropConnect on normalised weights: one mask, whoever computes it.
+"""DropConnect on normalised weights, with the same mask in every backend.
 
-A weight is kept if hash(seed, index) >= p * 2^32, and what is kept is divided by 1 - p, not normalised again (as
-fairseq's F.dropout on them). `index` counts the weights row by row: (G, Kh, Kw) for LightConv, which draws one mask a
-call, and (B, H, W, G, Kh, Kw) for DynamicConv. The seed is drawn by torch outside the operator, so that naive, eager
-and kernel see the same mask, and so does a recomputation under gradient checkpointing.
+A weight is kept if hash(seed, index) >= p * 2^32. Kept weights are divided by 1 - p and not normalised again, as by
+fairseq's F.dropout. `index` is the row-major index of the weight: in (G, Kh, Kw) for LightConv, which draws one mask a
+call, and in (B, H, W, G, Kh, Kw) for DynamicConv. torch draws the seed outside the operator, so that all backends, and
+a recomputation under gradient checkpointing, use the same mask.
 """
 import torch
 
@@ -11,17 +11,17 @@ __all__ = ['draw_seed', 'dropconnect_scale', 'threshold']
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
-    """A seed (1,) int64 from torch's generator of that device."""
+    """Draw a seed, (1,) int64, from torch's generator of that device."""
     return torch.randint(0, 0x7fffffffffffffff, (1,), dtype=torch.int64, device=device)
 
 
 def threshold(dropconnect: float) -> int:
-    """The least hash, of 32 bits, that keeps a weight."""
+    """Smallest 32-bit hash that keeps a weight: floor(p * 2^32)."""
     return int(dropconnect * 2.0**32)
 
 
 def _mix(h: torch.Tensor) -> torch.Tensor:
-    """A bijection of 32 bits in int64 (skeeto's hash-prospector); its factors are below 2^31, so nothing overflows."""
+    """Bijective 32-bit hash in int64 (skeeto's hash-prospector); its factors are below 2^31, so nothing overflows."""
     h = (h ^ (h >> 16)) * 0x21f0aaad & 0xffffffff
     h = (h ^ (h >> 15)) * 0x735a2d97 & 0xffffffff
     return h ^ (h >> 15)

@@ -1,7 +1,7 @@
-"""What the Triton kernels of both operators share: the DropConnect hash, the walk over an image, refusals.
+"""Helpers shared by the Triton kernels: DropConnect hash, division of an image into strips, launch checks.
 
-A program works on a strip of one image, some columns wide and some rows high, and walks down it in chunks of BLOCK
-positions, row by row. The rows above that the next chunk reads again are then still in the SM's first-level cache.
+A program processes one strip of an image, about STRIP_WIDTH columns wide, from top to bottom in chunks of BLOCK
+positions in row-major order. The input rows that consecutive chunks share then stay in the SM's L1 cache.
 """
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -38,7 +38,7 @@ def shift(dy, dx, stride_h, stride_w):
 
 @jit
 def _mix(h):
-    """The bijection of 32 bits in `dropconnect.py`; h is uint32."""
+    """Bijective 32-bit hash, as in `dropconnect.py`; h is uint32."""
     h = (h ^ (h >> 16)) * 0x21f0aaad
     h = (h ^ (h >> 15)) * 0x735a2d97
     return h ^ (h >> 15)
@@ -46,16 +46,16 @@ def _mix(h):
 
 @jit
 def dropconnect_factor(index, seed, threshold, scale):
-    """0 where the weight `index` (int64) is dropped, else `scale`, as `dropconnect_scale` has it; seed is int64."""
+    """DropConnect factor of a weight: 0 if dropped, else `scale`; as `dropconnect_scale`. index and seed are int64."""
     h = _mix((index ^ seed).to(tl.uint32))
     h = _mix(h ^ (index >> 32).to(tl.uint32) ^ (seed >> 32).to(tl.uint32))
-    # threshold may be 2^32
+    # in int64: threshold may exceed 2^31
     return tl.where(h.to(tl.int64) >= threshold, scale, 0.0)
 
 
 @jit
 def strip_of_program(program, H, W, tiles, across, down, width, height):
-    """(image as int64, tile of the channels, top, left, columns, positions) of the strip that a program walks."""
+    """Strip of a program: (image as int64, channel tile, top row, left column, columns, positions)."""
     tile = program % tiles
     program = program // tiles
     left = program % across * width
@@ -67,7 +67,7 @@ def strip_of_program(program, H, W, tiles, across, down, width, height):
 
 @jit
 def positions_of_chunk(start, count, top, left, columns, LARGE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows and columns (BLOCK,) of a strip's positions from `start`, and which exist; the others repeat the last."""
+    """(rows, columns, mask), each (BLOCK,), of a strip's positions from `start` on; masked ones repeat the last."""
     here = start + tl.arange(0, BLOCK)
     position = tl.minimum(here, count - 1)
     row = top + position // columns
@@ -79,7 +79,7 @@ def positions_of_chunk(start, count, top, left, columns, LARGE: tl.constexpr, BL
 
 
 class Strips(NamedTuple):
-    """Strips that cover an image: how many beside and below each other, their width and height."""
+    """Division of an image into strips: number of strips across and down, columns and rows of a strip."""
 
     across: int
     down: int
@@ -88,7 +88,10 @@ class Strips(NamedTuple):
 
 
 def strips(B: int, H: int, W: int, tiles: int, block: int, multiple: int = 1) -> Strips:
-    """About 16 columns wide, a `multiple`, and high unless that left too few programs, in whole chunks of `block`."""
+    """Choose strips about STRIP_WIDTH columns wide, and as high as ENOUGH_PROGRAMS programs in all allow.
+
+    The width is a multiple of `multiple`. The height covers whole chunks of `block` positions, rounded down to rows.
+    """
     width = cdiv(cdiv(W, cdiv(W, STRIP_WIDTH)), multiple) * multiple
     across = cdiv(W, width)
     chunks = cdiv(H * width, block)
@@ -98,32 +101,35 @@ def strips(B: int, H: int, W: int, tiles: int, block: int, multiple: int = 1) ->
 
 
 def channel_block(channels: int) -> int:
-    """Channels of a tile: the power of two up to 64 that pads least, from 16 on, where a row of it fills a sector."""
+    """Channels of a tile: the one of 64, 32 and 16 that pads least; up to 16 channels, the next power of two.
+
+    16 channels of two bytes fill a 32-byte memory sector.
+    """
     if channels <= 16:
         return next_power_of_2(channels)
     return min((64, 32, 16), key=lambda block: cdiv(channels, block) * block)
 
 
 def needs_int64(*tensors: torch.Tensor) -> bool:
-    """Whether offsets inside an image, and a halo of 31 around it, may pass 2^31."""
+    """Whether element offsets within one image and its halo may reach 2^31 and overflow int32."""
     return any(sum((size + 31) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2 ** 31
                for t in tensors)
 
 
 def empty_channels_last(x: torch.Tensor) -> torch.Tensor:
-    """An uninitialised tensor of the shape and dtype of x: (B, C, H, W), stored as (B, H, W, C)."""
+    """Uninitialised tensor (B, C, H, W) with the shape and dtype of x, in channels_last."""
     B, C, H, W = x.shape
     return x.new_empty((B, H, W, C)).permute(0, 3, 1, 2)
 
 
 def dense_images(x: torch.Tensor) -> torch.Tensor:
-    """x, copied unless each of its images is dense in channels_last; they may lie apart."""
+    """Copy x to channels_last unless each of its images is dense in it already; the batch stride is free."""
     dense = x[:1].is_contiguous(memory_format=torch.channels_last)
     return x if dense else x.contiguous(memory_format=torch.channels_last)
 
 
 def require_triton(x: torch.Tensor, op: str) -> None:
-    """Kernels run on CUDA, and on CPUs in Triton's interpreter."""
+    """Raise RuntimeError unless x is on CUDA, or on a CPU under Triton's interpreter."""
     if not (x.is_cuda or (x.device.type == 'cpu' and INTERPRETED)):
         raise RuntimeError(
             f'torch.ops.coatnet_zoo.{op} runs on CUDA tensors, or on a CPU under TRITON_INTERPRET=1, got x on '
@@ -131,12 +137,12 @@ def require_triton(x: torch.Tensor, op: str) -> None:
 
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager:
-    """Launches go to the current device, which may be another one."""
+    """Context that makes the device of x current, where Triton launches its kernels."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def not_implemented(what: str, op: str) -> Callable[..., NoReturn]:
-    """A function that raises NotImplementedError, whatever it is called with."""
+    """Make a function that raises NotImplementedError for any arguments, since `op` has no `what` in Triton."""
     def refusal(*args, **kwargs) -> NoReturn:
         raise NotImplementedError(f"{op}: the Triton kernels have no {what}; use backend='eager'.")
 

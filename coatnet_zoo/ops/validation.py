@@ -13,7 +13,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def validate_x(x: torch.Tensor, op: str) -> None:
-    """x: (B, C, H, W), floating point."""
+    """Raise TypeError or ValueError unless x is a dense floating-point tensor (B, C, H, W)."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f'{op}: x must be a tensor, got {type(x).__name__}.')
     if x.ndim != 4:
@@ -31,7 +31,7 @@ def _check_values(name: str, tensor: torch.Tensor, op: str) -> None:
 
 
 def validate_operand(name: str, tensor: torch.Tensor, x: torch.Tensor, op: str) -> None:
-    """A floating-point tensor on the device of x."""
+    """Raise TypeError or ValueError unless tensor is dense, floating point and on the device of x."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f'{op}: {name} must be a tensor, got {type(tensor).__name__}.')
     _check_values(name, tensor, op)
@@ -40,7 +40,7 @@ def validate_operand(name: str, tensor: torch.Tensor, x: torch.Tensor, op: str) 
 
 
 def validate_bias(bias: torch.Tensor | None, x: torch.Tensor, op: str) -> None:
-    """bias: (C,) or None."""
+    """Raise TypeError or ValueError unless bias is None or a floating-point tensor (C,) on the device of x."""
     if bias is None:
         return
     validate_operand('bias', bias, x, op)
@@ -49,7 +49,10 @@ def validate_bias(bias: torch.Tensor | None, x: torch.Tensor, op: str) -> None:
 
 
 def validate_kernel_size(kernel_size: Sequence[int], op: str) -> tuple[int, int]:
-    """(Kh, Kw), both odd: an even kernel has no middle, and its output would be shifted by half a pixel."""
+    """Return (Kh, Kw). Raise TypeError unless they are two integers, ValueError unless both are odd and positive.
+
+    An even kernel has no centre: its output would be shifted by half a pixel.
+    """
     try:
         Kh, Kw = map(index, kernel_size)
     except (TypeError, ValueError):
@@ -66,7 +69,7 @@ def validate_heads(heads: int, channels: int, op: str) -> None:
 
 
 def validate_options(normalize: str, dropconnect: float, training: bool, op: str) -> None:
-    """The arguments that are no tensors."""
+    """Raise ValueError or TypeError for an invalid normalize, dropconnect or training."""
     if normalize not in NORMALIZE:
         raise ValueError(f"{op}: normalize must be 'softmax' or 'none', got {normalize!r}.")
     if isinstance(dropconnect, bool) or not isinstance(dropconnect, Real) or not 0 <= dropconnect < 1:

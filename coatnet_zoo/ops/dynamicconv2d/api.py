@@ -32,32 +32,33 @@ def dynamicconv2d(
         training: bool = False,
         backend: str | None = None,
 ) -> torch.Tensor:
-    """DynamicConv: at every position another kernel, predicted there, shared by the channels of a head.
+    """DynamicConv: convolution with a kernel for each position and head, predicted from the input.
 
     out[b, c, h, w] = bias[c] + sum_{u,v} k[u, v] * x[b, c, h + u - Kh // 2, w + v - Kw // 2]
     k = softmax_{u,v}(logits[b, g, :, :, h, w]),   g = c // (C // G)
 
-    with zeros around the image, and logits read as (B, G, Kh, Kw, H, W): channel (g * Kh + u) * Kw + v.
-    Wu et al., section 4 (https://arxiv.org/abs/1901.10430), whose operator on sequences is H = 1 with a (1, K) kernel.
-    Sums are taken in float32, or float64 for float64.
+    x is zero outside the image. Channel (g * Kh + u) * Kw + v of the logits is tap (u, v) of head g.
+    Sums are in float32, or float64 for float64. Wu et al., section 4 (https://arxiv.org/abs/1901.10430), whose operator
+    on sequences is H = 1 with a (1, K) kernel.
 
     Args:
-        x: (B, C, H, W), floating point, any strides; channels_last is what the backends work in.
+        x: (B, C, H, W), floating point, any strides; the backends work in channels_last.
         logits: (B, G * Kh * Kw, H, W), predicted from the input; G divides C. Any floating dtype.
         kernel_size: (Kh, Kw), both odd.
         bias: (C,) or None.
-        normalize: 'softmax' over the taps, or 'none' to use the logits as they are (the paper saw that diverge).
-        dropconnect: Probability of dropping a normalised weight in training; those kept are divided by 1 - p. One
-            draw for each logit, from torch's generator of the device of `x`, the same in every backend. (Compiled by
-            the inductor, the seed is the inductor's, unless torch._inductor.config.fallback_random is set.)
-        training: Whether DropConnect acts.
+        normalize: 'softmax' over the taps, or 'none' to use the logits as they are (training diverged in the paper).
+        dropconnect: Probability of dropping a normalised weight in training; those kept are divided by 1 - p. Each
+            logit has a draw of its own. The seed comes from torch's generator of the device of `x`, and the mask is the
+            same in every backend. (Under torch.compile the inductor draws the seed, unless
+            torch._inductor.config.fallback_random is set.)
+        training: Apply DropConnect.
         backend: 'naive', 'eager', 'triton', or None for Triton where it runs and eager elsewhere.
 
-    Returns (B, C, H, W) in the dtype of `x` (under autocast its dtype), channels_last in memory. A position of x that
-    is not finite makes its whole map NaN where `eager` takes a product with a band matrix: small maps.
+    Returns (B, C, H, W) in the dtype of `x` (under autocast its dtype), channels_last in memory. On small maps, where
+    `eager` multiplies by a band matrix, one value of x that is not finite makes its whole channel NaN.
 
-    Raises TypeError or ValueError for what is outside this contract, RuntimeError if Triton is asked for and missing.
-    With 'triton', the choice on CUDA, vmap and double backward raise NotImplementedError; 'eager' has both.
+    Raises TypeError or ValueError for invalid arguments, RuntimeError if 'triton' is requested but not installed. Under
+    vmap and double backward 'triton', the default on CUDA, raises NotImplementedError; 'eager' supports both.
     """
     op = 'dynamicconv2d'
     validate_x(x, op)

@@ -4,14 +4,14 @@
     bwd_input    dx = W^T grad
     bwd_logits   dW = grad x^T along the band,    dlogits = W (dW - sum W dW)
 
-`band_ops.py` has the geometry of a tile and its slots. The penalty of a slot is 0 where it has a tap, hugely negative
-elsewhere, and the tensor cores add it: that masks, and leaves the logits in the register layout in which the next
-product takes them. Sums are taken in float32; weights are rounded to the dtype of x. A program has one head and 8
-columns of an image and walks down; nothing is added in memory.
+`band_ops.py` describes tiles and slots. A penalty, 0 at slots with a tap and -1e38 elsewhere, masks the logits. The
+tensor cores add it, which leaves the logits in the register layout that the next product expects. Sums are in float32;
+weights are rounded to the dtype of x. A program handles one head and 8 columns of an image from top to bottom; there
+are no atomic adds.
 
-Pointers to taps (positions, slots) carry the hint `max_contiguous(ptr, (1, 2))`. It puts a warp's lanes along the
-slots, whose taps lie beside each other; left to itself, Triton 3.6 puts them along the positions, and every access
-touches 16 cache lines. Nothing else follows from it, since the addresses have no known alignment.
+Pointers to taps (positions, slots) carry the hint `max_contiguous(ptr, (1, 2))`. It makes Triton lay a warp's lanes
+along the slots, whose taps are adjacent in memory. Without it, Triton 3.6 lays them along the positions, and every
+access touches 16 cache lines. The hint changes nothing else, since the addresses have no known alignment.
 """
 import torch
 import triton.language as tl
@@ -49,7 +49,7 @@ def _penalty(allowed):
 
 @jit
 def _mask_logits(logits, exists, SOFTMAX: tl.constexpr):
-    """logits (16, slots) in float32, of which a softmax leaves nothing where there is no tap; or 0 there."""
+    """logits (16, slots) in float32, masked where there is no tap: by -1e38 for a softmax, else by 0."""
     if SOFTMAX:
         return product(_identity(), _penalty(exists), logits.to(tl.float32))
     else:
@@ -111,7 +111,7 @@ def _dynamicconv2d_band_bwd_logits_kernel(
         G: tl.constexpr, Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SLOTS: tl.constexpr,
         SOFTMAX: tl.constexpr, STATS_SAVED: tl.constexpr, TMA: tl.constexpr,
 ):
-    """Gradient w.r.t. the logits (B, H, W, G * Kh * Kw). Statistics that are not saved are computed and stored."""
+    """Gradient w.r.t. the logits (B, H, W, G * Kh * Kw). Computes and stores the statistics unless STATS_SAVED."""
     image, head, left, top, bottom = strip_of_columns(tl.program_id(0), H, G, across, down, height)
     before = tl.cast(image, tl.int64) * H * W
     logits_ptr += before * (G * Kh * Kw) + head * (Kh * Kw)
@@ -154,7 +154,7 @@ def _dynamicconv2d_band_bwd_logits_kernel(
 
 @jit
 def _columns_of_rows(row, left, H, W):
-    """Offsets (16,) of 8 columns of two rows inside their image, and which lie in it; 0 where they do not."""
+    """Offsets (16,) in their image of 8 columns of two rows, 0 if outside, and the mask of those inside."""
     i = tl.arange(0, 16)
     row += i // 8
     column = left + i % 8
@@ -164,7 +164,7 @@ def _columns_of_rows(row, left, H, W):
 
 @jit
 def _store_rows(acc, out_ptr, row, top, bottom, left, W, scale, G: tl.constexpr, HEAD: tl.constexpr):
-    """Two rows of 8 columns, scaled, as far as they lie in the program's strip."""
+    """Store two rows of 8 columns, multiplied by `scale`, where they lie in the program's strip."""
     i = tl.arange(0, 16)
     row += i // 8
     column = left + i % 8
@@ -177,10 +177,11 @@ def _dynamicconv2d_band_bwd_input_kernel(
         grad_ptr, logits_ptr, stats_ptr, seed_ptr, out_ptr, H, W, across, down, height, threshold, scale,
         G: tl.constexpr, Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SOFTMAX: tl.constexpr,
 ):
-    """Gradient w.r.t. x (B, H, W, C). Two of its rows are complete once the positions have passed Kh // 2 rows below.
+    """Gradient w.r.t. x (B, H, W, C). Two rows are stored once the loop over positions is Kh // 2 rows below them.
 
-    Of the positions that see an input column in tap v, those at column px of the left or right half of their span have
-    v = (slot column - px) % 8 again. So both halves share one set of weights, each of which goes to one of them.
+    The positions whose windows cover 8 input columns form a left and a right half of 8 columns. Position column px of
+    either half reads slot column s with tap column v = (s - px) % 8, in the right half if s >= px, else in the left.
+    So both halves share one set of weights, each of which belongs to one half.
     """
     image, head, left, top, bottom = strip_of_columns(tl.program_id(0), H, G, across, down, height)
     before = tl.cast(image, tl.int64) * H * W
@@ -194,7 +195,7 @@ def _dynamicconv2d_band_bwd_input_kernel(
     in_right = slot % 8 >= i % 8
     acc0, acc1 = tl.zeros((16, HEAD), tl.float32), tl.zeros((16, HEAD), tl.float32)
     acc2, acc3 = tl.zeros((16, HEAD), tl.float32), tl.zeros((16, HEAD), tl.float32)
-    # from the first positions on whose windows reach the strip, which begins at an even row
+    # start at the first pair of rows whose windows reach the strip; strips begin at even rows
     first = tl.maximum(top - (Kh // 2 + 1) // 2 * 2, 0)
     last = tl.minimum(bottom + Kh // 2, H)
     for row in range(first, last, 2):
@@ -240,7 +241,7 @@ def _dynamicconv2d_band_bwd_input_kernel(
 
 
 def bounded(launch: Launch, seed: torch.Tensor | None) -> Launch:
-    """launch with registers for 12 programs on a multiprocessor of a Hopper GPU; DropConnect would spill them."""
+    """Limit registers so that 12 programs fit on a Hopper multiprocessor; not with DropConnect, which would spill."""
     return launch._replace(max_registers=168) if launch.tma and seed is None else launch
 
 
@@ -269,7 +270,7 @@ def launch_fwd(
 def launch_bwd_input(
         grad: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int], stats: torch.Tensor,
         seed: torch.Tensor | None, dropconnect: float, softmax: bool, launch: Launch | None = None) -> torch.Tensor:
-    """The gradient (B, C, H, W) of x, in the dtype of grad."""
+    """Gradient w.r.t. x (B, C, H, W), in the dtype of grad."""
     _, C, H, W = grad.shape
     Kh, Kw = kernel
     G = logits.shape[1] // (Kh * Kw)
@@ -291,7 +292,7 @@ def launch_bwd_logits(
         seed: torch.Tensor | None, dropconnect: float, softmax: bool, launch: Launch | None = None,
         stats_saved: bool = True,
 ) -> torch.Tensor:
-    """The gradient (B, G * Kh * Kw, H, W), channels_last, in the dtype of logits; stats are written if not saved."""
+    """Gradient w.r.t. the logits (B, G * Kh * Kw, H, W), channels_last. Writes `stats` unless `stats_saved`."""
     _, C, H, W = x.shape
     Kh, Kw = kernel
     G = logits.shape[1] // (Kh * Kw)

@@ -1,14 +1,14 @@
-"""DynamicConv in Triton without tensor cores, for every dtype, layout, head width and kernels up to 13 x 13.
+"""DynamicConv in Triton without tensor cores: 16- and 32-bit, any layout and head width, kernels up to 13 x 13.
 
     fwd          out[p, c] = bias[c] + sum_t w[p, t] x[p + off(t), c],     w = softmax_t(l)
-    bwd_input    dx[p, c] = sum_t w[p - off(t), t] grad[p - off(t), c], gathered: nothing is added in memory
+    bwd_input    dx[p, c] = sum_t w[p - off(t), t] grad[p - off(t), c], a gather, without atomic adds
     bwd_logits   dw[p, t] = sum_c grad[p, c] x[p + off(t), c];     dl = w (dw - sum_t w dw)
 
-DropConnect multiplies w and dw by its factors. A program has one head, a tile of its channels and a strip of one image;
-a tile is BLOCK_P positions by BLOCK_C channels, channels innermost, in float32. Taps read x and the logits again
-through the caches; normalised weights never reach memory. Strides of channels and columns are constants: the taps of a
-kernel row lie at fixed offsets then. Forward saves the maximum and the reciprocal of the sum of each softmax, apart:
-their log-sum-exp would lose the digits that large logits need.
+DropConnect multiplies w and dw by its factors. A program handles one head, a tile of its channels and a strip of one
+image, in tiles of BLOCK_P positions by BLOCK_C channels, channels innermost, in float32. Each tap loads x and logits
+again, through the caches; normalised weights are never stored. Strides of channels and columns are compile-time
+constants, so that the taps of a kernel row lie at fixed offsets. Forward saves the maximum and the reciprocal sum of
+each softmax separately: their log-sum-exp would lose precision for large logits.
 """
 import torch
 import triton.language as tl
@@ -36,7 +36,7 @@ __all__ = ['empty_stats', 'launch_bwd_input', 'launch_bwd_logits', 'launch_fwd']
 
 @jit
 def channels_of_head(tile, HEAD: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(head, channels (BLOCK_C,) of a tile, which exist)."""
+    """(head, channels (BLOCK_C,), mask of the channels that exist) of a channel tile."""
     tiles: tl.constexpr = (HEAD + BLOCK_C - 1) // BLOCK_C
     head = tile // tiles
     inner = tile % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -52,14 +52,14 @@ def _dynamicconv2d_fwd_kernel(
         Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SOFTMAX: tl.constexpr, INT64: tl.constexpr,
         TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Forward, TAPS the power of two from Kw on. stats (B, H, W, G, 2): maximum and reciprocal sum."""
+    """Forward. stats (B, H, W, G, 2): maximum and reciprocal sum of each softmax. TAPS: next power of two of Kw."""
     image, tile, top, left, columns, count = strip_of_program(
         tl.program_id(0), H, W, tiles, across, down, width, height)
     head, channel, mask_c = channels_of_head(tile, HEAD, BLOCK_C)
     x_ptr += image * x_b
     out_ptr += image * out_b
     logits_ptr += image * logits_b
-    before = image * H * W * G  # softmaxes of the images before this one
+    before = image * H * W * G  # softmaxes in the preceding images
     stats_ptr += before * 2
     first = head * (Kh * Kw)
     if INT64:
@@ -74,7 +74,7 @@ def _dynamicconv2d_fwd_kernel(
         index = (row * W + column) * G + head
         logits = logits_ptr + (row * logits_h + column * logits_w + first * logits_c)
         if SOFTMAX:
-            # a kernel row of taps at once; the sum is rescaled to the largest logit so far, as in flash attention
+            # online softmax over kernel rows: the sum is rescaled to the largest logit so far, as in flash attention
             row_max = tl.full((BLOCK_P,), float('-inf'), tl.float32)
             row_sum = tl.zeros((BLOCK_P,), tl.float32)
             tap = tl.arange(0, TAPS)
@@ -82,13 +82,13 @@ def _dynamicconv2d_fwd_kernel(
                 logit = tl.load(logits[:, None] + ((u * Kw + tap) * logits_c)[None, :], mask=(tap < Kw)[None, :],
                                 other=float('-inf')).to(tl.float32)
                 largest = tl.maximum(row_max, tl.max(logit, 1))
-                base = tl.where(largest == float('-inf'), 0.0, largest)  # -inf - -inf is no number
+                base = tl.where(largest == float('-inf'), 0.0, largest)  # -inf - -inf is NaN
                 row_sum *= tl.exp2((row_max - base) * LOG2E)
                 row_sum += tl.sum(tl.exp2((logit - base[:, None]) * LOG2E), 1)
                 row_max = largest
             tl.store(stats_ptr + index * 2, row_max, mask=mask_p)
             tl.store(stats_ptr + index * 2 + 1, 1 / row_sum, mask=mask_p)
-            # read back in the layout of acc: else the weights of each tap would pass through shared memory
+            # reload in the register layout of acc: else the weights of each tap would pass through shared memory
             tl.debug_barrier()
             row_max = tl.load(stats_ptr + index * 2)
             norm = tl.load(stats_ptr + index * 2 + 1)
@@ -133,7 +133,7 @@ def _dynamicconv2d_bwd_input_kernel(
     grad_ptr += image * grad_b
     out_ptr += image * out_b
     logits_ptr += image * logits_b
-    before = image * H * W * G  # softmaxes of the images before this one
+    before = image * H * W * G  # softmaxes in the preceding images
     stats_ptr += before * 2
     first = head * (Kh * Kw)
     if INT64:
@@ -157,7 +157,7 @@ def _dynamicconv2d_bwd_input_kernel(
                 inside = row_inside & within(column + dx, W)
                 window = tl.load(grad_offs + shift(dy, dx, grad_h, grad_w),
                                  mask=inside[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-                # outside the image any finite weight will do: what it weighs is zero there
+                # outside the image grad is loaded as zero, so any finite weight will do
                 at_tap = shift(dy, dx, logits_h, logits_w) + tl.cast(u * Kw + v, tl.int64) * logits_c
                 weight = tl.load(logits_offs + at_tap, mask=inside, other=0.0).to(tl.float32)
                 away = shift(dy, dx, W * G, G)
@@ -183,7 +183,7 @@ def _dynamicconv2d_bwd_logits_kernel(
         Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SOFTMAX: tl.constexpr, INT64: tl.constexpr,
         TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """The gradient (B, H, W, G, Kh * Kw) of the logits: all TAPS taps of BLOCK_P positions at once."""
+    """Gradient w.r.t. the logits (B, H, W, G, Kh * Kw): all taps of BLOCK_P positions at once, padded to TAPS."""
     image, head, top, left, columns, count = strip_of_program(tl.program_id(0), H, W, G, across, down, width, height)
     grad_ptr += image * grad_b
     x_ptr += image * x_b
@@ -267,7 +267,7 @@ def empty_stats(x: torch.Tensor, G: int, softmax: bool) -> torch.Tensor:
 
 
 def _blocks(channels: int) -> tuple[int, int]:
-    """Positions and channels of a tile in a head of that many channels: 16 values a thread of 4 warps."""
+    """(BLOCK_P, BLOCK_C) for heads of `channels` channels: up to 2,048 values, 16 for each thread of 4 warps."""
     block_c = channel_block(channels)
     return min(256, 2048 // block_c), block_c
 
@@ -275,7 +275,7 @@ def _blocks(channels: int) -> tuple[int, int]:
 def launch_bwd_input(
         grad: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int], stats: torch.Tensor,
         seed: torch.Tensor | None, dropconnect: float, softmax: bool) -> torch.Tensor:
-    """The gradient (B, C, H, W) of x, in the dtype of grad."""
+    """Gradient w.r.t. x (B, C, H, W), in the dtype of grad."""
     B, C, H, W = grad.shape
     Kh, Kw = kernel
     G = logits.shape[1] // (Kh * Kw)
@@ -297,7 +297,7 @@ def launch_bwd_input(
 def launch_bwd_logits(
         grad: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int], stats: torch.Tensor,
         seed: torch.Tensor | None, dropconnect: float, softmax: bool) -> torch.Tensor:
-    """The gradient (B, G * Kh * Kw, H, W), channels_last, in the dtype of logits."""
+    """Gradient w.r.t. the logits (B, G * Kh * Kw, H, W), channels_last, in their dtype."""
     B, C, H, W = x.shape
     Kh, Kw = kernel
     G = logits.shape[1] // (Kh * Kw)

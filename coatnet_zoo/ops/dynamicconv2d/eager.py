@@ -1,13 +1,12 @@
-"""DynamicConv in torch operators, in channels_last, with kernels (B, H, W, G, Kh * Kw) as the logits lie in memory.
+"""DynamicConv in torch operators, in channels_last. Kernels are (B, H, W, G, Kh * Kw), the memory order of the logits.
 
-The K * K windows of a position are never gathered: x is padded once, and a tap is a place in it. There are three forms:
+Windows are never materialised: x is padded once, and each tap reads a shifted view of it. There are three forms:
 
-- `shifted_sum`: one multiply-add of the whole map a tap. Compiled, it is one loop, and the kernels are divided by their
-  total after it, which has fewer elements. Graphs (TorchScript, torch.export, ONNX) and GPUs take it too.
-- `weighted_bags`: on a CPU without a compiler, a sum of rows a position, by the operator of embedding bags, which keeps
-  the sum in registers.
-- `band_product`: on a CPU, a map hardly larger than its kernels takes the product with their band matrix, as fairseq's
-  code does.
+- `shifted_sum`: one multiply-add of the whole map for each tap. torch.compile fuses them into one loop; the division by
+  the sum of the softmax follows it, on fewer elements. Graphs (TorchScript, torch.export, ONNX) and GPUs use it too.
+- `weighted_bags`: on a CPU without torch.compile, F.embedding_bag sums the weighted rows of each position in registers.
+- `band_product`: on a CPU, for maps hardly larger than the kernel, a matrix product with the kernels as a band matrix,
+  as in fairseq.
 """
 from functools import partial
 
@@ -36,7 +35,7 @@ def dynamicconv2d_eager(
     learns = torch.is_grad_enabled() and (x.requires_grad or logits.requires_grad)
     total: torch.Tensor | None = None
     if normalize == 'softmax' and _is_compiling():
-        if learns:  # backward reads a tap at many positions, and is faster with the kernels taps first
+        if learns:  # backward reads one tap at many positions: faster if taps come first in memory
             kernels = _stored(kernels.permute(4, 0, 1, 2, 3)).permute(1, 2, 3, 4, 0)
         kernels = (kernels - kernels.detach().amax(-1, keepdim=True)).exp()
         kernels = kernels if learns else _stored(kernels)
@@ -47,7 +46,7 @@ def dynamicconv2d_eager(
         kernels = kernels * dropconnect_scale(seed, kernels.numel(), dropconnect, dtype).view(B, H, W, G, taps)
 
     heads = x.permute(0, 2, 3, 1).contiguous().reshape(B, H, W, G, C // G).to(dtype)
-    if x.is_cpu and H * W <= (max(64, 3 * taps) if learns else 64):  # beyond, the matrix outgrows what it saves
+    if x.is_cpu and H * W <= (max(64, 3 * taps) if learns else 64):  # for larger maps the band matrix costs more
         out = band_product(heads, kernels, kernel_size)
     elif torch.jit.is_scripting() or torch.jit.is_tracing():  # their graphs cannot hold a backward written in Python
         out = shifted_sum(heads, by_tap(kernels), kernel_size)
@@ -62,17 +61,17 @@ def dynamicconv2d_eager(
 
 
 def band_product(x: torch.Tensor, kernels: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tensor:
-    """`shifted_sum` of kernels (B, H, W, G, Kh * Kw): row i of a matrix is what position i takes of the others."""
+    """`shifted_sum` with kernels (B, H, W, G, Kh * Kw), by band matrices: row i has the weights of position i."""
     B, H, W, G, c = x.shape
     rows = kernels.permute(0, 3, 1, 2, 4).reshape(B, G, H * W, kernel_size[0] * kernel_size[1])
-    band = torch.zeros([B, G, H * W, H * W + 1], dtype=x.dtype, device=x.device)  # one column for all outside
+    band = torch.zeros([B, G, H * W, H * W + 1], dtype=x.dtype, device=x.device)  # last column: taps outside
     band = band.scatter(3, sources(H, W, kernel_size, x.device).expand_as(rows), rows)[..., :H * W]
     out = band @ x.permute(0, 3, 1, 2, 4).reshape(B, G, H * W, c)
     return out.view(B, G, H, W, c).permute(0, 2, 3, 1, 4).contiguous()
 
 
 def sources(H: int, W: int, kernel_size: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """(H * W, Kh * Kw) int64: the place that each tap of each position reads, H * W where that is outside."""
+    """(H * W, Kh * Kw) int64: flat index of the position that each tap of each position reads, H * W if outside."""
     Kh, Kw = kernel_size
     rows = torch.arange(H, device=device)[:, None] + torch.arange(Kh, device=device) - Kh // 2
     columns = torch.arange(W, device=device)[:, None] + torch.arange(Kw, device=device) - Kw // 2
@@ -82,12 +81,15 @@ def sources(H: int, W: int, kernel_size: tuple[int, int], device: torch.device) 
 
 
 def shifted_sum(x: torch.Tensor, kernels: list[torch.Tensor], kernel_size: tuple[int, int]) -> torch.Tensor:
-    """sum_{u,v} kernels[u * Kw + v] * x shifted by (u - Kh // 2, v - Kw // 2): (B, H, W, G, c), each (B, H, W, G)."""
+    """sum_{u,v} kernels[u * Kw + v] * x shifted by (u - Kh // 2, v - Kw // 2).
+
+    x and the result are (B, H, W, G, c), each of the kernels is (B, H, W, G).
+    """
     windows = shifts(x, kernel_size)
     if torch.jit.is_scripting():
         return _accumulate(windows, kernels)
     elif _is_compiling() and len(windows) > 1:
-        # two sums at once, so that an addition need not wait for the one before it
+        # two independent sums, so that an addition need not wait for the one before it
         products = [window * kernel.unsqueeze(-1) for window, kernel in zip(windows, kernels, strict=True)]
         return sum(products[2::2], products[0]) + sum(products[3::2], products[1])
     else:
@@ -102,7 +104,7 @@ def _accumulate(windows: list[torch.Tensor], kernels: list[torch.Tensor]) -> tor
 
 
 def shifts(x: torch.Tensor, kernel_size: tuple[int, int]) -> list[torch.Tensor]:
-    """What each tap sees of zero-padded x (B, H, W, G, c), row by row of the kernel: views (B, H, W, G, c)."""
+    """Input of each tap, in row-major order: Kh * Kw views (B, H, W, G, c) of zero-padded x (B, H, W, G, c)."""
     H, W = x.shape[1], x.shape[2]
     Kh, Kw = kernel_size
     x = _stored(F.pad(x, [0, 0, 0, 0, Kw // 2, Kw // 2, Kh // 2, Kh // 2]))
@@ -110,17 +112,20 @@ def shifts(x: torch.Tensor, kernel_size: tuple[int, int]) -> list[torch.Tensor]:
 
 
 def by_tap(kernels: torch.Tensor) -> list[torch.Tensor]:
-    """Kh * Kw kernels (B, H, W, G) of (B, H, W, G, Kh * Kw); a compiled loop reads them where they are."""
+    """Split kernels (B, H, W, G, Kh * Kw) into Kh * Kw tensors (B, H, W, G): contiguous ones, or views if compiled."""
     kernels = kernels.permute(4, 0, 1, 2, 3)
     return list((kernels if _is_compiling() else kernels.contiguous()).unbind(0))
 
 
 def weighted_bags(x: torch.Tensor, kernels: torch.Tensor, kernel_size: tuple[int, int]) -> torch.Tensor:
-    """`shifted_sum` of kernels (B, H, W, G, Kh * Kw): a bag is a position and head, its rows those of padded x."""
+    """`shifted_sum` with kernels (B, H, W, G, Kh * Kw), by F.embedding_bag.
+
+    A bag is one position and head; its entries are the rows (c,) of padded x that the taps read.
+    """
     B, H, W, G, c = x.shape
     Kh, Kw = kernel_size
     wide = W + Kw - 1
-    # offsets within the indices have their dtype
+    # embedding_bag counts the indices in their dtype
     numbers = partial(torch.arange, dtype=torch.int32 if H * W * G * Kh * Kw < 2**31 else torch.int64, device=x.device)
     at = (numbers(H)[:, None, None] * wide + numbers(W)[:, None]) * G + numbers(G)
     taps = (numbers(Kh)[:, None] * wide + numbers(Kw)) * G
@@ -133,7 +138,7 @@ def weighted_bags(x: torch.Tensor, kernels: torch.Tensor, kernel_size: tuple[int
 
 
 def _is_compiling() -> bool:
-    """Whether the inductor may fuse what follows: not in scripted or exported graphs."""
+    """Whether torch.compile may fuse the code that follows; False in scripted and exported graphs."""
     if torch.jit.is_scripting():
         return False
     else:
@@ -141,7 +146,7 @@ def _is_compiling() -> bool:
 
 
 def _stored(x: torch.Tensor) -> torch.Tensor:
-    """x; the compiler is made to write it out once, where it would compute it again at each tap."""
+    """Return x. Under torch.compile, store it once; it would otherwise be recomputed at each tap."""
     if _is_compiling():
         x = x.contiguous()
         return x.as_strided(x.shape, x.stride())
@@ -150,8 +155,10 @@ def _stored(x: torch.Tensor) -> torch.Tensor:
 
 
 class WeightedSum(torch.autograd.Function):
-    """`shifted_sum` of kernels (B, H, W, G, Kh * Kw) with a backward that gathers too; autograd's own would pad one
-    gradient a tap."""
+    """`shifted_sum` with kernels (B, H, W, G, Kh * Kw), and a backward that gathers.
+
+    The backward that autograd derives would pad one gradient for each tap.
+    """
 
     generate_vmap_rule = True
 
@@ -184,7 +191,7 @@ class WeightedSum(torch.autograd.Function):
         _, H, W, _, _ = x.shape
         grad_x = grad_kernels = None
         if ctx.needs_input_grad[0]:
-            # what a position took through a tap, its neighbour gets back through the opposite one
+            # each position gathers grad from the positions whose windows cover it, through the opposite taps
             around = F.pad(kernels.permute(4, 0, 1, 2, 3).flip(0), [0, 0, Kw // 2, Kw // 2, Kh // 2, Kh // 2])
             opposite = [around[tap, :, tap // Kw:tap // Kw + H, tap % Kw:tap % Kw + W] for tap in range(Kh * Kw)]
             grad_x = shifted_sum(grad, opposite, ctx.kernel_size)
@@ -195,5 +202,5 @@ class WeightedSum(torch.autograd.Function):
 
 
 def takes_bags(x: torch.Tensor) -> bool:
-    """Whether x, where no graph is made of it, is summed by `weighted_bags`."""
+    """Whether `WeightedSum` runs `weighted_bags`: on a CPU, without torch.compile."""
     return x.is_cpu and not torch.compiler.is_compiling()

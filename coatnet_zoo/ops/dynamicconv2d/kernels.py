@@ -1,6 +1,6 @@
-"""DynamicConv in Triton as operators of torch: registration, autograd and the choice between two sets of kernels.
+"""DynamicConv in Triton as torch operators: registration, autograd and the choice between two sets of kernels.
 
-`band.py` runs on tensor cores and covers the usual call; `direct.py` covers every other. Both save the same statistics.
+`band.py` runs on tensor cores and takes the common cases; `direct.py` takes all others. Both save the same statistics.
 """
 from types import ModuleType
 
@@ -23,7 +23,7 @@ def _implementation(x: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, in
 def _dynamicconv2d_op(
         x: torch.Tensor, logits: torch.Tensor, Kh: int, Kw: int, bias: torch.Tensor | None, seed: torch.Tensor | None,
         dropconnect: float, softmax: bool, kernels: str = 'auto') -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, C, H, W), channels_last, and statistics for the backward, which are no function to differentiate."""
+    """Output (B, C, H, W), channels_last, and the statistics of the softmaxes (B, H, W, G, 2), not differentiable."""
     return _implementation(x, logits, (Kh, Kw), kernels).launch_fwd(
         x, logits, (Kh, Kw), bias, seed, dropconnect, softmax)
 
@@ -34,7 +34,7 @@ def _dynamicconv2d_backward_op(
         stats: torch.Tensor, seed: torch.Tensor | None, dropconnect: float, softmax: bool, needed: list[bool],
         kernels: str = 'auto',
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, logits and bias, each in its dtype; what is not `needed` comes back with no elements."""
+    """Gradients of x, logits and bias, each in the dtype of its tensor; those not `needed` are empty."""
     grad_x, grad_logits, grad_bias = x.new_empty(0), logits.new_empty(0), x.new_empty(0)
     implementation = _implementation(x, logits, (Kh, Kw), kernels)
     if needed[0]:
@@ -62,7 +62,7 @@ def _save(ctx, inputs, output) -> None:
     x, logits, ctx.Kh, ctx.Kw, bias, seed, ctx.dropconnect, ctx.softmax, ctx.kernels = inputs
     ctx.save_for_backward(x, logits, bias, output[1], seed)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for the statistics
+    ctx.set_materialize_grads(False)  # no zero gradient for the statistics
 
 
 def _backward(ctx, grad: torch.Tensor | None, _):
@@ -95,9 +95,9 @@ def dynamicconv2d_triton(
 ) -> torch.Tensor:
     """(B, C, H, W), (B, G * Kh * Kw, H, W) -> (B, C, H, W), channels_last; a seed switches DropConnect on.
 
-    kernels: 'auto', or one of 'band' and 'direct' to force the kernels of one file.
+    kernels: 'auto'; 'band' or 'direct' forces the kernels of that file.
     """
     Kh, Kw = kernel_size
-    bias = bias if bias is None else bias.contiguous()  # read without a stride
+    bias = bias if bias is None else bias.contiguous()  # the kernels assume stride 1
     out, _ = _dynamicconv2d_op(x, logits, Kh, Kw, bias, seed, float(dropconnect), normalize == 'softmax', kernels)
     return out

@@ -1,8 +1,8 @@
-"""`dynamicconv2d_projected`: DynamicConv whose logits are a linear layer of its own input; checks, choice of backend.
+"""`dynamicconv2d_projected`, DynamicConv with logits from a linear layer of its input: checks and choice of backend.
 
     out = dynamicconv2d(x, logits, kernel_size, bias),    logits[b, :, h, w] = projection x[b, :, h, w]
 
-Two steps, except where one kernel does both and stores no logits.
+It runs in two steps, or as one fused kernel that never stores the logits.
 """
 import torch
 import torch.nn.functional as F
@@ -46,20 +46,20 @@ def dynamicconv2d_projected(
 
     Args:
         x: (B, C, H, W), floating point, any strides.
-        projection: (G * Kh * Kw, C), the weight of the linear layer, in the dtype of `x` (under autocast any); row
-            (g * Kh + u) * Kw + v. G divides C.
+        projection: (G * Kh * Kw, C), the weight of the linear layer, in the dtype of `x` (under autocast any). Row
+            (g * Kh + u) * Kw + v predicts tap (u, v) of head g; G divides C.
         kernel_size: (Kh, Kw), both odd.
         bias: (C,) or None.
         normalize, dropconnect, training: As in `dynamicconv2d`, with the same masks.
-        backend: 'naive' computes the logits in float32 (float64 for float64) and does not round them; 'eager' rounds
-            them to the dtype of `x`, as a layer of torch does; 'triton' is one kernel, which does not round or store
-            them, and whose backward computes them again; None takes that where `fuses_projection`, else two steps
-            with the backend that `dynamicconv2d` chooses.
+        backend: 'naive' computes the logits in float32 (float64 for float64) and does not round them. 'eager' rounds
+            them to the dtype of `x`, as a torch layer does. 'triton' is one fused kernel, which neither rounds nor
+            stores them and recomputes them in the backward. None is the fused kernel if `fuses_projection` returns
+            True, else two steps with the default backend of `dynamicconv2d`.
 
     Returns (B, C, H, W) in the dtype of `x` (under autocast its dtype).
 
-    Raises TypeError or ValueError for what is outside this contract, or if 'triton' is asked for and cannot run;
-    RuntimeError if it is missing.
+    Raises TypeError or ValueError for invalid arguments. If 'triton' is requested, raises ValueError if it cannot run,
+    RuntimeError if it is not installed.
     """
     op = 'dynamicconv2d_projected'
     validate_x(x, op)
@@ -96,9 +96,9 @@ def dynamicconv2d_projected(
 
 
 def fuses_projection(x: torch.Tensor, projection: torch.Tensor, kernel_size: tuple[int, int]) -> bool:
-    """Whether one kernel is the choice for these tensors: on CUDA, where it can run and is expected to be faster.
+    """Whether the fused kernel is the default for these tensors: on CUDA, if it can run and is expected to be faster.
 
-    Never for a graph that is exported, which must run without our operators and on any device.
+    False in exported graphs, which must run without the custom operators and on any device.
     """
     if not (x.is_cuda and TRITON) or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False

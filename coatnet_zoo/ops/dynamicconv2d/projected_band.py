@@ -2,13 +2,13 @@
 
     fwd    out = bias + W x,    W = softmax(P x) of each position, a band matrix (positions, inputs)
 
-The tile is that of `band.py`. Its logits are products of its 16 positions with the taps of one row of the kernel at a
-time, (16, C) x (C, 8), so that they lie in registers by position and tap, and are not rounded before the softmax. A
-penalty in the accumulator masks what is no tap. Weights then move from taps to slots: to the slot column by a rotation
-of 8 neighbours, which is one shuffle a weight, and to the slot row for free. A program keeps P of its head in shared
-memory. The backward pass is that of `band.py`, on logits that a matrix product computes again.
+Tiles are those of `band.py`. The logits of a tile are computed one kernel row at a time, as a product of its positions
+and the taps, (16, C) x (C, 8). They stay in registers and are not rounded before the softmax. A penalty in the
+accumulator masks the columns that are no taps. Each weight then moves from its tap to its slot: a rotation among 8
+neighbours, one shuffle, gives the slot column; the slot row needs no data movement. A program keeps the P of its head
+in shared memory. The backward pass is that of `band.py`, on logits recomputed by a matrix product.
 """
-# Tuples grow in loops that Triton unrolls, which mypy takes for ones of fixed length.
+# Tuples grow in loops that Triton unrolls; mypy expects tuples of fixed length.
 # mypy: disable-error-code="assignment,misc"
 import torch
 import triton.language as tl
@@ -33,8 +33,8 @@ from ..triton_ops import dropconnect_factor, empty_channels_last, on_device_of
 
 __all__ = ['MAX_CHANNELS', 'launch_fwd', 'obstacle']
 
-# A tile of a head reads 32 C bytes for its logits here. Two steps read the logits, 1,568 bytes for 7 x 7, and the
-# projection moves about 2,600 before: beyond 128 channels, those are fewer.
+# Per tile and head, this kernel reads 32 C bytes to compute the logits. The two-step form reads 1,568 bytes of logits
+# (7 x 7), and its projection moves about 2,600 bytes: less in all beyond 128 channels.
 MAX_CHANNELS = 128
 
 
@@ -44,7 +44,7 @@ def _rotate(weight):
     px = tl.arange(0, 16)[:, None] % 8
     pair = tl.arange(0, 4)[None, :]
     even, odd = tl.split(tl.reshape(weight, (16, 4, 2)))
-    # columns of one parity come from columns of one parity, which depends on the position alone
+    # slot columns of one parity take tap columns of one parity, which depends on the position alone
     first = tl.where(band_ops.tap_column(0, px) % 2 == 0, even, odd)
     second = tl.where(band_ops.tap_column(1, px) % 2 == 0, even, odd)
     first = tl.gather(first, band_ops.tap_column(2 * pair, px) // 2, 1)
@@ -54,7 +54,7 @@ def _rotate(weight):
 
 @jit
 def _stack(r):
-    """2, 4 or 8 slot rows (16, 8) -> (16, slots)."""
+    """Concatenate 2, 4 or 8 slot rows (16, 8) into (16, slots)."""
     if len(r) == 2:
         slots = tl.permute(tl.join(r[0], r[1]), (0, 2, 1))
     elif len(r) == 4:
@@ -71,7 +71,7 @@ def _dynamicconv2d_projected_band_fwd_kernel(
         G: tl.constexpr, Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, SLOTS: tl.constexpr,
         CHUNK: tl.constexpr, SOFTMAX: tl.constexpr, TMA: tl.constexpr,
 ):
-    """out (B, H, W, C) from x (B, H, W, C), pointer and perhaps descriptor, and the projection (G * Kh * Kw, C)."""
+    """out (B, H, W, C) from x (B, H, W, C) and the projection (G * Kh * Kw, C). x: descriptor of x_ptr, or x_ptr."""
     C: tl.constexpr = G * HEAD
     image, head, left, top, bottom = strip_of_columns(tl.program_id(0), H, G, across, down, height)
     before = tl.cast(image, tl.int64) * H * W
@@ -155,7 +155,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def obstacle(x: torch.Tensor, projection: torch.Tensor, kernel: tuple[int, int], dtype: torch.dtype) -> str:
-    """Why this kernel cannot take a call in that dtype, or would lose to two steps; '' if neither."""
+    """Reason why this kernel cannot take a call in `dtype` or is slower than the two-step form; '' if none."""
     _, C, H, W = x.shape
     taps = kernel[0] * kernel[1]
     head = C * taps // projection.shape[0]

@@ -1,7 +1,7 @@
-"""DynamicConv with the projection of its logits, in Triton, as operators of torch: registration and autograd.
+"""DynamicConv fused with the projection of its logits, in Triton, as torch operators: registration and autograd.
 
-Saved for the backward are x and the projection alone. It computes the logits again by a matrix product, rounded to the
-dtype of x as in two steps, and their softmax from them, so that its kernels sum to 1.
+Only the inputs are saved for the backward, no logits. It recomputes the logits by a matrix product, rounded to the
+dtype of x as in the two-step form, and takes the softmax of the rounded logits, so that its kernels sum to 1.
 """
 import torch
 
@@ -27,7 +27,7 @@ def _projected_backward_op(
         grad: torch.Tensor, x: torch.Tensor, projection: torch.Tensor, Kh: int, Kw: int, bias: torch.Tensor | None,
         seed: torch.Tensor | None, dropconnect: float, softmax: bool, needed: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, projection and bias, each in its dtype; what is not `needed` comes back with no elements."""
+    """Gradients of x, projection and bias, each in the dtype of its tensor; those not `needed` are empty."""
     require_triton(x, 'dynamicconv2d_projected')
     B, C, H, W = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
@@ -94,5 +94,5 @@ def dynamicconv2d_projected_triton(
 ) -> torch.Tensor:
     """(B, C, H, W), (G * Kh * Kw, C) -> (B, C, H, W), channels_last; a seed switches DropConnect on."""
     Kh, Kw = kernel_size
-    bias = bias if bias is None else bias.contiguous()  # read without a stride
+    bias = bias if bias is None else bias.contiguous()  # the kernel assumes stride 1
     return _projected_op(x, projection, Kh, Kw, bias, seed, float(dropconnect), normalize == 'softmax')

@@ -35,24 +35,26 @@ def lightconv2d(
 
     out[b, c, h, w] = bias[c] + sum_{u,v} softmax(weight[g])[u, v] * x[b, c, h + u - Kh // 2, w + v - Kw // 2]
 
-    with g = c // (C // G) and zeros around the image. Wu et al., section 3 (https://arxiv.org/abs/1901.10430), whose
-    operator on sequences is H = 1 with a (1, K) kernel. Sums are taken in float32, or float64 for float64.
+    with g = c // (C // G) and x zero outside the image.
+    Sums are in float32, or float64 for float64. Wu et al., section 3 (https://arxiv.org/abs/1901.10430), whose operator
+    on sequences is H = 1 with a (1, K) kernel.
 
     Args:
-        x: (B, C, H, W), floating point, any strides; channels_last is what the backends work in.
+        x: (B, C, H, W), floating point, any strides; the backends work in channels_last.
         weight: (G, Kh, Kw), raw logits of the kernels; G divides C, Kh and Kw are odd. Any floating dtype.
         bias: (C,) or None.
         normalize: 'softmax' over the taps, or 'none' to use `weight` as it is.
-        dropconnect: Probability of dropping a normalised weight in training; those kept are divided by 1 - p. One
-            mask (G, Kh, Kw) a call, from torch's generator of the device of `x`, the same in every backend. (Compiled
-            by the inductor, the seed is the inductor's, unless torch._inductor.config.fallback_random is set.)
-        training: Whether DropConnect acts.
+        dropconnect: Probability of dropping a normalised weight in training; those kept are divided by 1 - p. A call
+            draws one mask (G, Kh, Kw). The seed comes from torch's generator of the device of `x`, and the mask is the
+            same in every backend. (Under torch.compile the inductor draws the seed, unless
+            torch._inductor.config.fallback_random is set.)
+        training: Apply DropConnect.
         backend: 'naive', 'eager', 'triton', or None for Triton where it runs and eager elsewhere.
 
     Returns (B, C, H, W) in the dtype of `x` (under autocast its dtype), channels_last in memory.
 
-    Raises TypeError or ValueError for what is outside this contract, RuntimeError if Triton is asked for and missing.
-    With 'triton', the choice on CUDA, vmap and double backward raise NotImplementedError; 'eager' has both.
+    Raises TypeError or ValueError for invalid arguments, RuntimeError if 'triton' is requested but not installed. Under
+    vmap and double backward 'triton', the default on CUDA, raises NotImplementedError; 'eager' supports both.
     """
     op = 'lightconv2d'
     validate_x(x, op)
@@ -73,7 +75,7 @@ def lightconv2d(
         from .kernels import lightconv2d_triton
         run = lightconv2d_triton
     else:
-        # torch convolves nothing empty
+        # F.conv2d rejects empty channels and maps
         run = lightconv2d_naive if backend == 'naive' or 0 in x.shape[1:] else lightconv2d_eager
     with autocast_off(x):
         return run(x, weight, bias, normalize, dropconnect, seed)

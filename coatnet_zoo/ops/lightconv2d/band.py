@@ -4,9 +4,9 @@
     bwd_input    the same from grad, with the kernel turned by 180 degrees
     bwd_weight   grad x^T along the band, summed over tiles
 
-`band_ops.py` has the geometry. W is built once a program, in slices of two rows of the span, and stays in registers.
-Forward walks down 8 columns in steps of two rows of x, each of which is read once and added to the up to four pairs of
-output rows whose windows hold it. Weights are rounded to the dtype of x, sums are taken in float32.
+`band_ops.py` describes tiles and slots. A program builds W once, in slices of two rows of the span, and keeps it in
+registers. Forward walks down 8 columns in steps of two rows of x. It loads each row once and adds it to the up to four
+pairs of output rows whose windows contain it. Weights are rounded to the dtype of x; sums are in float32.
 """
 import torch
 import triton.language as tl
@@ -40,7 +40,7 @@ def _slice_of_band(
         weight_ptr, seed_ptr, row_max, norm, head, threshold, scale, j: tl.constexpr, Kh: tl.constexpr,
         Kw: tl.constexpr, SOFTMAX: tl.constexpr, TRANSPOSED: tl.constexpr, dtype: tl.constexpr,
 ):
-    """Weights (16 positions, 16 slots) of rows 2 j and 2 j + 1 of the span: of its left half, and of its right one."""
+    """(left, right): weights (16 positions, 16 slots) of rows 2 j and 2 j + 1 of either half of the span."""
     i = tl.arange(0, 16)[:, None]
     slot = tl.arange(0, 16)[None, :]
     u, v, exists = taps_of_slots(i, slot + 16 * j, Kh, Kw)
@@ -88,8 +88,8 @@ def _lightconv2d_band_fwd_kernel(
     near3, far3 = _slice_of_band(weight_ptr, seed_ptr, row_max, norm, head, threshold, scale, 3, Kh, Kw, SOFTMAX,
                                  TRANSPOSED, dtype)
 
-    # output rows under way: of the last step, of the one before, of the third last. Each a tensor of its own: Triton
-    # carries no name through a loop that has the same value before and after
+    # unfinished output rows, begun in the last step, the one before and the third last. Each is a tensor of its own:
+    # Triton carries no name through a loop that has the same value before and after
     acc0 = tl.zeros((16, HEAD), tl.float32)
     acc1 = tl.zeros((16, HEAD), tl.float32)
     acc2 = tl.zeros((16, HEAD), tl.float32)
@@ -121,7 +121,7 @@ def _lightconv2d_band_bwd_weight_kernel(
         x, grad_ptr, partial_ptr, x_b, grad_b, H, W, across, share, total, C: tl.constexpr, Kh: tl.constexpr,
         Kw: tl.constexpr, HEAD: tl.constexpr, SLOTS: tl.constexpr, TAPS: tl.constexpr, TMA: tl.constexpr,
 ):
-    """partial (programs of a head, G, Kh * Kw): sums over `share` of the `total` pairs of rows of all images."""
+    """partial (programs of a head, G, Kh * Kw): weight gradient over `share` of the `total` row pairs of all images."""
     G: tl.constexpr = C // HEAD
     program = tl.program_id(0)
     head = program % G
@@ -149,7 +149,7 @@ def _lightconv2d_band_bwd_weight_kernel(
         from_left = product(grad, tl.trans(x_left), from_left)
         from_right = product(grad, tl.trans(x_right), from_right)
     band = tl.where(slot % 8 >= i % 8, from_left, from_right)
-    # from slots to taps
+    # gather taps from slots
     tap = tl.arange(0, TAPS)[None, :]
     slot = tl.minimum(tap // Kw + i // 8, SLOTS // 8 - 1) * 8 + slot_column(tap % Kw, i % 8)
     taps = tl.sum(tl.gather(band, slot, 1), 0)
@@ -160,7 +160,7 @@ def _lightconv2d_band_bwd_weight_kernel(
 def launch_fwd(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor | None, dropconnect: float,
         softmax: bool, transposed: bool, launch: Launch | None = None) -> torch.Tensor:
-    """Output (B, C, H, W), or with `transposed` the gradient of x from that of the output; x in channels_last."""
+    """Output (B, C, H, W); with `transposed`, the gradient w.r.t. x, where `x` is that w.r.t. the output."""
     _, C, H, W = x.shape
     G, Kh, Kw = weight.shape
     x = x.contiguous(memory_format=torch.channels_last)
@@ -180,7 +180,7 @@ def launch_fwd(
 def launch_bwd_weight(
         grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor | None, dropconnect: float,
         softmax: bool, launch: Launch | None = None) -> torch.Tensor:
-    """The gradient (G, Kh, Kw) in the dtype of weight: sums over parts of all rows of all images, then over parts."""
+    """Gradient w.r.t. the weight (G, Kh, Kw), in its dtype: partial sums over rows of all images, then their sum."""
     B, C, H, W = x.shape
     G, Kh, Kw = weight.shape
     if x.numel() == 0:

@@ -1,12 +1,12 @@
-"""LightConv in Triton without tensor cores, for every dtype, layout, head width and kernels up to 31 x 31.
+"""LightConv in Triton without tensor cores: 16- and 32-bit, any layout and head width, kernels up to 31 x 31.
 
-    fwd                 out[p, c] = bias[c] + sum_t w[g, t] x[p + off(t), c]; with negated offsets it is dx from grad
+    fwd                 out[p, c] = bias[c] + sum_t w[g, t] x[p + off(t), c]; with negated offsets, dx from grad
     bwd_weight_partial  partial[s, c, t] = sum_{p in split s} grad[p, c] x[p + off(t), c]
     bwd_weight_reduce   their sum over splits and channels of a head, through DropConnect and the softmax
 
-A tile is BLOCK_P positions by BLOCK_C channels, channels innermost, in float32; taps read x again through the caches.
-Heads of 16 channels on get tiles of their own, so that a weight is one number a tap (ONE_HEAD); smaller heads share
-tiles and a weight is a vector over channels. The softmax is taken in the kernels from the raw weights.
+A tile is BLOCK_P positions by BLOCK_C channels, channels innermost, in float32. Each tap loads x again, through the
+caches. Heads of at least 16 channels have tiles of their own, so that the weight of a tap is a scalar (ONE_HEAD);
+narrower heads share tiles, and the weight is a vector over channels. The kernels compute the softmax of the weights.
 """
 import torch
 import triton.language as tl
@@ -38,7 +38,7 @@ SUMMED = 32  # partial weight gradients that one program sums
 
 @jit
 def channels_of_tile(tile, C, HEAD: tl.constexpr, ONE_HEAD: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Channels (BLOCK_C,), which exist, and their heads: one number or (BLOCK_C,)."""
+    """(channels (BLOCK_C,), mask of those that exist, heads) of a tile; heads: scalar if ONE_HEAD, else (BLOCK_C,)."""
     if ONE_HEAD:
         tiles: tl.constexpr = (HEAD + BLOCK_C - 1) // BLOCK_C
         head = tile // tiles
@@ -59,7 +59,10 @@ def _lightconv2d_fwd_kernel(
         ONE_HEAD: tl.constexpr, INT64: tl.constexpr, TAPS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_P: tl.constexpr,
         BLOCK_C: tl.constexpr,
 ):
-    """One strip of one image by one tile of channels; TAPS is the power of two from Kh * Kw on."""
+    """Output, or if TRANSPOSED the gradient w.r.t. x, of one strip and one channel tile.
+
+    TAPS: Kh * Kw rounded up to a power of two.
+    """
     image, tile, top, left, columns, count = strip_of_program(
         tl.program_id(0), H, W, tiles, across, down, width, height)
     channel, mask_c, head = channels_of_tile(tile, C, HEAD, ONE_HEAD, BLOCK_C)
@@ -126,10 +129,10 @@ def _lightconv2d_bwd_weight_partial_kernel(
         Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, ONE_HEAD: tl.constexpr, INT64: tl.constexpr,
         TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """partial (splits, rows, Kh * Kw) over a split, a group of TAPS taps and a tile of channels.
+    """partial (splits, rows, Kh * Kw); a program computes one split, one group of TAPS taps and one channel tile.
 
-    A row of partial is a tile of channels, already summed (ONE_HEAD), or a channel. A line of an image falls into
-    `chunks_per_row` of BLOCK_P positions, `chunks` in all, of which a split has `share`.
+    A row of partial is a channel tile, summed over its channels (ONE_HEAD), or a single channel. A row of an image is
+    divided into `chunks_per_row` chunks of BLOCK_P positions. Of all `chunks`, a split has `share`.
     """
     program = tl.program_id(0)
     tile = program % tiles
@@ -165,7 +168,7 @@ def _lightconv2d_bwd_weight_partial_kernel(
                          mask=inside[:, :, None] & mask_c[None, None, :], other=0.0).to(tl.float32)
         acc += tl.sum(grad[:, None, :] * window, 0)
 
-    partial_ptr += split * rows * (Kh * Kw)  # below SCRATCH
+    partial_ptr += split * rows * (Kh * Kw)  # int32: at most SCRATCH
     if ONE_HEAD:
         tl.store(partial_ptr + tile * (Kh * Kw) + tap, tl.sum(acc, 1), mask=tap < Kh * Kw)
     else:
@@ -190,7 +193,7 @@ def _lightconv2d_bwd_weight_reduce_kernel(
         partial_ptr, weight_ptr, seed_ptr, out_ptr, weight_g, weight_u, weight_v, splits, G, per_head, threshold, scale,
         Kh: tl.constexpr, Kw: tl.constexpr, SOFTMAX: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """out (G, Kh * Kw) from partial (splits, G * per_head, Kh * Kw), one head a program."""
+    """out (G, Kh * Kw) from partial (splits, G * per_head, Kh * Kw): sum, DropConnect, softmax; one head a program."""
     head = tl.program_id(0)
     tap = tl.arange(0, TAPS)
     acc = tl.zeros((BLOCK, TAPS), tl.float32)
@@ -214,7 +217,7 @@ def _lightconv2d_bwd_weight_reduce_kernel(
 def launch_fwd(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor | None, dropconnect: float,
         softmax: bool, transposed: bool) -> torch.Tensor:
-    """Forward, or with `transposed` the gradient of x from that of the output."""
+    """Output (B, C, H, W); with `transposed`, the gradient w.r.t. x, where `x` is that w.r.t. the output."""
     B, C, H, W = x.shape
     G, Kh, Kw = weight.shape
     out = empty_channels_last(x)
@@ -237,7 +240,7 @@ def launch_fwd(
 def launch_bwd_weight(
         grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor | None, dropconnect: float,
         softmax: bool) -> torch.Tensor:
-    """(G, Kh, Kw) in the dtype of weight: sums of splits of the positions, then one program a head."""
+    """Gradient w.r.t. the weight (G, Kh, Kw), in its dtype: partial sums over splits of positions, then their sum."""
     B, C, H, W = x.shape
     G, Kh, Kw = weight.shape
     if x.numel() == 0:
@@ -266,9 +269,9 @@ def launch_bwd_weight(
 def reduce_weight_grad(
         partial: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor | None, dropconnect: float, softmax: bool,
         per_head: int) -> torch.Tensor:
-    """(G, Kh, Kw) in the dtype of weight from partial sums (parts, G * per_head, Kh * Kw).
+    """Gradient w.r.t. the weight (G, Kh, Kw), in its dtype, from partial sums (parts, G * per_head, Kh * Kw).
 
-    Parts are summed by many programs; the last step, of one program a head, has at most SUMMED of them.
+    Many programs sum groups of SUMMED parts until at most SUMMED are left; one program a head sums these.
     """
     G, Kh, Kw = weight.shape
     with on_device_of(weight):

@@ -1,7 +1,7 @@
-"""LightConv in Triton as operators of torch: registration, autograd and the choice between three sets of kernels.
+"""LightConv in Triton as torch operators: registration, autograd and the choice between three sets of kernels.
 
-`band.py` (up to 7 x 7) and `toeplitz.py` (above) run on tensor cores and cover the usual call; `direct.py` covers every
-other.
+`band.py` (up to 7 x 7) and `toeplitz.py` (above) run on tensor cores and take the common cases; `direct.py` takes all
+others.
 """
 from types import ModuleType
 
@@ -35,7 +35,7 @@ def _lightconv2d_backward_op(
         grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
         seed: torch.Tensor | None, dropconnect: float, softmax: bool, needed: list[bool], kernels: str = 'auto',
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias, each in its dtype; what is not `needed` comes back with no elements."""
+    """Gradients of x, weight and bias, each in the dtype of its tensor; those not `needed` are empty."""
     grad_x, grad_weight, grad_bias = x.new_empty(0), weight.new_empty(0), x.new_empty(0)
     implementation = _implementation(x, weight, kernels)
     if needed[0]:
@@ -87,7 +87,7 @@ def lightconv2d_triton(
 ) -> torch.Tensor:
     """(B, C, H, W), (G, Kh, Kw) -> (B, C, H, W), channels_last; a seed switches DropConnect on.
 
-    kernels: 'auto', or 'band' and 'direct' to force the kernels with or without tensor cores.
+    kernels: 'auto'; 'band' forces the kernels with tensor cores, 'direct' those without.
     """
     weight, bias = weight.contiguous(), bias if bias is None else bias.contiguous()  # small, and read without strides
     return _lightconv2d_op(x, weight, bias, seed, float(dropconnect), normalize == 'softmax', kernels)

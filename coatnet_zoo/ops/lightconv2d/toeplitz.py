@@ -4,10 +4,11 @@
     bwd_input    the same from grad, with the kernel turned by 180 degrees
     bwd_weight   dA[p, q] = sum grad[p] x[q]^T over images and columns, then sums along the diagonals of equal taps
 
-The tiles of an image are a grid of pairs of rows by octets of columns. One kernel writes A, normalised and rounded to
-the dtype of x, for all offsets d that a head needs. The other two are products of matrices: PAIRS tiles below each
-other (rows) by the channels of some images (columns of fwd, summed over by bwd_weight). What lies outside the image is
-skipped, so that maps of up to 16 rows are one dense product a head. Sums are taken in float32.
+Tiles form a grid: an image is divided into pairs of rows and octets of columns. One kernel writes the blocks A,
+normalised and rounded to the dtype of x, for all tile offsets d that a head needs. The other two kernels are matrix
+products. Their rows are the positions of PAIRS vertically stacked tiles. The channels of IMAGES images are the columns
+in fwd and the summed dimension in bwd_weight. Tiles outside the image are skipped, so that maps of up to 16 rows take
+one dense product a head. Sums are in float32.
 """
 from typing import NamedTuple
 
@@ -27,13 +28,13 @@ WEIGHT_PROGRAMS = 528  # four for each of the 132 multiprocessors of a Hopper GP
 
 @jit
 def columns_between(slot, position):
-    """Columns from a position to a slot, without the octets between them."""
+    """Column distance from a position to a slot, each within its octet."""
     return slot % 8 - position % 8
 
 
 @jit
 def column_of_slot(dv, position):
-    """Column, in its octet if it lies there at all, of the slot that is dv columns from a position."""
+    """Column within the octet of the slot dv columns from a position; outside 0 to 7 there is none."""
     return dv + position % 8
 
 
@@ -42,7 +43,7 @@ def _lightconv2d_toeplitz_blocks_kernel(
         weight_ptr, seed_ptr, out_ptr, first, blocks, threshold, scale, REACH_W: tl.constexpr, Kh: tl.constexpr,
         Kw: tl.constexpr, TAPS: tl.constexpr, SOFTMAX: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """out (G, 2 * REACH_W + 1, blocks, 16, 16): A from octet -REACH_W and pair `first` on, zero where no tap reaches.
+    """out (G, 2 * REACH_W + 1, blocks, 16, 16): A from octet -REACH_W and pair `first` on, zero where there is no tap.
 
     A program writes BLOCK rows of one head and one octet.
     """
@@ -77,7 +78,7 @@ def _lightconv2d_toeplitz_blocks_kernel(
 
 @jit
 def tile_positions(pair, octet, H, W, POSITIONS: tl.constexpr):
-    """Offsets (POSITIONS,) inside an image of tiles below each other from `pair` on, and which lie in it."""
+    """Offsets (POSITIONS,) in an image of vertically stacked tiles from `pair` on, and the mask of those inside."""
     i = tl.arange(0, POSITIONS)
     row = 2 * pair + i // 8
     column = octet * 8 + i % 8
@@ -86,7 +87,7 @@ def tile_positions(pair, octet, H, W, POSITIONS: tl.constexpr):
 
 @jit
 def images_by_channels(ptr, stride, first, B, head, HEAD: tl.constexpr, IMAGES: tl.constexpr):
-    """Pointers (IMAGES * HEAD,) to the channels of a head in images from `first` on, and which exist."""
+    """Pointers (IMAGES * HEAD,) to the channels of a head in images from `first` on, and the mask of valid images."""
     i = tl.arange(0, IMAGES * HEAD)
     image = first + i // HEAD
     return ptr + image.to(tl.int64) * stride + (head * HEAD + i % HEAD), image < B
@@ -98,9 +99,9 @@ def _lightconv2d_toeplitz_fwd_kernel(
         C: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr, SLICE: tl.constexpr, REACH_W: tl.constexpr,
         IMAGES: tl.constexpr,
 ):
-    """out (B, H, W, C) from x and the table of blocks: PAIRS tiles of a column of tiles, of one head and IMAGES images.
+    """out (B, H, W, C) from x and the table of blocks A: PAIRS vertically stacked tiles, one head, IMAGES images.
 
-    SLICE tiles of x are read at once; the first of a program lies `reach` pairs above its own first.
+    SLICE tiles of x are loaded at once. The first input tile lies `reach` pairs above the first output tile.
     """
     G: tl.constexpr = C // HEAD
     head = tl.program_id(0) % G
@@ -114,7 +115,7 @@ def _lightconv2d_toeplitz_fwd_kernel(
     k = tl.arange(0, SLICE * 16)[None, :]
     table_ptr += head * (2 * REACH_W + 1) * blocks * 256
     table_ptr += (k // 16 - m // 16 + (PAIRS - 1)) * 256 + m % 16 * 16 + k % 16
-    # slices and octets that lie in the image, at least in part
+    # slices and octets that lie at least partly in the image
     begin = tl.maximum(reach - top, 0) // SLICE
     slices = tl.cdiv(tl.minimum(PAIRS + 2 * reach, (H + 1) // 2 - top + reach), SLICE) - begin
     left = tl.maximum(octet - REACH_W, 0)
@@ -141,8 +142,11 @@ def _lightconv2d_toeplitz_bwd_weight_kernel(
         C: tl.constexpr, Kh: tl.constexpr, Kw: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
         REACH_W: tl.constexpr, IMAGES: tl.constexpr,
 ):
-    """partial (programs of a head, G, Kh * Kw), zero before: of a split of all images and columns of tiles, the taps
-    between PAIRS tiles of grad and a window of as many tiles of x, some octets beside."""
+    """partial (programs of a head, G, Kh * Kw), zero-initialised: weight gradient, partial sums.
+
+    A program multiplies PAIRS vertically stacked tiles of grad by a window of as many tiles of x, `shift` octets to the
+    right, and sums over a split of all images and columns of tiles.
+    """
     G: tl.constexpr = C // HEAD
     ROWS: tl.constexpr = PAIRS * 16
     SHIFTS: tl.constexpr = 2 * PAIRS  # block diagonals, one unused
@@ -172,13 +176,13 @@ def _lightconv2d_toeplitz_bwd_weight_kernel(
         x = tl.load(x[None, :] + (offs * C)[:, None], mask=inside[:, None] & exists[None, :], other=0.0)
         acc = product(grad, tl.trans(x), acc)
 
-    # sums over tiles of equal distance: (16 positions, SHIFTS blocks of slots)
+    # sum over pairs of tiles at equal distance: (16 positions, SHIFTS blocks of slots)
     m = tl.arange(0, ROWS)[:, None]
     n = tl.arange(0, SHIFTS * 16)[None, :] + (m // 16 - (PAIRS - 1)) * 16
     inside = (n >= 0) & (n < ROWS)
     blocks = tl.where(inside, tl.gather(acc, tl.minimum(tl.maximum(n, 0), ROWS - 1), 1), 0.0)
     blocks = tl.sum(tl.reshape(blocks, (PAIRS, 16, SHIFTS * 16)), 0)
-    # over positions of equal taps: t counts rows and, 16 a row, columns from the first ones that a block reaches
+    # sum over positions with equal taps: t numbers the taps that the blocks reach, from the first on, 16 columns a row
     t = tl.arange(0, SHIFTS * 32)
     i = tl.arange(0, 16)[:, None]
     du = t[None, :] // 16 + i // 8 - 1
@@ -193,14 +197,14 @@ def _lightconv2d_toeplitz_bwd_weight_kernel(
 
 
 class Tiles(NamedTuple):
-    """The grid of tiles of a call and the part of it that a program takes.
+    """Grid of tiles of a call, and the part of one program.
 
     Args:
-        pairs: Tiles below each other in a program.
-        down: Programs below each other.
-        octets: Tiles beside each other in an image.
-        reach: Pairs by which a program's input begins above its output; 0 if it has the whole height anyway.
-        reach_w: Octets to either side.
+        pairs: Vertically stacked tiles of a program.
+        down: Programs that cover the height of an image.
+        octets: Tiles across an image.
+        reach: Pairs by which a program's input begins above its output; 0 if the program has the whole height.
+        reach_w: Octets of input to either side of the output octet.
     """
 
     pairs: int
@@ -218,13 +222,13 @@ def tiles(H: int, W: int, Kh: int, Kw: int) -> Tiles:
 
 
 def slice_of(pairs: int, reach: int) -> int:
-    """Tiles of x that are read at once: none of these slices passes the last tile by more than the table does."""
+    """Tiles of x that are loaded at once, few enough that the last slice stays within the table of blocks."""
     return min(4, pairs) if (pairs + 2 * reach) % 4 == 0 else min(2, pairs)
 
 
 def _table(x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor | None, dropconnect: float, softmax: bool,
            transposed: bool, first: int, blocks: int, reach_w: int) -> torch.Tensor:
-    """A (G, 2 * reach_w + 1, blocks, 16, 16) in the dtype of x."""
+    """Table of the blocks A, (G, 2 * reach_w + 1, blocks, 16, 16), in the dtype of x."""
     G, Kh, Kw = weight.shape
     out = x.new_empty((G, 2 * reach_w + 1, blocks, 16, 16))
     _lightconv2d_toeplitz_blocks_kernel[G * (2 * reach_w + 1), cdiv(blocks, 4)](
@@ -236,7 +240,7 @@ def _table(x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor | None, dro
 def launch_fwd(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seed: torch.Tensor | None, dropconnect: float,
         softmax: bool, transposed: bool) -> torch.Tensor:
-    """Output (B, C, H, W), or with `transposed` the gradient of x from that of the output; x in channels_last."""
+    """Output (B, C, H, W); with `transposed`, the gradient w.r.t. x, where `x` is that w.r.t. the output."""
     B, C, H, W = x.shape
     G, Kh, Kw = weight.shape
     x = dense_images(x)
@@ -259,7 +263,7 @@ def launch_fwd(
 def launch_bwd_weight(
         grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor | None, dropconnect: float,
         softmax: bool) -> torch.Tensor:
-    """The gradient (G, Kh, Kw) in the dtype of weight."""
+    """Gradient w.r.t. the weight (G, Kh, Kw), in its dtype."""
     B, C, H, W = x.shape
     G, Kh, Kw = weight.shape
     if x.numel() == 0:
