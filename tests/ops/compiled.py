@@ -20,7 +20,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from coatnet_zoo.ops.band_ops import Launch
+from coatnet_zoo.ops.band_ops import Launch, slots_of_span
 from coatnet_zoo.ops.dynamicconv2d import band as dynamic_band
 from coatnet_zoo.ops.dynamicconv2d import direct as dynamic_direct
 from coatnet_zoo.ops.dynamicconv2d import projected_band
@@ -141,8 +141,10 @@ def launch_band(size: int, C: int, K: int, dtype: torch.dtype, p: float, head: i
     light_band.launch_fwd(x, weight, bias, seed, p, True, transposed=False, launch=launch)
     light_band.launch_bwd_weight(x, x, weight, seed, p, True, launch)
     _, stats = dynamic_band.launch_fwd(x, logits, (K, K), bias, seed, p, True, many)
-    dynamic_band.launch_bwd_input(x, logits, (K, K), stats, seed, p, True, many)
-    dynamic_band.launch_bwd_logits(x, x, logits, (K, K), stats, seed, p, True, launch)
+    dynamic_band.launch_bwd_input(
+        x, logits, (K, K), stats, seed, p, True, dynamic_band.launch_of_bwd_input(launch, head, seed))
+    dynamic_band.launch_bwd_logits(
+        x, x, logits, (K, K), stats, seed, p, True, dynamic_band.launch_of_bwd_logits(launch, head, slots_of_span(K)))
 
 
 def launch_projected(
@@ -187,12 +189,12 @@ class Build(NamedTuple):
     def outputs_a_turn(self, used: Usage) -> float:
         """Outputs (for the weight gradient: elements of grad) that a warp finishes in one iteration of the loop.
 
-        A program of the band kernels is one warp and handles a tile of 16 positions of a head per iteration. A Toeplitz
+        A program of the band kernels handles a tile of 16 positions of a head per iteration. A Toeplitz
         program needs several iterations for its tiles, over slices, octets and windows of x; all of them lie inside a
         large image.
         """
         if 'toeplitz' not in used.kernel:
-            return 16 * self.head
+            return 16 * self.head / used.warps
         pairs, _, _, reach, reach_w = toeplitz.tiles(self.size, self.size, self.K, self.K)
         if 'fwd' in used.kernel:
             part, images = toeplitz.slice_of(pairs, reach), 256 // self.head
@@ -212,6 +214,7 @@ class Build(NamedTuple):
 
 
 BUILDS = [Build(90, 56, 96, 7, 32, 0.), Build(90, 14, 384, 7, 32, .1), Build(90, 28, 192, 3, 64, 0.),
+          Build(90, 28, 192, 7, 64, 0.), Build(90, 28, 192, 7, 64, .1),
           Build(80, 28, 192, 7, 32, 0.), Build(80, 14, 384, 5, 16, 0.),
           Build(90, 56, 96, 7, 32, 0., launch_projected), Build(90, 28, 128, 3, 64, .1, launch_projected),
           Build(80, 56, 64, 5, 16, 0., launch_projected),

@@ -245,6 +245,16 @@ def bounded(launch: Launch, seed: torch.Tensor | None) -> Launch:
     return launch._replace(max_registers=168) if launch.tma and seed is None else launch
 
 
+def launch_of_bwd_input(launch: Launch, head: int, seed: torch.Tensor | None) -> Launch:
+    """`bounded`, but two warps per program for heads of 64 channels, which spill the registers of one."""
+    return launch._replace(num_warps=2) if head == 64 else bounded(launch, seed)
+
+
+def launch_of_bwd_logits(launch: Launch, head: int, slots: int) -> Launch:
+    """Two warps per program where the gradient of the logits spills the registers of one."""
+    return launch._replace(num_warps=2) if slots == 64 and (head == 64 or not launch.tma) else launch
+
+
 def launch_fwd(
         x: torch.Tensor, logits: torch.Tensor, kernel: tuple[int, int], bias: torch.Tensor | None,
         seed: torch.Tensor | None, dropconnect: float, softmax: bool, launch: Launch | None = None,
@@ -278,7 +288,7 @@ def launch_bwd_input(
     out = empty_channels_last(grad)
     if out.numel() == 0:
         return out
-    launch = launch or bounded(default_launch(grad), seed)
+    launch = launch or launch_of_bwd_input(default_launch(grad), C // G, seed)
     programs, *strips = grid(grad, G, launch)
     with on_device_of(grad):
         _dynamicconv2d_band_bwd_input_kernel[programs,](
@@ -300,7 +310,8 @@ def launch_bwd_logits(
     out = empty_channels_last(logits)
     if out.numel() == 0:
         return out
-    launch, slots = launch or default_launch(x), slots_of_span(Kh)
+    slots = slots_of_span(Kh)
+    launch = launch or launch_of_bwd_logits(default_launch(x), C // G, slots)
     programs, *strips = grid(x, G, launch)
     with on_device_of(x):
         _dynamicconv2d_band_bwd_logits_kernel[programs,](
