@@ -35,6 +35,9 @@ def main(settings: HoldOutSettings) -> dict[str, int]:
         raise ConfigError(f'TRAIN_DIR {settings.train_dir} must hold a sub-folder for each class, but has none.')
     if settings.output.exists():
         raise ConfigError(f'OUTPUT {settings.output} exists, and is never written over; remove it or name another.')
+    if settings.output.resolve().is_relative_to(settings.train_dir.resolve()):
+        raise ConfigError(f'OUTPUT must lie outside TRAIN_DIR {settings.train_dir}, whose folders are classes, got '
+                          f'{settings.output}; name another.')
     counts = {'train': 0, 'validation': 0}
     for name, images in sorted(classes.items()):
         folder = settings.train_dir / name

@@ -37,7 +37,8 @@ def test_both_sides_are_measured(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(model='coatnett'), 'coatnett is not a name'), (dict(rounds=0), '--rounds must be greater than 0, got 0'),
+    (dict(model='coatnett'), r"timm.list_models\(\), got 'coatnett'; did you mean"),
+    (dict(rounds=0), '--rounds must be greater than 0, got 0'),
     (dict(device='cuda:99'), '--device cuda:99'), (dict(results_file='no/such/file.json'), 'folder does not exist'),
 ], ids=str)
 def test_bad_settings_end_in_one_sentence(changes, message, monkeypatch):
@@ -109,7 +110,7 @@ def test_runtime_with_other_logits_is_not_timed():
 
 @pytest.mark.parametrize('changes,message', [
     (dict(runtimes=('compiled',)), '--runtimes must have eager'), (dict(batch_sizes=()), 'must name at least one each'),
-    (dict(models=('coatnett',)), 'coatnett is not a name'),
+    (dict(models=('coatnett',)), r"timm.list_models\(\), got 'coatnett'; did you mean"),
     (dict(models=('test_vit', 'test_vit')), '--models must be different from each other, got test_vit test_vit'),
     (dict(batch_sizes=(1, 1)), '--batch-sizes must be different from each other, got 1 1'),
     (dict(results_file='runtimes.csv'), '--results-file must end in .json, got runtimes.csv'),

@@ -46,6 +46,13 @@ def test_no_folder_is_written_over(image_folder, tmp_path):
         main(HoldOutSettings(image_folder, tmp_path / 'split', per_class=1))
 
 
+def test_no_folder_is_made_among_the_classes(image_folder):
+    for output in (image_folder / 'split', image_folder / 'red' / '..' / 'split'):
+        with pytest.raises(ConfigError, match=r'OUTPUT must lie outside TRAIN_DIR .*, got .*split; name another'):
+            main(HoldOutSettings(image_folder, output, per_class=1))
+        assert not output.exists()
+
+
 def test_a_folder_without_classes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r'TRAIN_DIR .* must hold a sub-folder for each class'):
         main(HoldOutSettings(tmp_path, tmp_path / 'split'))

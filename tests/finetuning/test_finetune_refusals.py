@@ -22,6 +22,8 @@ from support.images import write_images
     ({'opt': 'adamww'}, ['--opt', 'adamww', 'timm.optim.list_optimizers()', 'mean adamw']),
     ({'in_chans': 2}, ['--in-chans', '3', '1', 'got 2']),
     ({'epochs': 0}, ['--epochs', 'greater than 0', 'got 0']),
+    ({'experiment': '../../else'}, ['--experiment', 'inside --output', 'got ../../else']),
+    ({'experiment': '/else'}, ['--experiment', 'inside --output', 'got /else']),
     ({'batch_size': -4}, ['--batch-size', 'greater than 0', 'got -4']),
     ({'lr': 0.0}, ['--lr', 'greater than 0', 'got 0.0']),
     ({'lr': float('nan')}, ['--lr', 'finite number', 'got nan']),

@@ -33,6 +33,8 @@ def budget(row: dict[str, str], column: str) -> float:
 
 
 # each kernel once in the fast tests, for sm_90
+@pytest.mark.skipif(tuple(map(int, VERSION.split('.'))) < (3, 6),
+                    reason=f'budgets are kept for Triton 3.6 and later, this is {VERSION}')
 @pytest.mark.parametrize('build', [
     pytest.param(build, id=str(build), marks=(
         [] if (build.arch, build.size) == (90, 56) and build.K < 13 else pytest.mark.slow))

@@ -53,6 +53,7 @@ def test_the_reference_does_not_round_its_logits():
     (dict(projection=PROJECTION[None]), ValueError, 'projection must be'),
     (dict(projection=torch.randn(60, 6)), ValueError, 'got 4 heads, 6 channels'),
     (dict(projection=PROJECTION.int()), TypeError, 'projection must be float16'),
+    (dict(projection=PROJECTION.half()), TypeError, 'the dtype of x, got torch.float16 and torch.float32'),
     (dict(kernel_size=(2, 5)), ValueError, 'dynamicconv2d_projected: kernel sizes must be odd'),
     (dict(backend='fused'), ValueError, 'backend must be None or one of'),
     (dict(backend='triton'), ValueError, "needs CUDA tensors, got x on cpu; .*backend='eager'"),

@@ -69,6 +69,9 @@ def dynamicconv2d_projected(
         raise ValueError(
             f'{op}: projection must be (G * Kh * Kw, C), a multiple of {Kh * Kw} by {x.shape[1]}, '
             f'got {tuple(projection.shape)}.')
+    if dtype_for_autocast(projection) != dtype_for_autocast(x):
+        raise TypeError(f'{op}: projection must have the dtype of x, got {projection.dtype} and {x.dtype}; convert one '
+                        f'of them.')
     validate_heads(projection.shape[0] // (Kh * Kw), x.shape[1], op)
     validate_bias(bias, x, op)
     validate_options(normalize, dropconnect, training, op)

@@ -16,7 +16,7 @@ from coatnet_train.benchmarks import timing
 from coatnet_train.benchmarks.config import ModelPairSettings, check_benchmark
 from coatnet_train.benchmarks.timing import synchronize
 from coatnet_train.runtime.accelerator import warn_if_emulated
-from coatnet_train.runtime.cli import ConfigError, parse_argument
+from coatnet_train.runtime.cli import ConfigError, did_you_mean, parse_argument
 from coatnet_train.runtime.files import write_json
 from coatnet_train.runtime.progress import progress_bar
 from coatnet_train.runtime.provenance import provenance
@@ -78,7 +78,8 @@ def check_machine(device: str, models: tuple[str, ...] = (), amp: bool = False) 
     """Raise ConfigError for a missing device or a model that timm does not know; warn of slow --amp."""
     for name in models:
         if not timm.is_model(name):
-            raise ConfigError(f'{name} is not a name in timm.list_models().')
+            raise ConfigError(f'models to time must be names in timm.list_models(), got {name!r}'
+                              f'{did_you_mean(name, timm.list_models()) or "."}')
     if device != 'cpu' and not torch.cuda.is_available():
         raise ConfigError(f'--device {device} needs CUDA, which is not available; use --device cpu.')
     warn_if_emulated(device, amp)

@@ -20,7 +20,8 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
-        raise ConfigError(f'{folder} must hold {MANIFEST} and its parts; fetch all of them.') from error
+        raise ConfigError(f'--unpack {folder} must hold {MANIFEST} and its parts, as --pack writes them, but '
+                          f'{MANIFEST} cannot be read: {one_line(error)}; fetch all of them.') from error
     parts, files = (manifest.get(key) for key in ('parts', 'files')) if isinstance(manifest, dict) else (None, None)
     if not (isinstance(parts, dict) and parts and all(Path(name).name == name for name in parts)
             and isinstance(files, list)):

@@ -2,6 +2,7 @@
 import math
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 from coatnet_train.data.config import DataSettings, is_stream
@@ -153,6 +154,9 @@ def check_values(settings: FinetuneSettings) -> None:
 
     Fields that are None until the images are counted are checked by a second call.
     """
+    if Path(settings.experiment).is_absolute() or '..' in Path(settings.experiment).parts:
+        raise ConfigError(f'--experiment must be a folder inside --output, got {settings.experiment}; change '
+                          f'--output to write elsewhere.')
     epochs = math.inf if settings.epochs is None else settings.epochs
     for name, value in asdict(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
