@@ -79,7 +79,7 @@ class DynamicConv2d(nn.Module):
         False under torch.fx, whose x is a proxy: the graph keeps both steps.
         """
         layer = self.logits
-        plain = type(layer) is nn.Linear and layer.bias is None and 'forward' not in vars(layer) and not (
+        plain = type(layer) is nn.Linear and layer.bias is None and 'forward' not in layer.__dict__ and not (
             layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
         return plain and isinstance(x, torch.Tensor) and fuses_projection(x, layer.weight, self.kernel_size)
 
