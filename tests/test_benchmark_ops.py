@@ -204,7 +204,8 @@ def test_fit_recovers_the_exponent(power):
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(models=('coatnett',)), 'coatnett is not a name'), (dict(models=()), '--models must name one'),
+    (dict(models=('coatnett',)), r"timm.list_models\(\), got 'coatnett'; did you mean"),
+    (dict(models=()), '--models must name one'),
     (dict(sizes=(64, 64)), '--sizes must be two or more different sizes above 0, got 64 64'),
     (dict(models=('coatnet_pico',), sizes=(64, 100)), '--sizes 100: coatnet_pico: img_size must be a multiple'),
     (dict(window=0), '--window must be greater than 0, got 0'), (dict(device='cuda'), '--device cuda needs CUDA'),
