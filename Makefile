@@ -17,9 +17,10 @@ BUDGET ?= 25
 WORKERS ?= logical
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10
 # tests that compare results of models and operators
-COMPUTING = $(addprefix tests/,test_closeness.py models blocks hub/test_export.py hub/test_verify.py \
-    evaluating/test_eval_numbers.py extracting/test_extract_values.py predicting/test_explain.py \
-    finetuning/test_finetune_run.py) $(filter-out tests/ops/test_kernel%,$(wildcard tests/ops/test_*.py))
+COMPUTING = $(addprefix tests/,test_closeness.py blocks hub/test_export.py evaluating/test_eval_numbers.py \
+    extracting/test_extract_values.py predicting/test_explain.py finetuning/test_finetune_run.py) \
+    $(filter-out $(addprefix tests/models/test_,build.py kecam.py state_dict.py),$(wildcard tests/models/test_*.py)) \
+    $(filter-out tests/ops/test_kernel%,$(wildcard tests/ops/test_*.py))
 
 .PHONY: help demo test test-all test-plain-cpu conformance test-lowest lint gpu bundle space space-folder clean
 .DELETE_ON_ERROR:
