@@ -269,7 +269,7 @@ def check_mask() -> None:
         single = torch.ones(2, 2, 3, 9, dtype=f16).contiguous(memory_format=torch.channels_last)
         ours = dynamicconv2d_triton(wide, single, (1, 1), None, 'none', p, seed, kernels='band')
         assert torch.equal(ours, dynamicconv2d_naive(wide, single, (1, 1), None, 'none', p, seed))
-        for kernels, dtype, K in (('direct', f32, 5), ('band', f16, 5), ('band', f16, 9))[:3 if p == .5 else 2]:
+        for kernels, dtype, K in (('direct', f32, 5), ('band', f16, 5), ('band', f16, 9)):
             point = torch.zeros(1, K, K, 32, dtype=dtype).permute(0, 3, 1, 2)
             point[..., K // 2, K // 2] = 1
             weight = torch.ones(2, K, K)
@@ -308,10 +308,9 @@ def check_edges() -> None:
                 grads = torch.autograd.grad(out.square().sum(), [t for t in inputs if t.requires_grad])
                 with torch.autocast('cpu', torch.bfloat16):
                     assert calls[op](*inputs).dtype == torch.bfloat16
-                if B == 0 and all(needs):  # with images, interpreted_operators.py compiles them
-                    compiled = torch.compile(calls[op], fullgraph=True, backend='aot_eager')(*inputs)
-                    again = torch.autograd.grad(compiled.square().sum(), inputs)
-                    assert torch.equal(compiled, out) and all(map(torch.equal, grads, again))
+                compiled = torch.compile(calls[op], fullgraph=True, backend='aot_eager')(*inputs)
+                again = torch.autograd.grad(compiled.square().sum(), [t for t in inputs if t.requires_grad])
+                assert torch.equal(compiled, out) and all(map(torch.equal, grads, again))
 
 
 def check_wide() -> None:
@@ -357,7 +356,7 @@ def run_part(part: str) -> None:
     for case in CASES:
         for op in ('light', 'dynamic'):
             if case.only in ('', op) and is_quick(case) != slow:
-                wrong = check(op, case, twice=False)  # the interpreter knows no order but one
+                wrong = check(op, case, twice=slow and max(case.kernel) < 13)
                 assert not wrong, f'{op} {case}: {wrong} are further from the reference than the tolerance allows'
     for (i, case), (j, op) in product(enumerate(BAND_CASES), enumerate(('light', 'dynamic'))):
         if is_quick(case) != slow:
