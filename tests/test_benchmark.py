@@ -99,6 +99,16 @@ def test_openvino_gives_the_logits_of_eager():
         assert 0 < benchmark_runtimes.compare('test_resnet', calls)['openvino'] < 1e-4
 
 
+def test_a_model_that_cannot_be_exported_is_named():
+    pytest.importorskip('onnxscript', reason='onnxscript comes with the test extra')
+    class Branch(torch.nn.Module):
+        def forward(self, x):
+            return x if x.mean().item() > 0 else -x  # depends on values: no graph
+
+    with pytest.raises(ConfigError, match=r'--models: branch must be one that torch exports to ONNX, found: .+ Leave'):
+        benchmark_runtimes.export_onnx('branch', Branch().eval(), torch.randn(1, 3, 4, 4))
+
+
 def test_runtime_with_other_logits_is_not_timed():
     eager = torch.tensor([[1., -2.]])
     calls = {'eager': lambda: eager, 'onnxruntime': lambda: eager + 1e-3}

@@ -235,6 +235,9 @@ def test_unpacking_leaves_runs_that_are_further_on(tmp_path, capsys):
             write_run(tmp_path / folder / name, *state)
     (tmp_path / 'runs' / names[1] / 'notes.txt').write_text('kept')
     gpu_train.run_session(settings(tmp_path, output=str(tmp_path / 'away'), pack=str(tmp_path / 'parts')))
+    # parts of an earlier version, which had another run
+    files = {str(path.relative_to(tmp_path / 'away')): path for path in (tmp_path / 'away').rglob('*.*')}
+    write_parts(files | {'gone/summary.json': tmp_path / 'away' / names[2] / 'summary.json'}, tmp_path / 'parts', 2**20)
     for _ in range(2):  # the second call changes nothing
         gpu_train.run_session(settings(tmp_path, unpack=str(tmp_path / 'parts'), pack=str(tmp_path / 'all')))
         found = [gpu_train.state(run, tmp_path / 'runs') for run in RUNS if run.name in names]
@@ -242,7 +245,8 @@ def test_unpacking_leaves_runs_that_are_further_on(tmp_path, capsys):
                          'finished, top-1 50.00 %', 'epoch 8 evaluated']
         printed = capsys.readouterr().out
         assert f'{names[0]}: stays as it is in --output (epoch 99 evaluated), further on than in --unpack (epoch 3 ev' \
-            in printed and printed.count('stays as it is') == 2 and '4 of 6 files of earlier sessions' in printed
+            in printed and printed.count('stays as it is') == 2 and '4 of 7 files of earlier sessions' in printed
+        assert '1 files are of no run of this version and stay packed: gone/summary.json' in printed
     assert (tmp_path / 'runs' / names[1] / 'notes.txt').exists() and not list((tmp_path / 'runs').glob('.*'))
 
 
@@ -272,14 +276,21 @@ def make_set(folder: Path, images: int) -> dict:
     return {}
 
 
+def make_interrupted(folder: Path) -> dict:
+    (folder / 'data').mkdir()
+    (folder / 'data' / '.imagenette-0.zip.unfinished').touch()  # as a killed session leaves it
+    return make_set(folder, 4)
+
+
 @pytest.mark.parametrize('make,message', [
     (lambda folder: make_broken(folder / 'imagenette-0.zip'), r'--shards .*0\.zip cannot be unpacked .*; fetch the'),
     (lambda folder: (folder / 'data' / 'imagenette' / 'train').mkdir(parents=True) or {}, 'but has 0 in one of 0 clas'),
     (lambda folder: make_set(folder, 1), 'must have two images of a class at least, but has 1 in one of 3 classes'),
+    (make_interrupted, 'must have all images of imagenette-0.zip, but unpacking it was interrupted; give it by --sha'),
     (lambda folder: {'output': __file__}, '--output .* cannot be made: '),
     (lambda folder: {'runs': ('nette/coatnet_nano',)}, '--data .* must have the images of imagenette for nette/coatne'),
     (lambda folder: {}, '--weights no.safetensors must be the weights that import_weights.py wrote, for teacher'),
-], ids=['zip', 'no class', 'one image', 'output', 'data', 'weights'])
+], ids=['zip', 'no class', 'one image', 'interrupted', 'output', 'data', 'weights'])
 def test_what_is_missing_or_broken_is_said_before_the_first_run(tmp_path, monkeypatch, make, message):
     monkeypatch.setattr(gpu_train, 'start', lambda *_: pytest.fail('a run was started'))
     with pytest.raises(ConfigError, match=message):

@@ -42,9 +42,14 @@ def installed(runtimes: tuple[str, ...]) -> list[str]:
     return usable
 
 
-def export_onnx(model: nn.Module, images: torch.Tensor) -> bytes:
-    program = torch.onnx.export(model, (images,), input_names=['input'], output_names=['logits'], dynamo=True,
-                                verbose=False)
+def export_onnx(name: str, model: nn.Module, images: torch.Tensor) -> bytes:
+    """ONNX file of a model; raises ConfigError if torch cannot export it."""
+    try:
+        program = torch.onnx.export(model, (images,), input_names=['input'], output_names=['logits'], dynamo=True,
+                                    verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        raise ConfigError(f'--models: {name} must be one that torch exports to ONNX, found: {one_line(error)[:300]} '
+                          f'Leave it out, or leave onnxruntime and openvino out of --runtimes.') from error
     program.save(file := io.BytesIO())
     return file.getvalue()
 
@@ -78,7 +83,7 @@ def build(name: str, batch_size: int, runtimes: list[str], settings: RuntimesSet
     images = torch.randn(batch_size, 3, settings.img_size, settings.img_size)
     calls: dict[str, Call] = {}
     if {'onnxruntime', 'openvino'} & {*runtimes}:  # in contiguous format, for the export
-        onnx = export_onnx(model, images)
+        onnx = export_onnx(name, model, images)
     model, batch = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
     for runtime in runtimes:
         if runtime == 'onnxruntime':

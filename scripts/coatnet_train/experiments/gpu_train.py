@@ -22,6 +22,7 @@ __all__ = ['run_session', 'state']
 SCRIPTS = Path(__file__).parents[2]
 SAVING_SECONDS = 30.0  # time before the end of the session at which a run gets SIGTERM, to save itself
 FINISHED = 'finished'
+UNFINISHED = '.unfinished'  # ends the name of a file that marks a shard whose images are not all unpacked
 
 
 def state(run: Run, output: Path) -> str:
@@ -63,6 +64,8 @@ def unpack(parts: Path, output: Path) -> None:
     try:
         files = join_parts(parts, temporary)
         taken = 0
+        if unknown := sorted({name for name in files if not name.startswith(tuple(f'{run.name}/' for run in RUNS))}):
+            print(f'{len(unknown)} files are of no run of this version and stay packed: {", ".join(unknown[:3])}')
         for run in RUNS:
             count = sum(path.is_file() for path in (temporary / run.name).rglob('*'))
             (here, words), (packed, packed_words) = progress(run, output), progress(run, temporary)
@@ -79,7 +82,13 @@ def unpack(parts: Path, output: Path) -> None:
 
 
 def unpack_shards(shards: tuple[str, ...], data: Path) -> None:
-    """Extract zip files of SPLIT/CLASS/IMAGE, and delete the hold-out folders of their sets, which are made again."""
+    """Extract zip files of SPLIT/CLASS/IMAGE, and delete the hold-out folders of their sets, which are made again.
+
+    A shard has a file .SHARD.unfinished beside its images until all of them are there, for `hold_out`.
+    """
+    data.mkdir(parents=True, exist_ok=True)
+    for shard in map(Path, shards):
+        (data / f'.{shard.name}{UNFINISHED}').touch()
     for shard in map(Path, shards):
         name = next(name for name in DATA_SETS if shard.name.startswith(name))
         try:
@@ -93,6 +102,7 @@ def unpack_shards(shards: tuple[str, ...], data: Path) -> None:
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             raise ConfigError(f'--shards {shard} cannot be unpacked into --data {data}: {one_line(error)}; fetch the '
                               f'file again, or name another folder.') from error
+        (data / f'.{shard.name}{UNFINISHED}').unlink()
         print(f'{shard.name}: {count} images -> {data / name}')
 
 
@@ -102,6 +112,10 @@ def hold_out(data: Path) -> None:
         train, temporary = data / name / 'train', data / f'.{folder}.tmp'
         if not train.is_dir() or (data / folder).exists():
             continue
+        if unfinished := sorted(data.glob(f'.{name}*{UNFINISHED}')):
+            shard = unfinished[0].name.removeprefix('.').removesuffix(UNFINISHED)
+            raise ConfigError(f'--data: {train} must have all images of {shard}, but unpacking it was interrupted; '
+                              f'give it by --shards again.')
         classes = [path for path in train.iterdir() if path.is_dir()]
         fewest = min((len(list(path.iterdir())) for path in classes), default=0)
         if fewest < 2:
