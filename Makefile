@@ -16,11 +16,9 @@ BUDGET ?= 25
 # so that the small ones at the end fill the gaps.
 WORKERS ?= logical
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10
-# tests that compare results of models and operators
-COMPUTING = $(addprefix tests/,test_closeness.py blocks hub/test_export.py evaluating/test_eval_numbers.py \
-    extracting/test_extract_values.py predicting/test_explain.py finetuning/test_finetune_run.py) \
-    $(filter-out $(addprefix tests/models/test_,build.py kecam.py state_dict.py),$(wildcard tests/models/test_*.py)) \
-    $(filter-out tests/ops/test_kernel%,$(wildcard tests/ops/test_*.py))
+# tests that compare results of models and operators with stored or independent ones
+COMPUTING = $(addprefix tests/,test_closeness.py blocks hub/test_export.py ops/test_reference.py ops/test_api.py \
+    $(addprefix models/test_,backbone.py coatnet.py inference_form.py lightconvnet.py shipped_weights.py))
 
 .PHONY: help demo test test-all test-plain-cpu conformance test-lowest lint gpu bundle space space-folder clean
 .DELETE_ON_ERROR:

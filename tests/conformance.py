@@ -1,8 +1,8 @@
 """Run timm's own model tests over every name that coatnet_zoo registers.
 
     python tests/conformance.py                                    # all names
-    python tests/conformance.py --max-params 45e6                  # names up to 45 M parameters, as in CI
-    python tests/conformance.py --models 'coatnet_*_64' -x -k fx   # some names; the rest goes to pytest
+    python tests/conformance.py --max-params 45e6                  # names up to 45 M parameters
+    python tests/conformance.py --models '*_pico*' -x -k fx        # some names; the rest goes to pytest
 
 The tests are tests/test_models.py of timm's source distribution in the installed version. It is downloaded once into
 .cache/, checked against tests/timm_sdist.sha256 and run unchanged, with `timm.list_models` restricted to our names. The

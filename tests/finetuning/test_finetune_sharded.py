@@ -4,19 +4,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from timm.data import create_transform
 
+import finetune
 from coatnet_train.data.config import DataSettings
 from coatnet_train.data.dataset import IndexedImageDataset, create_dataset
 from coatnet_train.data.loader import EpochSampler, create_loader
 from coatnet_train.evaluation.evaluator import predict
 from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
+from coatnet_train.runtime import accelerator
 from coatnet_train.runtime.accelerator import create_accelerator
+from coatnet_train.runtime.cli import ConfigError
+from coatnet_train.training.config import FinetuneSettings, read_settings
+from coatnet_train.training.fsdp import check_fsdp
 from support.commands import environment, free_port
 from support.constants import ROOT
 from support.finetune_runs import assert_same_tensors, read_checkpoint, read_metrics
@@ -33,12 +40,12 @@ def data(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp('images') / 'images', train=8, val=5)
 
 
-def sharded(*arguments: object, blocks: str = 'MBConv,TransformerBlock', script: str = 'finetune.py') -> list[str]:
+def sharded(*arguments: object, blocks: str = 'MBConv,TransformerBlock') -> list[str]:
     """The accelerate command line of the documentation, for two CPU processes."""
     return list(map(str, (
         sys.executable, '-m', 'accelerate.commands.launch', '--config_file', ROOT / 'scripts' / 'launch' / 'fsdp.yaml',
         '--num_processes', 2, '--main_process_port', free_port(), '--fsdp_transformer_layer_cls_to_wrap', blocks,
-        ROOT / 'tests' / 'support' / 'fake_multi_gpu.py', ROOT / 'scripts' / script, *arguments)))
+        ROOT / 'tests' / 'support' / 'fake_multi_gpu.py', ROOT / 'scripts' / 'finetune.py', *arguments)))
 
 
 def recipe_settings(data: Path, output: Path, experiment: str, *flags: object) -> tuple:
@@ -58,8 +65,7 @@ def run(command: list[object], code: int | None = 0) -> str:
 def test_first_20_losses_equal_those_of_one_process(tmp_path, data):
     # two groups of two batches an epoch, so that sharded gradients are accumulated too
     flags = (*LIGHT, '--drop-path', 0, '--epochs', 10, '--warmup-epochs', 2, '--lr', '1e-3', '--grad-accum-steps', 2)
-    run([sys.executable, ROOT / 'scripts' / 'finetune.py', *recipe_settings(
-        data, tmp_path, 'one', '--batch-size', 6, *flags)])
+    finetune.main(read_settings(list(map(str, recipe_settings(data, tmp_path, 'one', '--batch-size', 6, *flags)))))
     run(sharded(*recipe_settings(data, tmp_path, 'two', '--batch-size', 3, *flags), blocks='LightConvBlock'))
     one, two = read_metrics(tmp_path / 'one'), read_metrics(tmp_path / 'two')
     assert len(one) == 10 and one[0]['train_loss'] > one[-1]['train_loss'] + 0.05
@@ -97,22 +103,27 @@ def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(t
     best = max(read_metrics(stopped), key=lambda row: (row['eval_top1'], -row['eval_loss']))
     model, data_config = open_model(ModelSettings(model=f'local-dir:{stopped}', pretrained=True))
     dataset, _ = create_dataset(DataSettings(data_dir=str(data)), 'validation')
-    accelerator = create_accelerator('cpu', amp=True)
+    processes = create_accelerator('cpu', amp=True)
     images = IndexedImageDataset(dataset, create_transform(**data_config))
     loader = create_loader(images, EpochSampler(len(dataset)), 6, 0)
-    scores = predict(model, accelerator.prepare(loader), accelerator).scores
+    scores = predict(model, processes.prepare(loader), processes).scores
     assert scores['loss'] == pytest.approx(best['eval_loss'], abs=1e-3) and scores['top1'] == best['eval_top1']
 
 
-@pytest.mark.parametrize(('flags', 'options', 'said'), [
-    pytest.param(('--model-ema',), {}, '--model-ema averages full weights', id='ema', marks=pytest.mark.slow),
-    pytest.param((), {'blocks': 'NoSuchBlock'}, 'NoSuchBlock', id='blocks', marks=pytest.mark.slow),
-    pytest.param((), {'script': 'eval_imagenet.py'}, 'FSDP is for finetune.py', id='script', marks=pytest.mark.slow),
-])
-def test_what_shards_cannot_do_is_a_sentence(tmp_path, data, flags, options, said):
-    arguments = (*COAT, '--data-dir', data, '--device', 'cpu')
-    if not options.get('script'):
-        arguments = (*COAT, *recipe_settings(data, tmp_path, 'run', '--batch-size', 6, *flags))
-    errors = run(sharded(*arguments, **options), code=None)
-    assert said in errors and '[rank0]: Traceback' not in errors
+@pytest.mark.slow
+def test_an_unknown_layer_class_is_a_sentence(tmp_path, data):
+    errors = run(sharded(*COAT, *recipe_settings(data, tmp_path, 'run', '--batch-size', 6), blocks='NoSuchBlock'),
+                 code=None)
+    assert 'NoSuchBlock' in errors and '[rank0]: Traceback' not in errors
     assert not (tmp_path / 'run' / 'last' / 'checkpoint.pt').exists()
+
+
+def test_averaged_weights_and_other_scripts_are_refused(monkeypatch):
+    fake = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, is_main_process=True)
+    check_fsdp(FinetuneSettings(data_dir='d', model='m'), fake)
+    with pytest.raises(ConfigError, match='--model-ema averages full weights after every step'):
+        check_fsdp(FinetuneSettings(data_dir='d', model='m', model_ema=True), fake)
+    monkeypatch.setattr(accelerator, 'Accelerator', lambda **options: fake)
+    assert create_accelerator('cpu', may_shard=True) is fake
+    with pytest.raises(ConfigError, match=r'FSDP is for finetune\.py'):
+        create_accelerator('cpu')

@@ -159,10 +159,9 @@ def test_torch_compile_fullgraph_trains(layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('layout', ['CCTT', 'CLDT', 'LLDD'])
-def test_torch_compile_with_inductor(layout, randomize):
+def test_torch_compile_with_inductor(randomize):
     # 64 pixels: the kernels that torch 2.8 generates for the head's pooling of a 2x2 map corrupt the heap
-    model = reparameterize_model(randomize(small(layout=layout, depths=(1, 1, 1, 1), img_size=64)).eval())
+    model = reparameterize_model(randomize(small(layout='CLDT', depths=(1, 1, 1, 1), img_size=64)).eval())
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), model(images), rtol=0, atol=1e-4)
@@ -178,6 +177,7 @@ def test_torch_export_with_dynamic_batch(form):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('form', ['CLDT-eager', 'CLDT-folded'], indirect=True)
 def test_onnx_runtime_agrees(form, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime comes with the test extra')
     model, expected = form
