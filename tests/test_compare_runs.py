@@ -52,7 +52,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
             (dict(runs=(runs[0], str(other))),
              r'of test_resnet \| other differ lr: 0\.0005 \| 0\.5, seed: 42 \| 1; .*--allow-different'),
             (dict(runs=(runs[0], f'{runs[0]}/../test_resnet')), 'different folders, .*named twice'),
-            (dict(runs=(runs[0],)), 'two to 5 run folders, got 1'),
+            (dict(runs=(runs[0],)), 'two to 5 run folders, got 1; give folders'),
             (dict(runs=(runs[0], str(tmp_path))), 'has no summary.json'),
             (dict(runs=tuple(runs), results_file='two.csv'), r'must end in \.json, got two\.csv')):
         with pytest.raises(ConfigError, match=message):

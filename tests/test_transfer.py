@@ -72,7 +72,7 @@ def test_pretrained_weights_win_and_rows_are_kept(settings, monkeypatch):
     ({'workers': -1}, '--workers must be at least 0, got -1'),
     ({'output': __file__}, f'--output {__file__} cannot be made'),
     ({'model': 'nope'}, '--model nope is not a name'),
-    ({'model': 'local-dir:/no/such'}, '--model local-dir:/no/such cannot be built'),
+    ({'model': 'local-dir:/no/such'}, '--model local-dir:/no/such must be a folder with config.json and weights'),
     ({'model': 'coatnet_0'}, '--model coatnet_0 cannot be built'),
     ({'results_file': 'curve.png'}, "--results-file must end in .json, got 'curve.png'"),
     ({'results_file': 'no/such/file.json'}, '--results-file no/such/file.json: its folder does not exist'),

@@ -37,6 +37,9 @@ def check_model_name(model: str) -> None:
     if source is None and not timm.is_model(name):
         raise ConfigError(f'--model {name} is not a name in timm.list_models()'
                           f'{did_you_mean(name, timm.list_models()) or "."}')
+    if source == 'local-dir' and not Path(name, 'config.json').is_file():
+        raise ConfigError(f'--model local-dir:{name} must be a folder with config.json and weights, but has no '
+                          f'config.json; give a run of finetune.py, such as local-dir:output/NAME.')
     architecture, _, tag = name.partition('.')
     if source is None and tag and name not in (tags := get_arch_pretrained_cfgs(architecture)):
         raise ConfigError(f'--model {name}: {architecture} has no tag {tag!r}; give one of {", ".join(tags)}.')
