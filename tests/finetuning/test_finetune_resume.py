@@ -211,13 +211,11 @@ def stop() -> None:
     raise SimulatedCrash
 
 
-@pytest.mark.parametrize('workers', [0, 1])
 @pytest.mark.slow
-def test_run_killed_at_random_moments_resumes_to_the_same_weights(settings, monkeypatch, workers):
-    options = dict(drop=0.2, reprob=0.3, mixup=0.5, epochs=3, grad_accum_steps=2, model_ema=True, workers=workers,
-                   batch_size=4)
+def test_run_killed_at_random_moments_resumes_to_the_same_weights(settings, monkeypatch):
+    options = dict(drop=0.2, reprob=0.3, mixup=0.5, epochs=3, grad_accum_steps=2, model_ema=True, batch_size=4)
     whole = run(settings, experiment='whole', **options)
-    moments = random.Random(workers).sample(range(1, 25), 5)  # steps
+    moments = random.Random(0).sample(range(1, 25), 5)  # steps
     in_mid_epoch = 0
     for moment in moments:
         name = f'killed{moment}'

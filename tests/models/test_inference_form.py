@@ -149,10 +149,9 @@ def test_torch_compile_fullgraph(form):
         torch.testing.assert_close(compiled(IMAGES), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('layout', ['CCTT', 'CLDT', 'LLDD'])
 @pytest.mark.slow
-def test_torch_compile_fullgraph_trains(layout):
-    model = small(layout=layout, drop_path_rate=.1, dropconnect=.1).train()
+def test_torch_compile_fullgraph_trains():
+    model = small(layout='CLDT', drop_path_rate=.1, dropconnect=.1).train()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     compiled(IMAGES).square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
