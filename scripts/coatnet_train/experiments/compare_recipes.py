@@ -92,7 +92,7 @@ def plot(report: dict) -> Figure:
         axes.set(title=f'{name.replace("_", " ")}: {round(statistics.mean(counts))} images', ylim=(0, 100))
         clean_axes(axes)
     figure.axes[0].set_ylabel('top-1 on held-out training images (%)')
-    figure.axes[0].legend(frameon=False, loc='upper left')
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc='outside upper left', ncols=2)
     return figure
 
 

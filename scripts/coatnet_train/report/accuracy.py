@@ -40,10 +40,12 @@ def small_data(root: Path) -> str:
         images = str(counts[0]) if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'
         rows += [[name.replace('_', ' '), images, f'`{model}`',
                   *(spread(cells.get(recipe)) for recipe in settings['recipes'])] for model, cells in models.items()]
+    seeds = min(cell['seeds'] for models in report['table'].values() for cells in models.values()
+                for cell in cells.values())  # fewer than in the settings where rows are still missing
     recipes = [recipe if recipe == 'defaults' else f'`{recipe}`' for recipe in settings['recipes']]
     return (table(['images of', 'to train on', 'weights', *recipes], rows)
             + f'\n\nTop-1 (%) on other training images after the last epoch, mean and deviation over '
-              f'{len(settings["seeds"])} seeds, each with images of its own;\n{report["hardware"]}, '
+              f'{seeds} seeds, each with images of its own;\n{report["hardware"]}, '
               f'{threads_of(settings["threads"])}.')
 
 
