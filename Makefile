@@ -39,7 +39,7 @@ test-all: $(VENV)/.test  ## ruff and all tests
 
 # The tests that compute, with the plainest kernels that torch has (no AVX in its own loops, no AVX-512 or AMX in oneDNN):
 # results must not depend on the CPU. Both settings only take instructions away, so they run on any machine.
-test-plain-cpu: $(VENV)/.test  ## the tests that compute, with the plainest kernels of torch
+test-plain-cpu: $(VENV)/.test  ## tests that hold results to others, with the plainest kernels of torch
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m 'not slow' $(COMPUTING)
 
 # timm's own model tests over every name of this package; ARGS='--max-params 45e6' leaves out the large ones

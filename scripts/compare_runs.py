@@ -25,8 +25,8 @@ class CompareRunsSettings:
 def check_values(settings: CompareRunsSettings) -> None:
     """Raise ConfigError for single values that cannot work, before anything is read."""
     if not 2 <= len(settings.runs) <= MAX_RUNS:
-        raise ConfigError(f'RUNS must be two to {MAX_RUNS} run folders, got {len(settings.runs)}; give '
-                          f'folders such as output/NAME.')
+        raise ConfigError(f'RUNS must be two to {MAX_RUNS} run folders, got {len(settings.runs)}; '
+                          f'give folders such as output/NAME.')
     if settings.results_file and Path(settings.results_file).suffix != '.json':
         raise ConfigError(f'--results-file must end in .json, got {settings.results_file}.')
 

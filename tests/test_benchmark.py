@@ -101,6 +101,7 @@ def test_openvino_gives_the_logits_of_eager():
 
 def test_a_model_that_cannot_be_exported_is_named():
     pytest.importorskip('onnxscript', reason='onnxscript comes with the test extra')
+
     class Branch(torch.nn.Module):
         def forward(self, x):
             return x if x.mean().item() > 0 else -x  # depends on values: no graph

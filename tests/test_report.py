@@ -126,7 +126,7 @@ def test_small_data_shows_each_set_model_and_recipe(tmp_path):
     said = accuracy.small_data(tmp_path)
     assert '| images of | to train on | weights | defaults | `small_data` |' in said
     assert '| five kinds | 58 to 60 | `x.tag` | 20.0 ± 1.3 | 80.0 |' in said
-    assert 'over 1 seeds' in said and 'a CPU, 1 thread.' in said  # the fewest of a cell
+    assert 'over 1 seed, each' in said and 'a CPU, 1 thread.' in said  # the fewest of a cell
 
 
 def test_robustness_shows_each_model(tmp_path):

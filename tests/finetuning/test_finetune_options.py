@@ -149,9 +149,8 @@ def test_grad_checkpointing_changes_no_result(settings):
 @needs_inductor
 @pytest.mark.slow
 def test_compiled_model_trains_alike_and_its_weights_load_without_it(settings):
-    plain, compiled = (run(settings, model='test_vit', experiment=str(on), torchcompile=on, epochs=1, clip_grad=None,
-                            opt='sgd')
-                       for on in (False, True))
+    options = dict(model='test_vit', epochs=1, clip_grad=None, opt='sgd')
+    plain, compiled = (run(settings, experiment=str(on), torchcompile=on, **options) for on in (False, True))
     first, second = load_file(plain / 'model.safetensors'), load_file(compiled / 'model.safetensors')
     assert first.keys() == second.keys()
     for key, value in first.items():

@@ -247,7 +247,7 @@ def test_unpacking_leaves_runs_that_are_further_on(tmp_path, capsys):
         printed = capsys.readouterr().out
         assert f'{names[0]}: stays as it is in --output (epoch 99 evaluated), further on than in --unpack (epoch 3 ev' \
             in printed and printed.count('stays as it is') == 2 and '4 of 7 files of earlier sessions' in printed
-        assert '1 files are of no run of this version and stay packed: gone/summary.json' in printed
+        assert 'not of a run of this version, so they stay packed: gone/summary.json' in printed
     assert (tmp_path / 'runs' / names[1] / 'notes.txt').exists() and not list((tmp_path / 'runs').glob('.*'))
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from timm.models import get_arch_pretrained_cfgs
 
 import coatnet_zoo
+import eval_imagenet
 import freeze_release
 from coatnet_zoo import releases
 from freeze_release import RELEASES as FROZEN
@@ -144,6 +145,18 @@ def test_predictions_of_500_images_are_found_again(name, sample):
     alike = [pair for pair in zip(found, frozen, strict=True) if pair[0]['prediction'] == pair[1]['prediction']]
     assert len(alike) >= 495
     assert max(abs(row['confidence'] - before['confidence']) for row, before in alike) <= 0.02
+
+
+@pytest.mark.slow
+@needs_images(freeze_release.IMAGES)
+def test_recorded_top1_is_found_again(tmp_path):
+    # the whole split for one name; the next test and the 500 images above have the others too
+    row = eval_imagenet.main(eval_imagenet.EvaluationSettings(
+        data_dir=str(unpack_images(freeze_release.IMAGES, tmp_path)), model=(SHIPPED[0],), pretrained=True,
+        device='cpu', workers=1))[0]
+    recorded = releases.RELEASES[SHIPPED[0]]['release']['metrics']
+    assert row['images'] == recorded['images'] == 10_000
+    assert abs(row['top1'] - recorded['top1']) <= 0.05  # as in the next test
 
 
 @pytest.mark.parametrize('name', SHIPPED)

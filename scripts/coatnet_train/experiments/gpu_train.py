@@ -65,7 +65,7 @@ def unpack(parts: Path, output: Path) -> None:
         files = join_parts(parts, temporary)
         taken = 0
         if unknown := sorted({name for name in files if not name.startswith(tuple(f'{run.name}/' for run in RUNS))}):
-            print(f'{len(unknown)} files are of no run of this version and stay packed: {", ".join(unknown[:3])}')
+            print('not of a run of this version, so they stay packed:', *unknown[:3])
         for run in RUNS:
             count = sum(path.is_file() for path in (temporary / run.name).rglob('*'))
             (here, words), (packed, packed_words) = progress(run, output), progress(run, temporary)

@@ -45,7 +45,7 @@ def small_data(root: Path) -> str:
     recipes = [recipe if recipe == 'defaults' else f'`{recipe}`' for recipe in settings['recipes']]
     return (table(['images of', 'to train on', 'weights', *recipes], rows)
             + f'\n\nTop-1 (%) on other training images after the last epoch, mean and deviation over '
-              f'{seeds} seeds, each with images of its own;\n{report["hardware"]}, '
+              f'{seeds} seed{"s" * (seeds > 1)}, each with images of its own;\n{report["hardware"]}, '
               f'{threads_of(settings["threads"])}.')
 
 
