@@ -15,6 +15,7 @@ from coatnet_train.benchmarks.config import (
     RuntimesSettings,
 )
 from coatnet_train.runtime.cli import ConfigError
+from support.commands import fork_server
 
 
 def settings(**changes) -> ModelPairSettings:
@@ -24,8 +25,10 @@ def settings(**changes) -> ModelPairSettings:
 
 
 @pytest.mark.slow
-def test_both_sides_are_measured(tmp_path, capsys):
+def test_both_sides_are_measured(tmp_path, capsys, monkeypatch):
     file = tmp_path / 'results.json'
+    # its four processes would import torch again
+    monkeypatch.setattr(benchmark_models.multiprocessing, 'get_context', {'spawn': fork_server}.get)
     report = benchmark_models.main(settings(results_file=str(file)))
     assert file.is_file() and set(report['results']) == {'inference', 'training'}
     for mode, row in report['results'].items():

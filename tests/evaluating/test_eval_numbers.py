@@ -109,6 +109,22 @@ def test_speed_options_leave_the_numbers(settings, changes):
     assert row['ece'] == pytest.approx(expected['ece'], rel=1e-4) and row['images_per_second'] > 0
 
 
+def test_the_inference_form_has_the_numbers_of_the_model(settings, tmp_path, randomize, monkeypatch):
+    model = randomize(timm.create_model('coatnet_pico_64', num_classes=1000, img_size=32, depths=(1, 1, 1, 1)))
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    scored, predict = [], evaluate.predict
+    monkeypatch.setattr(evaluate, 'predict', lambda model, *rest, **options: (
+        scored.append(model) or predict(model, *rest, **options)))
+    flags = dict(model=('coatnet_pico_64',), model_kwargs=('depths=(1,1,1,1)',), img_size=32, num_classes=1000,
+                 checkpoint=(str(tmp_path / 'model.safetensors'),))
+    plain, folded = run(settings, **flags), run(settings, reparam=True, **flags)
+    norms = [sum(isinstance(module, torch.nn.BatchNorm2d) for module in form.modules()) for form in scored]
+    assert norms[0] > 0 and norms[1] == 0
+    assert folded['loss'] == pytest.approx(plain['loss'], rel=1e-4)
+    for name in ('top1', 'top5', 'param_count'):
+        assert folded[name] == plain[name]
+
+
 def test_memory_format_is_the_one_asked_for(settings, monkeypatch):
     formats = []
     predict = evaluate.predict

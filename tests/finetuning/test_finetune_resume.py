@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +17,7 @@ import finetune
 from coatnet_train.runtime import files
 from coatnet_train.runtime.cli import ConfigError, Preempted
 from coatnet_train.training.checkpoint import write_state
-from support.commands import environment
-from support.constants import ROOT
+from support.commands import Processes
 from support.crashes import SimulatedCrash, crash_at_write
 from support.finetune_runs import (
     assert_everything_loads,
@@ -252,13 +249,11 @@ def test_other_readers_may_go_on(settings):
     assert_same_run(run(settings, workers=0, resume='auto'), whole)
 
 
-def start_process(settings: finetune.FinetuneSettings, **changes) -> subprocess.Popen:
+def start_process(settings: finetune.FinetuneSettings, **changes) -> Processes:
     values = {**dataclasses.asdict(settings), **changes}
-    flags = [f'--{name.replace("_", "-")}={values[name]}' for name in (
+    return Processes('scripts/finetune.py', *(f'--{name.replace("_", "-")}={values[name]}' for name in (
         'data_dir', 'model', 'img_size', 'epochs', 'batch_size', 'lr', 'warmup_epochs', 'workers', 'device', 'output',
-        'experiment', 'resume', 'recovery_interval')]
-    return subprocess.Popen([sys.executable, ROOT / 'scripts' / 'finetune.py', *flags], env=environment(),
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        'experiment', 'resume', 'recovery_interval')), count=1)
 
 
 @pytest.mark.parametrize(('number', 'code'), [
@@ -268,11 +263,11 @@ def test_killed_process_resumes_to_the_same_weights(settings, number, code):
     settings = dataclasses.replace(settings, epochs=5, workers=1)
     process = start_process(settings, recovery_interval=1)
     checkpoint = Path(settings.output) / 'run' / 'last' / 'checkpoint.pt'
-    while process.poll() is None and not checkpoint.exists():
+    while process.running() and not checkpoint.exists():
         time.sleep(0.05)
-    process.send_signal(number)
-    printed = process.communicate()[0]
-    assert process.returncode == code, printed
+    process.send(number)
+    done = process.finish()
+    assert done.returncode == code, done.stdout + done.stderr
     assert assert_everything_loads(checkpoint.parents[1]) >= 3
     done = read_checkpoint(checkpoint.parents[1])['progress']
     assert done['epoch'] < 5

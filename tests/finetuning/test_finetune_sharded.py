@@ -1,13 +1,13 @@
 """FSDP with two processes on a CPU: losses of one process, full state dicts in every file, and resuming."""
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.run
+from accelerate.commands import launch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from timm.data import create_transform
@@ -24,7 +24,7 @@ from coatnet_train.runtime.accelerator import create_accelerator
 from coatnet_train.runtime.cli import ConfigError
 from coatnet_train.training.config import FinetuneSettings, read_settings
 from coatnet_train.training.fsdp import check_fsdp, prepare_model
-from support.commands import environment, free_port
+from support.commands import Processes, free_port
 from support.constants import ROOT
 from support.finetune_runs import assert_same_tensors, read_checkpoint, read_metrics
 from support.images import write_images
@@ -40,23 +40,29 @@ def data(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp('images') / 'images', train=8, val=5)
 
 
-def sharded(*arguments: object, blocks: str = 'MBConv,TransformerBlock') -> list[str]:
-    """The accelerate command line of the documentation, for two CPU processes."""
-    return list(map(str, (
-        sys.executable, '-m', 'accelerate.commands.launch', '--config_file', ROOT / 'scripts' / 'launch' / 'fsdp.yaml',
-        '--num_processes', 2, '--main_process_port', free_port(), '--fsdp_transformer_layer_cls_to_wrap', blocks,
-        ROOT / 'tests' / 'support' / 'fake_multi_gpu.py', ROOT / 'scripts' / 'finetune.py', *arguments)))
-
-
 def recipe_settings(data: Path, output: Path, experiment: str, *flags: object) -> tuple:
     return (
         '--data-dir', data, '--img-size', 32, '--device', 'cpu', '--workers', 0, '--output', output, '--experiment',
         experiment, *flags)
 
 
-def run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+def start(*arguments: object, blocks: str = 'MBConv,TransformerBlock') -> Processes:
+    """Run the documented `accelerate launch`, whose last step, torchrun, is replaced by two forked processes."""
+    command = map(str, (
+        '--config_file', ROOT / 'scripts' / 'launch' / 'fsdp.yaml', '--num_processes', 2, '--main_process_port',
+        free_port(), '--fsdp_transformer_layer_cls_to_wrap', blocks, ROOT / 'tests' / 'support' / 'fake_multi_gpu.py',
+        ROOT / 'scripts' / 'finetune.py', *arguments))
+    started = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed.run, 'run', lambda args: started.append(
+            Processes('tests/support/fake_multi_gpu.py', *args.training_script_args)))
+        launch.launch_command(launch.launch_command_parser().parse_args([*command]))
+    return started[0]
+
+
+def run(*arguments: object, **options: str) -> None:
+    done = start(*arguments, **options).finish()
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -64,7 +70,7 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path, data):
     # two groups of two batches an epoch, so that sharded gradients are accumulated too
     flags = (*LIGHT, '--drop-path', 0, '--epochs', 10, '--warmup-epochs', 2, '--lr', '1e-3', '--grad-accum-steps', 2)
     finetune.main(read_settings(list(map(str, recipe_settings(data, tmp_path, 'one', '--batch-size', 6, *flags)))))
-    run(sharded(*recipe_settings(data, tmp_path, 'two', '--batch-size', 3, *flags), blocks='LightConvBlock'))
+    run(*recipe_settings(data, tmp_path, 'two', '--batch-size', 3, *flags), blocks='LightConvBlock')
     one, two = read_metrics(tmp_path / 'one'), read_metrics(tmp_path / 'two')
     assert len(one) == 10 and one[0]['train_loss'] > one[-1]['train_loss'] + 0.05
     for first, second in zip(one, two, strict=True):
@@ -78,19 +84,18 @@ def test_first_20_losses_equal_those_of_one_process(tmp_path, data):
 @pytest.mark.slow
 def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(tmp_path, data):
     flags = (
-        *COAT, '--batch-size', 3, '--epochs', 6, '--lr', '5e-3', '--amp', '--layer-decay', 0.9, '--head-lr-scale', 2)
-    run(sharded(*recipe_settings(data, tmp_path, 'whole', *flags)))
-    stopped, command = tmp_path / 'stopped', sharded(*recipe_settings(
-        data, tmp_path, 'stopped', *flags, '--resume', 'auto', '--recovery-interval', 1))
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (stopped / 'metrics.csv').exists() and time.monotonic() < deadline:
+        *COAT, '--batch-size', 3, '--epochs', 4, '--lr', '5e-3', '--amp', '--layer-decay', 0.9, '--head-lr-scale', 2)
+    run(*recipe_settings(data, tmp_path, 'whole', *flags))
+    stopped = tmp_path / 'stopped'
+    arguments = recipe_settings(data, tmp_path, 'stopped', *flags, '--resume', 'auto', '--recovery-interval', 1)
+    processes = start(*arguments)
+    while processes.running() and not (stopped / 'metrics.csv').exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    process.wait(120)
+    processes.send(signal.SIGTERM)
+    assert processes.finish().returncode == finetune.PREEMPTED
     assert not (stopped / 'summary.json').exists()
-    assert 0 < len(read_metrics(stopped)) < 6
-    run(command)
+    assert 0 < len(read_metrics(stopped)) < 4
+    run(*arguments)
 
     assert read_metrics(stopped) == read_metrics(tmp_path / 'whole')
     whole = load_file(tmp_path / 'whole' / 'model.safetensors')

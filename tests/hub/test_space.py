@@ -1,5 +1,7 @@
 """hub/space: results against the model, several users at once, a real browser, and no requests to other hosts."""
+import base64
 import dataclasses
+import io
 import json
 import os
 import re
@@ -277,12 +279,13 @@ def chromium():
 
 def frame_of(image) -> tuple[float, float]:
     """Centre of the cyan frame in a panel, as fractions of the image's width and height."""
-    source = image.evaluate('''async image => { await image.decode();
+    url = image.evaluate('''async image => { await image.decode();
         const canvas = document.createElement('canvas');
         canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
-        const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
-        return [canvas.width, ...context.getImageData(0, 0, canvas.width, canvas.height).data] }''')
-    pixels = np.array(source[1:], dtype=np.int16).reshape(-1, source[0], 4)
+        canvas.getContext('2d').drawImage(image, 0, 0);
+        return canvas.toDataURL('image/png') }''')
+    shown = Image.open(io.BytesIO(base64.b64decode(url.partition(',')[2])))
+    pixels = np.array(shown.convert('RGBA'), dtype=np.int16)
     rows, columns = np.nonzero((np.abs(pixels - (34, 211, 238, 255)) < 30).all(-1))
     filled = pixels[..., 3] == 255
     # the image is the opaque part; the colour bar at its right is separate

@@ -64,8 +64,8 @@ CASES = [
     Case(2, 1, 1, (15, 7), (1, 7), bf16, dropconnect=.1),
     Case(1, 4, 4, (7, 9), (7, 1), bf16, normalize='none', layout='sliced'),
     Case(1, 32, 1, (14, 15), (1, 1), f16, layout='contiguous'),
-    Case(1, 32, 1, (7, 7), (13, 13), f16, f32, dropconnect=.3, kernels='direct'),
-    Case(1, 16, 1, (7, 7), (31, 31), layout='sliced', only='light'),
+    Case(1, 32, 1, (5, 4), (13, 13), f16, f32, dropconnect=.3, kernels='direct'),
+    Case(1, 16, 1, (4, 5), (31, 31), layout='sliced', only='light'),
     Case(1, 3, 1, (7, 9), (31, 1), bf16, f32, only='light'),
     Case(1, 4, 2, (9, 9), (13, 13), only='light'),
     Case(1, 48, 2, (5, 18), (3, 5), bf16, layout='expanded'),
@@ -101,7 +101,7 @@ TOEPLITZ_CASES = [
     large(2, 96, 3, (1, 5), (31, 31), f16),
     large(1, 64, 1, (40, 9), (31, 11), f16),
     large(2, 32, 1, (5, 40), (1, 31), f16, layout='expanded'),
-    large(1, 16, 1, (20, 33), (31, 31), f16),
+    large(1, 16, 1, (18, 17), (31, 31), f16),
     large(1, 32, 1, (18, 9), (15, 3), bf16, scale=30.),
 ]
 
@@ -356,7 +356,7 @@ def run_part(part: str) -> None:
     for case in CASES:
         for op in ('light', 'dynamic'):
             if case.only in ('', op) and is_quick(case) != slow:
-                wrong = check(op, case, twice=slow and case.kernel == (3, 3))  # these reach each direct kernel
+                wrong = check(op, case, twice=slow and case.layout == 'contiguous')  # these reach each direct kernel
                 assert not wrong, f'{op} {case}: {wrong} are further from the reference than the tolerance allows'
     for (i, case), (j, op) in product(enumerate(BAND_CASES), enumerate(('light', 'dynamic'))):
         if is_quick(case) != slow:

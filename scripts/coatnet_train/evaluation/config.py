@@ -29,6 +29,7 @@ class EvaluationModelSettings(ModelSettings):
     checkpoint: tuple[str, ...] = ()  # Files of weights: one for each --model, or any number for one.
     use_ema: bool = False  # Take the averaged weights of a checkpoint of training.
     use_train_size: bool = False  # Take the model's size and crop of training, not those its weights are tested at.
+    reparam: bool = False  # Evaluate the inference form, which is faster on a CPU and rounds differently.
 
 
 @dataclass(frozen=True, kw_only=True)

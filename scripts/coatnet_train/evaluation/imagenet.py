@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from timm.data import create_transform, infer_imagenet_subset
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -167,6 +168,7 @@ def evaluate_model(settings: EvaluationSettings, model_settings: ModelSettings, 
                           f'{model.num_classes}; leave them.')
     parameters = sum(parameter.numel() for parameter in model.parameters())
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+    model = reparameterize_model(model) if settings.reparam else model
     model.to(accelerator.device, memory_format=memory_format)
     predictions, errors, unreadable, seconds = [], {}, 0, 0.0
     for part in parts:
