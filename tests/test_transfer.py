@@ -87,6 +87,11 @@ def test_rows_of_other_settings_are_refused(settings):
     first = transfer.main(settings)
     more = transfer.main(dataclasses.replace(settings, subsets=(2, 1), workers=1))
     assert len(more['rows']) == len(first['rows']) + 1  # more draws, or other --workers, reuse finished rows
+    # a command for other rows keeps these in the table and in the settings
+    other = transfer.main(dataclasses.replace(
+        settings, methods=('fine-tuned',), fractions=(0.5,), subsets=(1,), updates=settings.updates[:1]))
+    assert other['table'].pop('fine-tuned').keys() == {'0.5'} and other['table'] == more['table']
+    assert other['settings']['updates'] == settings.updates and len(other['settings']['methods']) == 2
     for changes, said in (({'model': 'local-dir:other'}, "--model was 'local-dir:.*' and is 'local-dir:other'"),
                           ({'updates': (4, 7)}, '--updates was 6 and is 7 for fraction 1'),
                           ({'lr': 1.0}, '--lr was 0.0005 and is 1.0')):

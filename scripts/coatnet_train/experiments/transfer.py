@@ -3,7 +3,7 @@ import json
 import os
 import shutil
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +106,15 @@ def read_features(settings: TransferSettings) -> dict[str, tuple[np.ndarray, np.
     return found
 
 
+def with_earlier_rows(settings: TransferSettings, earlier: dict) -> TransferSettings:
+    """These settings, with the methods and fractions of the rows that a results file has already."""
+    plans = {fraction: plan for kept in (earlier, asdict(settings))
+             for fraction, *plan in zip(kept['fractions'], kept['subsets'], kept['updates'], strict=True)}
+    subsets, updates = zip(*(plans[fraction] for fraction in sorted(plans)), strict=True)
+    methods = tuple(method for method in METHODS if method in (*earlier['methods'], *settings.methods))
+    return replace(settings, methods=methods, fractions=tuple(sorted(plans)), subsets=subsets, updates=updates)
+
+
 def summarize(settings: TransferSettings, rows: list[dict]) -> dict:
     table = {}
     for method in settings.methods:
@@ -147,13 +156,13 @@ def run(settings: TransferSettings) -> dict:
     dataset, _ = create_dataset(DataSettings(data_dir=settings.data_dir), 'train')
     labels, names = np.array(read_targets(dataset)), dataset.filenames(absolute=True)
     path = Path(settings.results_file) if settings.results_file else None
-    rows, features = [], {}
+    rows, features, whole = [], {}, settings
     if path and (earlier := earlier_results(settings.results_file, 'settings', 'table', 'rows')):
         check_same(settings, earlier['settings'])
-        rows = earlier['rows']
+        rows, whole = earlier['rows'], with_earlier_rows(settings, earlier['settings'])
     model, _ = open_model(ModelSettings(model=settings.model, pretrained=True, img_size=settings.img_size))
     architecture = model.pretrained_cfg['architecture']
-    report = summarize(settings, rows)
+    report = summarize(whole, rows)
     for fraction, subsets, updates in zip(settings.fractions, settings.subsets, settings.updates, strict=True):
         for subset in range(subsets):
             chosen = draw(labels, fraction, subset)
@@ -169,7 +178,7 @@ def run(settings: TransferSettings) -> dict:
                     data_dir = link_subset(settings, [Path(names[place]) for place in chosen], folder)
                     top1 = train(settings, architecture, data_dir, len(chosen), updates, subset, method == 'fine-tuned')
                 rows.append(dict(method=method, fraction=fraction, subset=subset, images=len(chosen), top1=top1))
-                report = summarize(settings, rows)
+                report = summarize(whole, rows)
                 rows[-1].update((fact, report[fact]) for fact in ('hardware', 'commit', 'date'))
                 print(f'{method:12} {fraction:6.1%} of the labels, draw {subset + 1}: top-1 {top1:.2f} %')
                 if path:
