@@ -17,7 +17,7 @@ BUDGET ?= 25
 WORKERS ?= logical
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10
 # tests that compare results of models and operators with stored or independent ones
-COMPUTING = $(addprefix tests/,test_closeness.py blocks ops/test_reference.py models/test_shipped_weights.py)
+COMPUTING = $(addprefix tests/,test_closeness.py blocks ops/test_reference.py ops/test_api.py models/test_shipped_weights.py)
 
 .PHONY: help demo test test-all test-plain-cpu conformance test-lowest lint gpu bundle space space-folder clean
 .DELETE_ON_ERROR:
