@@ -106,12 +106,13 @@ def read_features(settings: TransferSettings) -> dict[str, tuple[np.ndarray, np.
     return found
 
 
-def with_earlier_rows(settings: TransferSettings, earlier: dict) -> TransferSettings:
+def with_earlier_rows(settings: TransferSettings, earlier: dict, rows: list[dict]) -> TransferSettings:
     """These settings, with the methods and fractions of the rows that a results file has already."""
     plans = {fraction: plan for kept in (earlier, asdict(settings))
              for fraction, *plan in zip(kept['fractions'], kept['subsets'], kept['updates'], strict=True)}
     subsets, updates = zip(*(plans[fraction] for fraction in sorted(plans)), strict=True)
-    methods = tuple(method for method in METHODS if method in (*earlier['methods'], *settings.methods))
+    known = {*settings.methods, *(row['method'] for row in rows)}
+    methods = tuple(method for method in METHODS if method in known)
     return replace(settings, methods=methods, fractions=tuple(sorted(plans)), subsets=subsets, updates=updates)
 
 
@@ -159,7 +160,8 @@ def run(settings: TransferSettings) -> dict:
     rows, features, whole = [], {}, settings
     if path and (earlier := earlier_results(settings.results_file, 'settings', 'table', 'rows')):
         check_same(settings, earlier['settings'])
-        rows, whole = earlier['rows'], with_earlier_rows(settings, earlier['settings'])
+        rows = earlier['rows']
+        whole = with_earlier_rows(settings, earlier['settings'], rows)
     model, _ = open_model(ModelSettings(model=settings.model, pretrained=True, img_size=settings.img_size))
     architecture = model.pretrained_cfg['architecture']
     report = summarize(whole, rows)
