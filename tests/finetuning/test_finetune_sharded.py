@@ -88,8 +88,8 @@ def test_stopped_run_goes_on_to_the_same_weights_which_score_what_was_reported(t
     run(*recipe_settings(data, tmp_path, 'whole', *flags))
     stopped = tmp_path / 'stopped'
     arguments = recipe_settings(data, tmp_path, 'stopped', *flags, '--resume', 'auto', '--recovery-interval', 1)
-    processes = start(*arguments)
-    while processes.running() and not (stopped / 'metrics.csv').exists():
+    processes, deadline = start(*arguments), time.monotonic() + 200
+    while processes.running() and not (stopped / 'metrics.csv').exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     processes.send(signal.SIGTERM)
     assert processes.finish().returncode == finetune.PREEMPTED

@@ -356,7 +356,7 @@ def run_part(part: str) -> None:
     for case in CASES:
         for op in ('light', 'dynamic'):
             if case.only in ('', op) and is_quick(case) != slow:
-                wrong = check(op, case, twice=slow and case.layout == 'contiguous')  # these reach each direct kernel
+                wrong = check(op, case, twice=slow and case.kernel == (3, 3))  # these reach each direct kernel
                 assert not wrong, f'{op} {case}: {wrong} are further from the reference than the tolerance allows'
     for (i, case), (j, op) in product(enumerate(BAND_CASES), enumerate(('light', 'dynamic'))):
         if is_quick(case) != slow:
