@@ -1,6 +1,7 @@
 """scripts/benchmark.py ops and scaling: measurements, formulas, files and rejected settings."""
 import csv
 import json
+import os
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,7 +17,6 @@ from coatnet_train.benchmarks import timing
 from coatnet_train.benchmarks.config import ModelPairSettings, OpsSettings, ScalingSettings
 from coatnet_train.benchmarks.ops import Ceilings, Row
 from coatnet_train.runtime.cli import ConfigError
-from support.commands import needs_inductor
 
 
 def ops_settings(**changes) -> OpsSettings:
@@ -60,7 +60,9 @@ def test_every_cell_of_ops_is_written_and_stands_alone(tmp_path, capsys):
     assert 'over that of F.conv2d' not in printed
 
 
-@needs_inductor
+@pytest.mark.skipif(  # inductor of torch 2.14 generates C++ with vector types even where this setting excludes them
+    os.environ.get('ATEN_CPU_CAPABILITY') == 'default',
+    reason='torch.compile cannot build its sums with ATEN_CPU_CAPABILITY=default')
 def test_compiled_dynamic_is_held_against_conv2d_in_the_last_line(known_ceilings, capsys):
     cells = benchmark_ops.main(ops_settings(
         op='dynamic', shapes=('28x192',), kernels=(7,), passes=('forward',), backends=('compiled', 'conv2d'),

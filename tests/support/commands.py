@@ -14,16 +14,11 @@ import pytest
 
 from support.constants import ROOT
 
-__all__ = ['Processes', 'environment', 'fork_server', 'free_port', 'needs_inductor', 'run_main', 'run_processes']
+__all__ = ['Processes', 'environment', 'fork_server', 'free_port', 'run_main', 'run_processes']
 
 # New processes are forked from one that has imported these once: a script's imports take seven seconds of a core.
 fork_server = multiprocessing.get_context('forkserver')
 fork_server.set_forkserver_preload(['torch.distributed.fsdp', 'timm', 'accelerate', 'matplotlib.figure', 'coatnet_zoo'])
-
-# inductor of torch 2.14 generates C++ with vector types even where this setting excludes them
-needs_inductor = pytest.mark.skipif(
-    os.environ.get('ATEN_CPU_CAPABILITY') == 'default',
-    reason='torch.compile cannot build its sums with ATEN_CPU_CAPABILITY=default')
 
 
 def environment(**changes: str) -> dict[str, str]:
