@@ -55,7 +55,7 @@ def test_every_row_of_the_full_grid_can_be_built(row):
 def test_grids_hold_what_they_promise():
     grids = ablation_settings.GRIDS
     assert set(ablation_settings.LAYOUTS) < set(grids['cpu']) < set(grids['full'])
-    assert len(grids['cpu']) == 9 and len(set(grids['full'])) == len(grids['full'])
+    assert len(grids['cpu']) == 12 and len(set(grids['full'])) == len(grids['full'])
 
 
 def test_table_is_of_the_last_epoch_over_all_seeds(tmp_path, runs):
@@ -71,12 +71,29 @@ def test_table_is_of_the_last_epoch_over_all_seeds(tmp_path, runs):
     assert len({(run.lr, run.epochs, run.batch_size, run.scale) for run in runs}) == 1
 
 
-@pytest.mark.slow
 def test_finished_runs_are_not_run_again(tmp_path, runs):
     ablation.main(settings(tmp_path))
-    again = ablation.main(settings(tmp_path, seeds=(0, 1)))
-    assert [run.seed for run in runs] == [0, 0, 1, 1]
-    assert len(again['rows']['LLLL']['runs']) == 2
+    again = ablation.main(settings(tmp_path, rows=('LLLL', 'CCCC'), seeds=(1,)))
+    assert [(run.experiment, run.seed) for run in runs[2:]] == [('LLLL-seed1', 1), ('CCCC-seed1', 1)]
+    assert {row: [run['seed'] for run in cells['runs']] for row, cells in again['rows'].items()} == {
+        'LLLL': [0, 1], 'CCCC': [1], 'DDDD glu=False': [0]}
+    assert again['settings']['seeds'] == [0, 1]
+    assert json.loads((tmp_path / 'ablation.json').read_text()) == json.loads(json.dumps(again))
+
+
+def test_each_run_says_where_and_when_it_was_made(tmp_path, runs, monkeypatch):
+    ablation.main(settings(tmp_path))
+    monkeypatch.setattr(ablation_run, 'provenance', lambda device: dict(hardware='new', commit='c', date='d'))
+    rows = ablation.main(settings(tmp_path, seeds=(0, 1)))['rows']
+    first, second = rows['LLLL']['runs']
+    assert first['hardware'] != 'new' and second['hardware'] == 'new' and second['date'] == 'd'
+
+
+def test_other_settings_are_not_mixed_into_a_results_file(tmp_path, runs):
+    ablation.main(settings(tmp_path))
+    with pytest.raises(ConfigError, match=r'--epochs was 10 and is 5; --lr was 0.001 and is 0.002\. Give another file'):
+        ablation.main(settings(tmp_path, epochs=5, lr=2e-3, seeds=(1,)))
+    assert len(runs) == 2
 
 
 def test_one_seed_has_no_standard_error(tmp_path, runs):

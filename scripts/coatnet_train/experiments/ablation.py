@@ -16,7 +16,7 @@ from coatnet_train.experiments.ablation_config import GRIDS, AblationSettings
 from coatnet_train.models.model_size import model_size
 from coatnet_train.plotting.style import BLUE, GREY, clean_axes
 from coatnet_train.runtime.accelerator import choose_device
-from coatnet_train.runtime.cli import check_output, parse_argument
+from coatnet_train.runtime.cli import ConfigError, check_output, earlier_results, flag, parse_argument
 from coatnet_train.runtime.files import write_file, write_json
 from coatnet_train.runtime.provenance import provenance
 from coatnet_train.training.config import FinetuneSettings
@@ -29,46 +29,55 @@ def model_kwargs(settings: AblationSettings, row: str) -> tuple[str, ...]:
     return (*settings.model_kwargs, f'layout={layout}', *switches)
 
 
+def check_same(settings: AblationSettings, earlier: dict) -> None:
+    """Raise ConfigError if earlier runs were made under other settings."""
+    now = json.loads(json.dumps(asdict(settings)))
+    changed = [f'{flag(name)} was {earlier[name]!r} and is {now[name]!r}'
+               for name in ('model', 'model_kwargs', 'img_size', 'epochs', 'batch_size', 'lr', 'amp')
+               if earlier[name] != now[name]]
+    if changed:
+        raise ConfigError(f'--results-file {settings.results_file} holds runs made under other settings: '
+                          f'{"; ".join(changed)}. Give another file, and another --output.')
+
+
 def train(settings: AblationSettings, row: str, seed: int) -> dict:
-    """Train one run and return its last epoch; a finished run is read back, an interrupted one is resumed."""
+    """Train one run, or resume an interrupted one; returns its last epoch."""
     experiment = ''.join(c if c.isalnum() else '-' for c in row.replace('"', '')) + f'-seed{seed}'
     run_dir = Path(settings.output) / experiment
-    metrics = run_dir / 'metrics.csv'
+    check_output(run_dir)
+    finetune(FinetuneSettings(
+        data_dir=settings.data_dir, model=settings.model, img_size=settings.img_size, epochs=settings.epochs,
+        model_kwargs=model_kwargs(settings, row),
+        batch_size=settings.batch_size, lr=settings.lr, scale=(0.35, 1.0), color_jitter=0.0, amp=settings.amp,
+        warmup_epochs=min(1.0, settings.epochs),
+        device=settings.device, workers=settings.workers, seed=seed, output=settings.output,
+        experiment=experiment, resume='auto'))
     if settings.results_file:
         metrics = Path(settings.results_file).with_suffix('') / f'{experiment}.csv'
-    check_output(run_dir)
-    if not (metrics if settings.results_file else run_dir / 'summary.json').exists():
-        finetune(FinetuneSettings(
-            data_dir=settings.data_dir, model=settings.model, img_size=settings.img_size, epochs=settings.epochs,
-            model_kwargs=model_kwargs(settings, row),
-            batch_size=settings.batch_size, lr=settings.lr, scale=(0.35, 1.0), color_jitter=0.0, amp=settings.amp,
-            warmup_epochs=min(1.0, settings.epochs),
-            device=settings.device, workers=settings.workers, seed=seed, output=settings.output,
-            experiment=experiment, resume='auto'))
-        if settings.results_file:
-            metrics.parent.mkdir(exist_ok=True)
-            write_file(metrics, partial(shutil.copyfile, run_dir / 'metrics.csv'))
-    with metrics.open(newline='', encoding='utf-8') as file:
+        metrics.parent.mkdir(exist_ok=True)
+        write_file(metrics, partial(shutil.copyfile, run_dir / 'metrics.csv'))
+    with (run_dir / 'metrics.csv').open(newline='', encoding='utf-8') as file:
         last = list(csv.DictReader(file))[-1]
     return dict(seed=seed, top1=float(last['eval_top1']), loss=float(last['eval_loss']), epochs=int(last['epoch']))
 
 
-def summarize(settings: AblationSettings, rows: tuple[str, ...], runs: dict[str, list[dict]]) -> dict:
+def summarize(settings: AblationSettings, runs: dict[str, list[dict]]) -> dict:
     """Make the report: mean top-1, its standard error (with two seeds or more) and the model size of each row."""
     table = {}
-    for row in rows:
-        if not runs.get(row):
+    for row, found in runs.items():
+        if not found:
             continue
         parameters, multiply_adds, _ = model_size(
             settings.model, img_size=settings.img_size, num_classes=10,
             **dict(map(parse_argument, model_kwargs(settings, row))))
-        top1 = [run['top1'] for run in runs[row]]
+        top1 = [run['top1'] for run in found]
         table[row] = dict(
-            top1=statistics.mean(top1), runs=runs[row], parameters=parameters, multiply_adds=multiply_adds,
+            top1=statistics.mean(top1), runs=found, parameters=parameters, multiply_adds=multiply_adds,
             standard_error=statistics.stdev(top1) / len(top1) ** .5 if len(top1) > 1 else 'not measured',
             images_per_second='not measured')
-    return dict(settings={key: value for key, value in asdict(settings).items() if key not in ('data_dir', 'output')},
-                rows=table, **provenance(str(choose_device(settings.device))))
+    kept = {name: value for name, value in asdict(settings).items() if name not in ('data_dir', 'output')}
+    kept['seeds'] = sorted({run['seed'] for found in runs.values() for run in found} | set(settings.seeds))
+    return dict(settings=kept, rows=table, **provenance(str(choose_device(settings.device))))
 
 
 def measure_speed(settings: AblationSettings, rows: list[str]) -> dict[str, float]:
@@ -129,10 +138,18 @@ def run(settings: AblationSettings) -> dict:
                                **provenance(str(choose_device(settings.device))))
         write_report(settings, report)
         return report
-    runs: dict[str, list[dict]] = {}
+    earlier = earlier_results(settings.results_file, 'settings', 'rows') if settings.results_file else None
+    runs: dict[str, list[dict]] = {row: [] for row in rows}
+    if earlier:
+        check_same(settings, earlier['settings'])
+        runs |= {row: cells['runs'] for row, cells in earlier['rows'].items()}
+    report = summarize(settings, runs)
     for seed in settings.seeds:
         for row in rows:
-            runs.setdefault(row, []).append(train(settings, row, seed))
-            report = summarize(settings, rows, runs)
+            if any(run['seed'] == seed for run in runs[row]):
+                continue
+            runs[row].append(train(settings, row, seed))
+            report = summarize(settings, runs)
+            runs[row][-1].update((fact, report[fact]) for fact in ('hardware', 'commit', 'date'))
             write_report(settings, report)
     return report

@@ -15,18 +15,21 @@ L_SWITCHES = (
 D_SWITCHES = (
     'normalize="none"', 'glu=False', 'conv_head_dim=16', 'conv_head_dim=64', 'dropconnect=0.1', 'static_branch=True',
     'kernel_size=(3,3,3,3)', 'kernel_size=(3,5,7,7)')
+# CoAtNet's downsampling, one more stage of attention, and attention alone.
+T_ROWS = ('CCTT pool="max"', 'CTTT', 'TTTT stem="vit" embed_dim=(192,192,192,192)')
 GRIDS = {
     'layouts': LAYOUTS,
-    # the switches that matter most in the paper: kernel width for LightConv, softmax for DynamicConv
-    'cpu': (*LAYOUTS, 'LLLL kernel_size=(3,3,3,3)', 'DDDD normalize="none"'),
-    'full': (*LAYOUTS, *(f'LLLL {switch}' for switch in L_SWITCHES), *(f'DDDD {switch}' for switch in D_SWITCHES)),
+    # the switches that matter most in the papers: kernel width for LightConv, softmax for DynamicConv
+    'cpu': (*LAYOUTS, 'LLLL kernel_size=(3,3,3,3)', 'DDDD normalize="none"', *T_ROWS),
+    'full': (*LAYOUTS, *(f'LLLL {switch}' for switch in L_SWITCHES), *(f'DDDD {switch}' for switch in D_SWITCHES),
+             *T_ROWS),
 }
 
 
 @dataclass(frozen=True)
 class AblationSettings:
     data_dir: str  # Folder with train/ and val/, a sub-folder a class.
-    grid: Literal['layouts', 'cpu', 'full'] = 'layouts'  # Rows: seven layouts; with the two main switches; with all.
+    grid: Literal['layouts', 'cpu', 'full'] = 'layouts'  # Rows: seven layouts; with the main switches; with all.
     rows: tuple[str, ...] = ()  # Other rows than those of --grid.
     seeds: tuple[int, ...] = (0,)  # One run of every row for each.
     model: str = 'coatnet_pico'  # What the rows are variants of.
