@@ -151,6 +151,30 @@ def test_distilled_shows_the_teacher_first_and_what_is_measured(tmp_path):
         '| `x_64` | 32 | 1.6 | 50.25 | 78.70 | 49.01 | 77.00 | a GPU |']
 
 
+def test_ablation_has_a_column_for_each_recipe(tmp_path):
+    (tmp_path / 'results').mkdir()
+    assert 'not measured' in accuracy.ablation(tmp_path)
+
+    def write(name: str, epochs: int, amp: bool, rows: dict[str, list[float]], throughput: float | str) -> None:
+        cells = {row: dict(top1=sum(top1) / len(top1), standard_error=0.5 if len(top1) > 1 else 'not measured',
+                           runs=[dict(top1=value, **({} if amp else {'hardware': 'CPU B'})) for value in top1],
+                           parameters=3_260_000, multiply_adds=39_000_000, images_per_second=throughput)
+                 for row, top1 in rows.items()}
+        (tmp_path / 'results' / f'ablation_imagenette_64{name}.json').write_text(json.dumps(dict(
+            rows=cells, settings=dict(epochs=epochs, amp=amp, img_size=64), hardware='CPU A')))
+
+    write('_cpu', 10, True, {'LLLL': [70.], 'CCCC': [75.]}, 588.4)
+    text = accuracy.ablation(tmp_path)
+    assert '| row | top-1 (%), 10 epochs |' in text and '10 epochs in bfloat16: 1 seed a row, CPU A.' in text
+    write('_seeds_cpu', 5, False, {'DDDD': [60., 61., 62.], 'LLLL': [64.]}, 'not measured')
+    text = accuracy.ablation(tmp_path)
+    rows = [line for line in text.splitlines() if line.startswith('| `')]
+    assert rows == ['| `LLLL` | 64.0 | 70.0 | 3.26 | 39 | 588 |', '| `DDDD` | 61.0 ± 0.5 | not measured | 3.26 | 39 | '
+                    'not measured |', '| `CCCC` | not measured | 75.0 | 3.26 | 39 | 588 |']
+    assert '5 epochs in float32: 1 to 3 seeds a row, CPU B.' in text and 'has no standard error' in text
+    assert '(../results/ablation_imagenette_64_seeds_cpu.png)' in text
+
+
 def test_weight_init_has_a_column_for_each_learning_rate(tmp_path):
     (tmp_path / 'results').mkdir()
     assert 'not measured' in accuracy.weight_init(tmp_path)

@@ -63,23 +63,36 @@ def robustness(root: Path) -> str:
 
 
 def ablation(root: Path) -> str:
-    """Table of layouts and switches trained under one recipe."""
-    file = root / 'results' / 'ablation_imagenette_64_cpu.json'
-    if not file.exists():
+    """Table of layouts and switches, with a column for each recipe under which they were trained."""
+    files = {file: read_json(file) for file in sorted((root / 'results').glob('ablation_imagenette_64*.json'))}
+    if not files:
         return 'Layouts and switches: not measured.'
-    report = read_json(file)
-    settings = report['settings']
-    seeds = min(len(row['runs']) for row in report['rows'].values())
-    rows = [
-        [f'`{name}`', spread(row, 'standard_error'), f'{row["parameters"] / 1e6:.2f}',
-         f'{row["multiply_adds"] / 1e6:.0f}',
-         throughput if isinstance(throughput := row['images_per_second'], str) else f'{throughput:.0f}']
-        for name, row in sorted(report['rows'].items(), key=lambda item: -item[1]['top1'])]
-    noise = ' With one seed, no gap here has a standard error: a point or two may be chance.' if seeds == 1 else ''
-    return (table(['row', 'top-1 (%)', 'parameters (M)', 'multiply-adds (M)', 'images/s'], rows)
-            + f'\n\nImagenette at {settings["img_size"]} px, random start, {settings["epochs"]} epochs,\n{seeds} '
-              f'seed{"s" * (seeds > 1)} a row, top-1 of the last epoch, {report["hardware"]}.{noise}\n\n'
-              f'![Top-1 of every row](../results/{file.stem}.png)')
+    reports = sorted(files.values(), key=lambda report: report['settings']['epochs'])
+    names = dict.fromkeys(name for report in reports for name, _ in sorted(
+        report['rows'].items(), key=lambda item: -item[1]['top1']))
+    rows = []
+    for name in names:
+        found = [report['rows'].get(name) for report in reports]
+        row = next(row for row in found if row)
+        speeds = [row['images_per_second'] for row in found if row and not isinstance(row['images_per_second'], str)]
+        rows.append([f'`{name}`', *(spread(row, 'standard_error') for row in found), f'{row["parameters"] / 1e6:.2f}',
+                     f'{row["multiply_adds"] / 1e6:.0f}', f'{speeds[0]:.0f}' if speeds else NOT_MEASURED])
+    notes = []
+    for report in reports:
+        settings = report['settings']
+        seeds = sorted({len(row['runs']) for row in report['rows'].values()})
+        runs = [run for row in report['rows'].values() for run in row['runs']]
+        hardware = hardware_of([run if 'hardware' in run else report for run in runs])
+        notes.append(f'{settings["epochs"]} epochs in {"bfloat16" if settings["amp"] else "float32"}: '
+                     f'{" to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} '
+                     f'seed{"s" * (seeds[-1] > 1)} a row, {hardware}.')
+    single = '\nA row with one seed has no standard error: a point or two may be chance.' if any(
+        len(row['runs']) == 1 for report in reports for row in report['rows'].values()) else ''
+    return (table(['row', *(f'top-1 (%), {report["settings"]["epochs"]} epochs' for report in reports),
+                   'parameters (M)', 'multiply-adds (M)', 'images/s'], rows)
+            + f'\n\nImagenette at {reports[0]["settings"]["img_size"]} px, random start, top-1 of the last epoch, mean '
+              'and standard error over the seeds.\n' + '\n'.join(notes) + single + '\n\n'
+            + '\n'.join(f'![Top-1 of every row](../results/{file.stem}.png)' for file in files))
 
 
 def weight_init(root: Path) -> str:
