@@ -15,6 +15,7 @@ from ..ops.dropconnect import draw_seed
 from ..ops.dynamicconv2d.eager import dynamicconv2d_eager
 from ..ops.dynamicconv2d.projected import fuses_projection
 from ..ops.validation import validate_kernel_size, validate_options
+from .inference import is_plain
 from .lightconv import LightConv2d, LightConvBlock, conv_heads
 
 __all__ = ['DynamicConv2d', 'DynamicConvBlock']
@@ -79,8 +80,7 @@ class DynamicConv2d(nn.Module):
         False under torch.fx, whose x is a proxy: the graph keeps both steps.
         """
         layer = self.logits
-        plain = type(layer) is nn.Linear and layer.bias is None and 'forward' not in layer.__dict__ and not (
-            layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        plain = is_plain(layer, nn.Linear) and layer.bias is None
         return plain and isinstance(x, torch.Tensor) and fuses_projection(x, layer.weight, self.kernel_size)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """Parts of the inference (reparameterised) form of a model, which `timm.utils.reparameterize_model` makes.
 
-- Exact folding of BatchNorm and LayerScale, affine in evaluation, into the convolution or linear layer next to them.
+- Exact folding of BatchNorm and LayerScale, affine in evaluation, into the convolution or linear layer next to them,
+  unless that layer is pruned, parametrized, wrapped (LoRA) or hooked: then they stay, which is as exact.
 - `InplaceGELU` and `inplace_mul`, which overwrite their input; nothing else may use it.
 """
 import math
@@ -11,9 +12,15 @@ from timm.layers import LayerScale
 from torch import nn
 
 __all__ = ['InplaceGELU', 'fold_norm_into_next', 'fold_norm_into_previous', 'fold_scale_into_previous', 'inplace_gelu',
-           'inplace_mul']
+           'inplace_mul', 'is_plain']
 
 _CHUNK = 1 << 16  # elements that stay in a core's cache over the four passes of the tanh GELU
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `layer` computes what its class computes from its own weight: no subclass, no hooks, no other forward."""
+    hooked = (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    return type(layer) is kind and 'forward' not in layer.__dict__ and not hooked
 
 
 def _scale_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,9 +43,9 @@ def _replace(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
 def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
     """Fold `norm` into `conv` before it, in place, as norm(conv(x)); return the replacement of `norm`.
 
-    This is an identity, or `norm` itself, not folded, if it is no BatchNorm2d.
+    This is an identity, or `norm` itself, not folded, if it is no BatchNorm2d or `conv` is not plain.
     """
-    if not isinstance(norm, nn.BatchNorm2d):
+    if not (isinstance(norm, nn.BatchNorm2d) and is_plain(conv, nn.Conv2d)):
         return norm
     scale, shift = _scale_shift(norm)
     bias = 0 if conv.bias is None else conv.bias.double()
@@ -50,9 +57,10 @@ def fold_norm_into_previous(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
 def fold_norm_into_next(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
     """Fold `norm` into the 1x1 `conv` after it, in place, as conv(norm(x)); return the replacement of `norm`.
 
-    Exact since a 1x1 convolution has no padding: the zeros of a padding are not shifted by the norm.
+    This is an identity, or `norm` itself, as in `fold_norm_into_previous`. Exact since a 1x1 convolution has no
+    padding: the zeros of a padding are not shifted by the norm.
     """
-    if not isinstance(norm, nn.BatchNorm2d):
+    if not (isinstance(norm, nn.BatchNorm2d) and is_plain(conv, nn.Conv2d)):
         return norm
     assert conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
     scale, shift = _scale_shift(norm)
@@ -63,10 +71,11 @@ def fold_norm_into_next(norm: nn.Module, conv: nn.Conv2d) -> nn.Module:
 
 
 @torch.no_grad()
-def fold_scale_into_previous(linear: nn.Linear, scale: nn.Module) -> nn.Module:
-    """Fold a LayerScale into `linear` before it, in place; return the replacement of `scale`."""
-    if not isinstance(scale, LayerScale):
+def fold_scale_into_previous(linear: nn.Module, scale: nn.Module) -> nn.Module:
+    """Fold a LayerScale into `linear` before it, in place; return an identity, or `scale` if `linear` is not plain."""
+    if not (isinstance(scale, LayerScale) and is_plain(linear, nn.Linear)):
         return scale
+    assert isinstance(linear, nn.Linear)  # for the type checker
     gamma = scale.gamma.double()
     linear.weight.copy_(linear.weight.double() * gamma[:, None])
     linear.bias.copy_(linear.bias.double() * gamma)

@@ -174,7 +174,6 @@ class LightConvBlock(nn.Module):
 
     def fuse(self) -> nn.Module:
         """Fold both LayerScales into the linear layers before them, in place; the convolution has its own `fuse`."""
-        assert isinstance(self.mlp.fc2, nn.Linear)
         self.scale1 = fold_scale_into_previous(self.out_proj, self.scale1)
         self.scale2 = fold_scale_into_previous(self.mlp.fc2, self.scale2)
         return self

@@ -107,6 +107,13 @@ class FixedBias(nn.Module):
         return self.bias[None]
 
 
+@torch.fx.wrap
+def _widen(logits: torch.Tensor) -> torch.Tensor:
+    """Half-precision logits in float32, others as they are; a node of its own where fx cannot know the dtype."""
+    half = logits.dtype == torch.float16 or logits.dtype == torch.bfloat16
+    return logits.float() if half else logits
+
+
 class RelativeAttention2d(nn.Module):
     """Multi-head self-attention over the positions of a map: (B, H, W, dim) -> (B, H, W, dim_out).
 
@@ -153,6 +160,7 @@ class RelativeAttention2d(nn.Module):
 
         self.qkv = nn.Linear(dim, 3 * inner, **dd)
         self.rel_bias = RelativeBias(self.num_heads, feat_size, dynamic, **dd) if rel_bias != 'none' else None
+        self.attn_drop = nn.Identity()  # where timm.utils.AttentionExtract looks for the weights
         self.proj = nn.Linear(inner, dim_out, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -167,9 +175,8 @@ class RelativeAttention2d(nn.Module):
             logits = (q * self.scale) @ k.transpose(-2, -1)
             if before is not None:
                 logits = logits + before
-            half = logits.dtype == torch.float16 or logits.dtype == torch.bfloat16
-            weights = logits.float().softmax(-1).to(v.dtype) if self.upcast and half else logits.softmax(-1)
-            x = weights @ v
+            weights = (_widen(logits) if self.upcast else logits).softmax(-1).to(v.dtype)
+            x = self.attn_drop(weights) @ v
         if self.bias_after and bias is not None:
             x = x + bias.to(v.dtype) @ v
         x = x.transpose(1, 2)  # (B, N, heads, head_dim), contiguous as fused attention leaves it

@@ -4,8 +4,9 @@ import io
 import pytest
 import timm
 import torch
+from timm.layers import set_fused_attn
 from timm.models import create_feature_extractor as timm_extractor
-from timm.utils import reparameterize_model
+from timm.utils import AttentionExtract, reparameterize_model
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -39,6 +40,33 @@ def test_any_fx_tracer_gives_the_same_model(options, folded, randomize):
             assert torch.equal(found['logits'], expected) and found['level'].shape[:2] == (2, 64)
     with pytest.raises(ValueError, match='images must have in_chans=3 channels, got 4'):
         traced(torch.randn(1, 4, 32, 32))
+
+
+@pytest.fixture
+def unfused_attention():
+    set_fused_attn(False)
+    yield
+    set_fused_attn(True)
+
+
+@pytest.mark.parametrize('options', [{}, dict(rel_bias='post'), dict(dynamic_img_size=True)], ids=str)
+def test_attention_without_a_fused_operator_is_traced(options, unfused_attention, randomize):
+    model = randomize(small(layout='CCTT', **options))
+    for copied in (model, model.double(), model.bfloat16()):
+        images = IMAGES.to(next(copied.parameters()).dtype)
+        expected = copied.forward_features(images)
+        found = create_feature_extractor(copied, ['stages'])(images)['stages']
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('method', ['hook', 'fx'])
+def test_timm_extracts_attention(method, unfused_attention, randomize):
+    model = randomize(small(layout='CCTT'))
+    found = AttentionExtract(model, method=method)(IMAGES)
+    assert [tuple(weights.shape) for weights in found.values()] == [(2, 5, 16, 16)] * 2 + [(2, 10, 4, 4)]
+    for weights in found.values():
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        assert weights.std() > 1e-3
 
 
 def test_registered_names_trace_in_training_too():

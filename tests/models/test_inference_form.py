@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from coatnet_zoo.blocks.transformer import FixedBias, RelativeBias
 
@@ -55,6 +56,64 @@ def test_folding_keeps_the_logits_and_leaves_no_batchnorm(options, randomize):
     assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
     assert bool([m for m in folded.modules() if isinstance(m, RelativeBias)]) == bool(options.get('dynamic_img_size'))
     torch.testing.assert_close(model(IMAGES), expected)  # the original is untouched
+
+
+class LowRank(nn.Module):
+    """A layer with a low-rank update beside it, like LoRA of peft, whose weight and bias are those of the layer."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+        self.update = nn.Sequential(nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.update(x)
+
+
+def low_rank(model: nn.Module) -> None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and '.' in name and 'logits' not in name:
+            model.set_submodule(name, LowRank(layer))
+
+
+def pruned(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            prune.l1_unstructured(layer, 'weight', 0.3)
+
+
+def parametrized(model: nn.Module) -> None:
+    for layer in list(model.modules()):
+        if type(layer) in (nn.Linear, nn.Conv2d):
+            parametrizations.weight_norm(layer).parametrizations.weight.original0.data.mul_(1.2)
+
+
+def hooked(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.register_forward_hook(lambda module, inputs, out: out.tanh())
+
+
+def doubled(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.forward = lambda x, layer=layer: type(layer).forward(layer, x) + 1
+
+
+@pytest.mark.parametrize('change', [low_rank, pruned, parametrized, hooked, doubled])
+def test_changed_layers_are_not_folded_into(change, randomize):
+    model = randomize(small(layout='CLDT')).double().eval()
+    plain = model(IMAGES.double())
+    change(model)
+    model.double()
+    with torch.no_grad():
+        expected = model(IMAGES.double())
+        assert (expected - plain).abs().max() > .01
+        copied = copy.deepcopy(model) if change is not doubled else model  # a copy would call the original's layers
+        folded = reparameterize_model(copied, inplace=change is doubled)
+        torch.testing.assert_close(folded(IMAGES.double()), expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(reparameterize_model(folded, inplace=True)(IMAGES.double()), expected, rtol=0,
+                                   atol=1e-9)
 
 
 def test_folded_coatnet_0_keeps_its_logits(randomize, skip_init):
