@@ -65,10 +65,9 @@ class MBConv(nn.Module):
         stride_expand, stride_depthwise = (stride, 1) if conv_stride == 'expand' else (1, stride)
         self.folded = False
 
-        self.shortcut = nn.Sequential(OrderedDict(
-            pool=downsample(stride, pool),
-            proj=nn.Conv2d(dim, dim_out, 1, **dd) if dim != dim_out else nn.Identity(),
-        ))
+        self.shortcut = nn.Sequential(OrderedDict(pool=downsample(stride, pool)))
+        if dim != dim_out:
+            self.shortcut.add_module('proj', nn.Conv2d(dim, dim_out, 1, **dd))
         self.pre_norm = norm_layer(dim, **dd)
         self.expand = nn.Conv2d(dim, hidden, 1, stride_expand, bias=False, **dd)
         self.norm1 = norm_layer(hidden, **dd)

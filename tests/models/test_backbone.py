@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from timm.models import get_model_args, group_parameters
 from timm.optim import create_optimizer_v2
+from torch import nn
 
 from coatnet_zoo.models import FLAVORS, Backbone, BackboneCfg, coatnet
 
@@ -388,6 +389,16 @@ def test_checkpointing_gives_the_same_gradients():
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
     assert runs == [1, 2]
+
+
+@pytest.mark.parametrize('layout', ['CCTT', 'LLDD'])
+def test_layers_that_adapters_take_by_name_have_weights(layout):
+    """LoRA of peft takes modules whose name ends in .NAME and refuses those without a weight."""
+    names = ('qkv', 'proj', 'fc1', 'fc2') if layout == 'CCTT' else ('in_proj', 'out_proj', 'fc1', 'fc2')
+    model = timm.create_model('coatnet_pico_64.untrained', layout=layout, device='meta')
+    for name in names:
+        found = [module for path, module in model.named_modules() if path.endswith(f'.{name}')]
+        assert found and all(isinstance(module, (nn.Linear, nn.Conv2d)) for module in found), name
 
 
 def test_device_and_dtype_reach_every_tensor():
