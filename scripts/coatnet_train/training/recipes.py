@@ -123,7 +123,7 @@ RECIPES = {
     # command:  python scripts/finetune.py --recipe small_data --data-dir photos_split --pretrained
     #           --model lightconvnet_pico_64.dist_tin200
     # hardware: one thread of a CPU with AVX2, minutes
-    # result:   76.2 % (results/small_data_cpu.json) on 60 images of five classes
+    # result:   75.0 % (results/small_data_cpu.json) on 60 images of five classes
     'small_data': dict(
         batch_size=None, epochs=None, bn_momentum=0.1, scale=(0.35, 1.0), color_jitter=0.0),
 
