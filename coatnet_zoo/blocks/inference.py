@@ -19,7 +19,7 @@ _CHUNK = 1 << 16  # elements that stay in a core's cache over the four passes of
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `layer` computes what its class computes from its own weight: no subclass, no hooks, no other forward."""
-    hooked = (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return type(layer) is kind and 'forward' not in layer.__dict__ and not hooked
 
 

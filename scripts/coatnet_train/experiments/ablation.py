@@ -16,7 +16,7 @@ from coatnet_train.experiments.ablation_config import GRIDS, AblationSettings
 from coatnet_train.models.model_size import model_size
 from coatnet_train.plotting.style import BLUE, GREY, clean_axes
 from coatnet_train.runtime.accelerator import choose_device
-from coatnet_train.runtime.cli import ConfigError, check_output, earlier_results, flag, parse_argument
+from coatnet_train.runtime.cli import ConfigError, changed_flags, check_output, earlier_results, parse_argument
 from coatnet_train.runtime.files import write_file, write_json
 from coatnet_train.runtime.provenance import provenance
 from coatnet_train.training.config import FinetuneSettings
@@ -31,10 +31,8 @@ def model_kwargs(settings: AblationSettings, row: str) -> tuple[str, ...]:
 
 def check_same(settings: AblationSettings, earlier: dict) -> None:
     """Raise ConfigError if earlier runs were made under other settings."""
-    now = json.loads(json.dumps(asdict(settings)))
-    changed = [f'{flag(name)} was {earlier[name]!r} and is {now[name]!r}'
-               for name in ('model', 'model_kwargs', 'img_size', 'epochs', 'batch_size', 'lr', 'amp')
-               if earlier[name] != now[name]]
+    names = ('model', 'model_kwargs', 'img_size', 'epochs', 'batch_size', 'lr', 'amp')
+    changed = changed_flags(settings, earlier, names)
     if changed:
         raise ConfigError(f'--results-file {settings.results_file} holds runs made under other settings: '
                           f'{"; ".join(changed)}. Give another file, and another --output.')

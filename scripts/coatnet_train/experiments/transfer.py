@@ -1,5 +1,4 @@
 """Fine-tuning, linear probe and random start on fractions of the labels: rows and plot of transfer.py."""
-import json
 import os
 import shutil
 import statistics
@@ -22,7 +21,7 @@ from coatnet_train.models.config import ModelSettings
 from coatnet_train.models.open_model import open_model
 from coatnet_train.plotting.style import BLUE, GREY, ORANGE, clean_axes
 from coatnet_train.runtime.accelerator import choose_device
-from coatnet_train.runtime.cli import ConfigError, earlier_results, flag
+from coatnet_train.runtime.cli import ConfigError, changed_flags, earlier_results
 from coatnet_train.runtime.files import write_figure, write_json
 from coatnet_train.runtime.provenance import provenance
 from coatnet_train.training.config import FinetuneSettings
@@ -36,11 +35,9 @@ def check_same(settings: TransferSettings, earlier: dict) -> None:
     if 'fractions' not in earlier:
         raise ConfigError(f'--results-file {settings.results_file} was written by an earlier version of this script; '
                           f'give another file.')
-    now = json.loads(json.dumps(asdict(settings)))
-    changed = [f'{flag(name)} was {earlier[name]!r} and is {now[name]!r}'
-               for name in ('data_dir', 'model', 'img_size', 'batch_size', 'lr', 'scale', 'hflip', 'amp')
-               if earlier[name] != now[name]]
-    before, after = (dict(zip(kept['fractions'], kept['updates'], strict=True)) for kept in (earlier, now))
+    changed = changed_flags(
+        settings, earlier, ('data_dir', 'model', 'img_size', 'batch_size', 'lr', 'scale', 'hflip', 'amp'))
+    before, after = (dict(zip(kept['fractions'], kept['updates'], strict=True)) for kept in (earlier, asdict(settings)))
     changed += [f'--updates was {before[fraction]} and is {after[fraction]} for fraction {fraction:g}'
                 for fraction in sorted(before.keys() & after.keys()) if before[fraction] != after[fraction]]
     if changed:

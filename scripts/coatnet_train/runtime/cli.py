@@ -13,10 +13,10 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 from coatnet_train.runtime.packages import explain_missing_module
 
@@ -29,6 +29,7 @@ __all__ = [
     'PREEMPTED',
     'ConfigError',
     'Preempted',
+    'changed_flags',
     'check_output',
     'check_range',
     'did_you_mean',
@@ -109,6 +110,12 @@ def earlier_results(results_file: str, *keys: str) -> dict | None:
         raise ConfigError(f'--results-file {path} is no file that this script wrote, which has {", ".join(keys)}; '
                           f'give another.')
     return found
+
+
+def changed_flags(settings: Any, earlier: dict, names: Iterable[str]) -> list[str]:
+    """A clause for each of these settings whose value in an earlier results file is another."""
+    now = json.loads(json.dumps(dataclasses.asdict(settings)))  # tuples are lists there
+    return [f'{flag(name)} was {earlier[name]!r} and is {now[name]!r}' for name in names if earlier[name] != now[name]]
 
 
 def parse_argument(item: str) -> tuple[str, object]:
